@@ -1,0 +1,40 @@
+"""The reverse denoising process as a Markov decision process, with pretrained diffusion models as experts."""
+
+from ddil_env.check import check_expert
+from ddil_env.denoising_env import DenoisingEnv
+from ddil_env.expert import Denoiser, Expert, NetworkDenoiser
+from ddil_env.experts.gaussian_mixture import GaussianMixtureExpert
+from ddil_env.gym_env import DenoisingGymEnv, DenoisingVectorEnv, register_envs
+from ddil_env.mdp import DenoisingMDP
+from ddil_env.policy import DdimPolicy, ExpertPolicy, StudentPolicy
+from ddil_env.presets import load_expert
+from ddil_env.schedule import NoiseSchedule, Prediction, TimeGrid, ddim_step, invert_ddim, renoise_step
+from ddil_env.support import Box, Support, Unbounded
+
+register_envs()
+
+__all__ = [
+    "Box",
+    "DdimPolicy",
+    "Denoiser",
+    "DenoisingEnv",
+    "DenoisingGymEnv",
+    "DenoisingMDP",
+    "DenoisingVectorEnv",
+    "Expert",
+    "ExpertPolicy",
+    "GaussianMixtureExpert",
+    "NetworkDenoiser",
+    "NoiseSchedule",
+    "Prediction",
+    "StudentPolicy",
+    "Support",
+    "TimeGrid",
+    "Unbounded",
+    "check_expert",
+    "ddim_step",
+    "invert_ddim",
+    "load_expert",
+    "register_envs",
+    "renoise_step",
+]

@@ -1,0 +1,315 @@
+"""The diffusion MDP as Gymnasium environments: single (numpy) and natively batched (numpy or torch).
+
+    gymnasium.make("ddil/Digits-v0", num_steps=4)
+    gymnasium.make_vec("ddil/Digits-v0", num_envs=64, vector_kwargs=None, output="torch")
+
+Observation Dict(x_t, t, s, [c]): the latent, its time, the time that the action must reach, the condition id.
+Action: the next latent. Environment i of a batch, seeded with s, lives the episode of a single one seeded with s + i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from ddil_env.expert import Expert
+from ddil_env.mdp import DenoisingMDP, Kernel, Reward, State
+from ddil_env.presets import load_expert
+from ddil_env.schedule import GridKind
+
+MIN_RENDER_SIZE = 128  # smaller pictures are enlarged by whole factors, so that a person can see them
+
+
+def _spaces(expert: Expert, action_bound: float | None) -> tuple[spaces.Dict, spaces.Box]:
+    """Observation and action space of one environment."""
+    if action_bound is not None and not action_bound > 0:
+        raise ValueError(f"action_bound={action_bound}: need a positive number, or None for an unbounded action")
+    shape, reach = expert.sample_shape, np.inf if action_bound is None else action_bound
+    time = spaces.Box(0.0, float(expert.schedule.t_max), (1,), np.float32)
+    observation: dict[str, spaces.Space[Any]] = {"x_t": spaces.Box(-np.inf, np.inf, shape, np.float32), "t": time, "s": time}
+    if expert.num_conditions:
+        observation["c"] = spaces.Discrete(expert.num_conditions + (expert.null_condition is not None))
+    return spaces.Dict(observation), spaces.Box(-reach, reach, shape, np.float32)
+
+
+def _observation(state: State) -> dict[str, Tensor]:
+    """The state as the observation's entries, t and s with a trailing axis."""
+    parts = {"x_t": state.x_t, "t": state.t[:, None], "s": state.s[:, None], "c": state.c}
+    return {key: value for key, value in parts.items() if value is not None}
+
+
+def _pictures(expert: Expert, x_t: Tensor) -> np.ndarray:
+    """The decoded latents, uint8 (n, height, width, 3), enlarged by a whole factor to at least 128 pixels."""
+    pictures = expert.decode(x_t)
+    if pictures is None:
+        raise ValueError(f"{type(expert).__name__} has no pictures to render")
+    factor = -(-MIN_RENDER_SIZE // pictures.shape[1])
+    return pictures.repeat_interleave(factor, 1).repeat_interleave(factor, 2).numpy()
+
+
+def _render_modes(expert: Expert) -> list[str]:
+    return [] if expert.decode(torch.zeros(1, *expert.sample_shape, device=expert.device)) is None else ["rgb_array"]
+
+
+def _check_render_mode(render_mode: str | None, modes: list[str]) -> None:
+    if render_mode is not None and render_mode not in modes:
+        raise ValueError(f"unknown render_mode {render_mode!r}; this expert offers: {', '.join(modes) or 'none, it has no pictures'}")
+
+
+def _chosen_start(mdp: DenoisingMDP, options: dict[str, Any], drawn: State) -> State:
+    """The drawn start, with the `x_t`, `t` and `c` that the caller gives in place of its own."""
+
+    def given(key: str, default: Tensor) -> Tensor:
+        return torch.as_tensor(options[key], dtype=default.dtype, device=default.device).reshape(default.shape) if key in options else default
+
+    unknown = set(options) - {"x_t", "t", "c", "reset_mask"}
+    if unknown:
+        raise ValueError(f"unknown reset options {sorted(unknown)}; known: x_t, t, c, and reset_mask for a vector env")
+    if not options.keys() & {"x_t", "t", "c"}:
+        return drawn
+    return mdp.at(given("x_t", drawn.x_t), given("t", drawn.t), None if drawn.c is None else given("c", drawn.c))
+
+
+class DenoisingGymEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
+    """One diffusion MDP, numpy in and out.
+
+    `reset(options={"x_t": ..., "t": ..., "c": ...})` starts at a chosen state.
+
+    Args:
+        expert: An Expert, or the name of a preset.
+        num_steps: N, steps of an episode.
+        render_mode: `rgb_array` shows the decoded latent.
+        action_bound: Half-width of the action box, for libraries that refuse an unbounded one; None is unbounded.
+        expert_action: Whether `info["expert_action"]` holds the expert's action at each new state (costs its forwards).
+        device: Where to compute.
+        expert_kwargs: Keyword arguments of the preset's expert.
+        kernel, reward, substeps, guidance_scale, grid: As in DenoisingMDP.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012
+
+    def __init__(
+        self,
+        expert: Expert | str,
+        num_steps: int = 4,
+        render_mode: str | None = None,
+        action_bound: float | None = None,
+        expert_action: bool = False,
+        device: str = "cpu",
+        expert_kwargs: dict[str, Any] | None = None,
+        kernel: Kernel = "ddim",
+        reward: Reward = "none",
+        substeps: int = 1,
+        guidance_scale: float | None = None,
+        grid: GridKind = "linspace",
+    ) -> None:
+        self.expert = load_expert(expert, device=device, **(expert_kwargs or {})) if isinstance(expert, str) else expert
+        self.mdp = DenoisingMDP(
+            self.expert, num_steps, kernel=kernel, reward=reward, substeps=substeps, guidance_scale=guidance_scale, grid=grid
+        )
+        self.metadata = {**self.metadata, "render_modes": _render_modes(self.expert)}
+        _check_render_mode(render_mode, self.metadata["render_modes"])
+        self.render_mode = render_mode
+        self.observation_space, self.action_space = _spaces(self.expert, action_bound)
+        self.expert_action = expert_action
+        self._generator: torch.Generator | None = None
+        self._state: State | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is not None or self._generator is None:
+            stream = seed if seed is not None else int(self.np_random.integers(2**31))
+            self._generator = torch.Generator(self.mdp.device).manual_seed(stream)
+        self._state = _chosen_start(self.mdp, options or {}, self.mdp.start([self._generator]))
+        return self._observe()
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        if self._state is None or self._generator is None:
+            raise gymnasium.error.ResetNeeded("call reset() before step()")
+        if float(self._state.t[0]) <= 0:
+            raise gymnasium.error.ResetNeeded("the episode has ended at t = 0; call reset() before the next step()")
+        x_s = torch.as_tensor(np.asarray(action, np.float32), device=self.mdp.device)[None].clone()
+        if x_s.shape != self._state.x_t.shape:
+            raise ValueError(f"action of shape {tuple(x_s.shape[1:])}: need the latent's, {self.expert.sample_shape}")
+        generators = [self._generator]
+        self._state, reward, terminated = self.mdp.step(self._state, x_s, lambda: self.mdp.noise(generators))
+        observation, info = self._observe()
+        return observation, float(reward[0]), bool(terminated[0]), False, info
+
+    def _observe(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The observation and info at the present state, copied: the next step must not change what the caller holds."""
+        assert self._state is not None
+        observation = {key: value[0].cpu().numpy().copy() for key, value in _observation(self._state).items()}
+        if "c" in observation:
+            observation["c"] = np.int64(observation["c"])  # a Discrete space holds a scalar
+        info: dict[str, Any] = {}
+        if self.expert_action and float(self._state.t[0]) > 0:
+            info["expert_action"] = self.mdp.expert_action(self._state)[0].cpu().numpy()
+        return observation, info
+
+    def render(self) -> np.ndarray | None:  # type: ignore[override]
+        if self.render_mode is None or self._state is None:
+            return None
+        return _pictures(self.expert, self._state.x_t)[0]
+
+
+class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
+    """A batch of diffusion MDPs in one process, one network call a step.
+
+    Supports all three autoreset modes. `reset(options={"reset_mask": mask})` restarts some of the environments.
+
+    Args:
+        num_envs: Size of the batch.
+        autoreset_mode: `NextStep`, `SameStep` or `Disabled`, or gymnasium's enum.
+        output: `numpy`, or `torch` to keep every observation, reward and flag on the device.
+        Others: As in DenoisingGymEnv.
+    """
+
+    def __init__(
+        self,
+        expert: Expert | str,
+        num_envs: int = 1,
+        num_steps: int = 4,
+        render_mode: str | None = None,
+        action_bound: float | None = None,
+        device: str = "cpu",
+        expert_kwargs: dict[str, Any] | None = None,
+        kernel: Kernel = "ddim",
+        reward: Reward = "none",
+        substeps: int = 1,
+        guidance_scale: float | None = None,
+        grid: GridKind = "linspace",
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        output: Literal["numpy", "torch"] = "numpy",
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs={num_envs}: need at least one environment")
+        if output not in ("numpy", "torch"):
+            raise ValueError(f"unknown output {output!r}; choose one of: numpy, torch")
+        self.expert = load_expert(expert, device=device, **(expert_kwargs or {})) if isinstance(expert, str) else expert
+        self.mdp = DenoisingMDP(
+            self.expert, num_steps, kernel=kernel, reward=reward, substeps=substeps, guidance_scale=guidance_scale, grid=grid
+        )
+        self.num_envs = num_envs
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.output = output
+        modes = _render_modes(self.expert)
+        _check_render_mode(render_mode, modes)
+        self.render_mode = render_mode
+        self.metadata = {"render_modes": modes, "render_fps": 4, "autoreset_mode": self.autoreset_mode}
+        self.single_observation_space, self.single_action_space = _spaces(self.expert, action_bound)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._generators: list[torch.Generator] = []
+        self._state: State | None = None
+        self._ended = torch.zeros(num_envs, dtype=torch.bool, device=self.mdp.device)
+
+    def reset(self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        super().reset(seed=seed if isinstance(seed, int) else None)
+        self._seed(seed)
+        options = options or {}
+        if "reset_mask" in options:
+            mask = torch.as_tensor(options["reset_mask"], dtype=torch.bool, device=self.mdp.device)
+            if mask.shape != (self.num_envs,) or not bool(mask.any()):
+                raise ValueError(f"reset_mask of shape {tuple(mask.shape)}: need ({self.num_envs},) with at least one True")
+            if self._state is None and not bool(mask.all()):
+                raise gymnasium.error.ResetNeeded("the first reset must start every environment")
+        else:
+            mask = torch.ones(self.num_envs, dtype=torch.bool, device=self.mdp.device)
+        rows = self._generators_of(mask)
+        self._write(mask, _chosen_start(self.mdp, options, self.mdp.start(rows)))
+        self._ended &= ~mask
+        return self._observe(), {}
+
+    def step(self, actions: Any) -> tuple[dict[str, Any], Any, Any, Any, dict[str, Any]]:
+        if self._state is None:
+            raise gymnasium.error.ResetNeeded("call reset() before step()")
+        x_s = torch.as_tensor(actions, dtype=torch.float32, device=self.mdp.device)
+        if x_s.shape != self._state.x_t.shape:
+            raise ValueError(f"actions of shape {tuple(x_s.shape)}: need {tuple(self._state.x_t.shape)}")
+        resting = self._ended
+        if self.autoreset_mode == AutoresetMode.DISABLED and bool(resting.any()):
+            raise gymnasium.error.ResetNeeded("an episode has ended; reset it with reset(options={'reset_mask': mask})")
+        moving = ~resting
+        reward = torch.zeros(self.num_envs, device=self.mdp.device)
+        terminated = torch.zeros_like(moving)
+        if bool(moving.any()):
+            rows = self._generators_of(moving)
+            now = State(*(None if v is None else v[moving] for v in self._state))
+            after, reward[moving], terminated[moving] = self.mdp.step(now, x_s[moving].clone(), lambda: self.mdp.noise(rows))
+            self._write(moving, after)
+        if bool(resting.any()):  # NEXT_STEP: the action is ignored, the observation is the new episode's
+            self._write(resting, self.mdp.start(self._generators_of(resting)))
+        info: dict[str, Any] = {}
+        self._ended = terminated.clone()
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and bool(terminated.any()):
+            info = {"final_obs": self._observe(), "_final_obs": self._out(terminated), "final_info": {}, "_final_info": self._out(terminated)}
+            self._write(terminated, self.mdp.start(self._generators_of(terminated)))
+            self._ended = torch.zeros_like(terminated)
+        truncated = torch.zeros_like(terminated)
+        return self._observe(), self._out(reward), self._out(terminated), self._out(truncated), info
+
+    def expert_action(self) -> Any:
+        """The expert's actions at the present states, (num_envs, *sample_shape); costs its forwards."""
+        if self._state is None or bool((self._state.t <= 0).any()):
+            raise gymnasium.error.ResetNeeded("every environment must be in the middle of an episode")
+        return self._out(self.mdp.expert_action(self._state))
+
+    def render(self) -> tuple[np.ndarray, ...] | None:  # type: ignore[override]
+        if self.render_mode is None or self._state is None:
+            return None
+        return tuple(_pictures(self.expert, self._state.x_t))
+
+    def _seed(self, seed: int | Sequence[int | None] | None) -> None:
+        if isinstance(seed, int):
+            seeds: Sequence[int | None] = [seed + i for i in range(self.num_envs)]
+        else:
+            seeds = [None] * self.num_envs if seed is None else seed
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"{len(seeds)} seeds for {self.num_envs} environments: need one each")
+        if not self._generators:
+            streams = self.np_random.integers(2**31, size=self.num_envs)
+            self._generators = [torch.Generator(self.mdp.device).manual_seed(int(s)) for s in streams]
+        for generator, s in zip(self._generators, seeds, strict=True):
+            if s is not None:
+                generator.manual_seed(s)
+
+    def _generators_of(self, mask: Tensor) -> list[torch.Generator]:
+        return [g for g, chosen in zip(self._generators, mask.tolist(), strict=True) if chosen]
+
+    def _write(self, mask: Tensor, rows: State) -> None:
+        """Puts the rows (sum(mask), …) where mask is set; what earlier observations share stays as it was."""
+        if self._state is None:
+            self._state = rows
+            return
+        self._state = State(*(None if old is None else old.index_put((mask,), new) for old, new in zip(self._state, rows, strict=True)))
+
+    def _observe(self) -> dict[str, Any]:
+        assert self._state is not None
+        return {key: self._out(value) for key, value in _observation(self._state).items()}
+
+    def _out(self, value: Tensor) -> Any:
+        return value.clone() if self.output == "torch" else value.cpu().numpy().copy()
+
+
+def register_envs() -> None:
+    """Registers every preset of configs/env as ddil/<Name>-v0: digits → ddil/Digits-v0, sd15 → ddil/SD15-v0."""
+    from ddil_env.presets import preset_names
+
+    for preset in preset_names("env"):
+        name = "".join(part.upper() if part[:2] in ("sd", "ss") else part.capitalize() for part in preset.split("_"))
+        if (env_id := f"ddil/{name}-v0") not in gymnasium.registry:
+            gymnasium.register(
+                id=env_id,
+                entry_point="ddil_env.gym_env:DenoisingGymEnv",
+                vector_entry_point="ddil_env.gym_env:DenoisingVectorEnv",
+                kwargs={"expert": preset},
+            )

@@ -1,0 +1,138 @@
+"""The diffusion MDP, batched, on the device: the one core that the TorchRL and the Gymnasium views share.
+
+    state   (x_t, t, s, c)      s = the time that the next action must reach, c = condition id, fixed in an episode
+    action  x_s                 the next latent
+    start   x_T ~ N(0, I), t = t_max
+    end     t = 0
+    kernel  `ddim`:    the next state is the action itself, P = δ(a)             DDIL §3.1
+            `renoise`: the action's implied estimate x̂_0 is diffused to s anew   Song et al. 2023, Alg. 1
+
+Both kernels take the same actions, so every policy runs under both: `renoise` reads x̂_0 out of the action by the
+inversion of the DDIM step (Salimans & Ho 2021, App. G) and replaces the noise that the action carried by a fresh draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ddil_env.expert import Expert
+from ddil_env.policy import ExpertPolicy
+from ddil_env.schedule import GridKind, TimeGrid, broadcast, invert_ddim
+
+Kernel = Literal["ddim", "renoise"]
+Reward = Literal["none", "expert_l2", "expert_loglik"]
+
+# log p needs a width where DDIM's own is 0 (the last step); 0.02 is about half a grey level in 8-bit pixels scaled to ±1, times 5.
+LOGLIK_MIN_STD = 0.02
+
+
+class State(NamedTuple):
+    """A batch of states: x_t (b, *sample_shape) float32, t and s (b,) float32, c (b,) int64 or None."""
+
+    x_t: Tensor
+    t: Tensor
+    s: Tensor
+    c: Tensor | None
+
+
+class DenoisingMDP:
+    """The reverse diffusion process of one expert as a Markov decision process.
+
+    Args:
+        expert: The diffusion model; gives shape, schedule, conditions, and the reward's reference.
+        num_steps: N, steps of an episode.
+        kernel: `ddim` or `renoise`.
+        reward: `none` is 0. `expert_l2` is −mean (a − a*)² over the latent's entries, a* the expert's action.
+            `expert_loglik` is log N(a; a*, σ̃²) per entry, σ̃ the width of the DDPM posterior (η = 1; Song et al. 2021,
+            Eq. 16), at least 0.02. Both run the expert at every step.
+        substeps: Expert steps in a*.
+        guidance_scale: The expert's guidance in a*; default: its own.
+        grid: Which N times.
+
+    Raises:
+        ValueError: num_steps out of range, or an unknown kernel, reward or grid.
+    """
+
+    def __init__(
+        self,
+        expert: Expert,
+        num_steps: int = 4,
+        *,
+        kernel: Kernel = "ddim",
+        reward: Reward = "none",
+        substeps: int = 1,
+        guidance_scale: float | None = None,
+        grid: GridKind = "linspace",
+    ) -> None:
+        for name, value, known in (("kernel", kernel, get_args(Kernel)), ("reward", reward, get_args(Reward))):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; choose one of: {', '.join(known)}")
+        self.expert = expert
+        self.device = expert.device
+        self.kernel = kernel
+        self.grid = TimeGrid(expert.schedule, num_steps, grid).to(expert.device)
+        self.policy = ExpertPolicy(expert, substeps, guidance_scale)
+        self._reward = {"none": self._no_reward, "expert_l2": self._expert_l2, "expert_loglik": self._expert_loglik}[reward]
+
+    def start(self, generators: list[torch.Generator]) -> State:
+        """New episodes, one a generator, so that a sample's episode depends on its own seed alone."""
+        x_t = self.noise(generators)
+        drawn = [c for g in generators if (c := self.expert.sample_condition(1, g)) is not None]
+        t = self.grid.times[:1].expand(len(generators)).clone()
+        return State(x_t, t, self.grid.previous(t), torch.cat(drawn) if drawn else None)
+
+    def noise(self, generators: list[torch.Generator]) -> Tensor:
+        """ε ~ N(0, I), one sample a generator, (len(generators), *sample_shape)."""
+        return torch.stack([torch.randn(self.expert.sample_shape, generator=g, device=self.device) for g in generators])
+
+    def at(self, x_t: Tensor, t: Tensor, c: Tensor | None) -> State:
+        """The state at a chosen latent and time; t need not lie on the grid.
+
+        Raises:
+            ValueError: t outside (0, t_max].
+        """
+        if not bool(((t > 0) & (t <= self.expert.schedule.t_max)).all()):
+            raise ValueError(f"cannot start at t={t.tolist()[:4]}: need 0 < t ≤ {self.expert.schedule.t_max}")
+        return State(x_t, t, self.grid.previous(t), c)
+
+    def step(self, state: State, action: Tensor, noise: Callable[[], Tensor]) -> tuple[State, Tensor, Tensor]:
+        """One transition.
+
+        Args:
+            state: Where the actions were taken.
+            action: The next latents, (b, *sample_shape).
+            noise: Draws fresh ε of the same shape; called by the `renoise` kernel alone.
+
+        Returns:
+            The next state, the reward (b,) float32 and whether the episode ended (b,) bool.
+        """
+        reward = self._reward(state, action)
+        x_s = action
+        if self.kernel == "renoise":
+            pred = invert_ddim(self.expert.schedule, state.x_t, state.t, action, state.s)
+            fresh = self.expert.schedule.add_noise(pred.x_0, noise(), state.s)
+            x_s = torch.where(broadcast(state.s > 0, action), fresh.to(action.dtype), action)
+        return State(x_s, state.s, self.grid.previous(state.s), state.c), reward, state.s <= 0
+
+    def expert_action(self, state: State) -> Tensor:
+        """a*, (b, *sample_shape)."""
+        return self.policy.act(*state)
+
+    def _no_reward(self, state: State, action: Tensor) -> Tensor:
+        return torch.zeros(len(action), device=action.device)
+
+    def _expert_l2(self, state: State, action: Tensor) -> Tensor:
+        return -(action - self.expert_action(state)).square().flatten(1).mean(1).float()
+
+    def _expert_loglik(self, state: State, action: Tensor) -> Tensor:
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = map(self.expert.schedule.coefficients, (state.t, state.s))
+        # σ̃² = σ_s²/σ_t² (1 − (α_t/α_s)² σ_s²/σ_t² … ) for VP, written for any (α, σ): σ_s² (1 − (α_t σ_s / (α_s σ_t))²)
+        posterior = sigma_s * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2).clamp(min=0).sqrt()
+        std = posterior.clamp(min=LOGLIK_MIN_STD).float()
+        z = (action - self.expert_action(state)) / broadcast(std, action)
+        return -0.5 * z.square().flatten(1).mean(1).float() - std.log() - 0.5 * math.log(2 * math.pi)

@@ -1,0 +1,98 @@
+"""Policies on the diffusion MDP: (x_t, t, s, c) → the next latent x_s. An expert and a student differ in the denoiser alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from ddil_env.expert import Denoiser, Expert, Predict
+from ddil_env.schedule import NoiseSchedule, substep_times
+from ddil_env.support import Support, Unbounded
+
+
+@torch.no_grad()
+def ddim_substeps(
+    predict: Predict, schedule: NoiseSchedule, support: Support, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None, k: int
+) -> Tensor:
+    """k DDIM steps of a denoiser from t to s, each estimate projected onto the support: x_s, (b, *sample_shape)."""
+    for now, then in pairwise(substep_times(schedule, t, s, k)):
+        x_t = predict(x_t, now, c).projected(support).latent(then)
+    return x_t
+
+
+class DdimPolicy(TensorDictModuleBase):
+    """A denoiser as a policy: its action at (x_t, t) is the latent that `substeps` DDIM steps put at s.
+
+    Reads `x_t`, `t`, `s` and, if conditional, `c` of a TensorDict and writes `action`.
+
+    Args:
+        predict: The denoiser's predict(x_t, t, c).
+        schedule: Its schedule.
+        substeps: Denoiser steps in one action.
+        support: Where its estimates of x_0 are projected.
+        conditional: Whether the observation has `c`.
+
+    Raises:
+        ValueError: substeps is less than 1.
+    """
+
+    out_keys = ["action"]
+
+    def __init__(
+        self, predict: Predict, schedule: NoiseSchedule, *, substeps: int = 1, support: Support | None = None, conditional: bool = True
+    ) -> None:
+        super().__init__()
+        if substeps < 1:
+            raise ValueError(f"substeps={substeps}: an action takes at least one step of the denoiser")
+        self.in_keys = ["x_t", "t", "s", "c"] if conditional else ["x_t", "t", "s"]
+        self.predict = predict
+        self.schedule = schedule
+        self.substeps = substeps
+        self.support = support or Unbounded()
+
+    def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None) -> Tensor:
+        """The action x_s (b, *sample_shape) at states x_t (b, *sample_shape), t (b,), for targets s (b,), conditions c (b,)."""
+        return ddim_substeps(self.predict, self.schedule, self.support, x_t, t, s, c, self.substeps)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return tensordict.set("action", self.act(tensordict["x_t"], tensordict["t"], tensordict["s"], tensordict.get("c", None)))
+
+
+class ExpertPolicy(DdimPolicy):
+    """The expert's action: `substeps` of its own DDIM steps, guided, projected onto the expert's support.
+
+    Args:
+        expert: The teacher.
+        substeps: k; on an N-step grid the expert then acts as its own N·k-step sampler.
+        guidance_scale: Classifier-free guidance; default: the expert's own.
+        project: False leaves the estimates where they fall (no thresholding).
+    """
+
+    def __init__(self, expert: Expert, substeps: int = 1, guidance_scale: float | None = None, project: bool = True) -> None:
+        w = expert.guidance_scale if guidance_scale is None else expert.check_guidance(guidance_scale)
+
+        def predict(x_t, t, c=None):  # type: ignore[no-untyped-def]
+            return expert.guided(x_t, t, c, w)
+
+        support = expert.support if project else None
+        super().__init__(predict, expert.schedule, substeps=substeps, support=support, conditional=expert.num_conditions > 0)
+        self.expert = expert
+        self.guidance_scale = w
+
+
+class StudentPolicy(DdimPolicy):
+    """A student's action: one DDIM step of its own.
+
+    Args:
+        student: The learner's denoiser.
+        expert: The expert that it imitates; gives schedule and conditions.
+        support: Where the student's estimates are projected; default: nowhere.
+    """
+
+    def __init__(self, student: Denoiser, expert: Expert, support: Support | None = None) -> None:
+        super().__init__(student.predict, expert.schedule, support=support, conditional=expert.num_conditions > 0)
+        self.student = student

@@ -1,0 +1,126 @@
+"""Finding an expert: by preset name, YAML file, class path or entry point.
+
+A preset is a YAML file of `expert: CLASS` and that class's keyword arguments. CLASS is a dotted path
+(`my_pkg.MyExpert`) or a name that an installed package registers in the entry-point group `ddil.experts`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ddil_env.expert import Expert
+
+
+def config_dir() -> Path:
+    """The folder of presets: inside the package in a wheel, beside it in a source checkout."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def preset_names(group: str) -> list[str]:
+    """Names of the presets of one group (`env`, `dagger`, …), sorted."""
+    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
+
+
+def find_preset(group: str, name: str) -> Path:
+    """The YAML file of a preset name, or of a path to one.
+
+    Raises:
+        ValueError: neither a preset nor a file.
+    """
+    path = config_dir() / group / f"{name}.yaml"
+    if "/" not in name and path.is_file():
+        return path
+    if Path(name).suffix in (".yaml", ".yml"):
+        if Path(name).is_file():
+            return Path(name)
+        raise ValueError(f"no file {name!r}")
+    raise ValueError(f"unknown {group} {name!r}; presets: {', '.join(preset_names(group))}. Or pass a YAML path.")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        ValueError: it is not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, but a config is a mapping of `name: value` lines")
+    return content
+
+
+def read_env(name: str) -> dict[str, Any]:
+    """An env preset: `expert` and its keyword arguments.
+
+    Raises:
+        ValueError: no such preset, malformed, or without `expert`.
+    """
+    path = find_preset("env", name)
+    preset = read_yaml(path)
+    if not isinstance(preset.get("expert"), str):
+        raise ValueError(f"{path} names no expert: it needs a line `expert: package.module.ClassName`")
+    return preset
+
+
+def find_expert(name: str) -> type[Expert]:
+    """The expert class at a dotted path or of an entry point.
+
+    Raises:
+        ValueError: nothing there, or not an Expert.
+    """
+    registered = {point.name: point for point in entry_points(group="ddil.experts")}
+    if name in registered:
+        found = registered[name].load()
+    else:
+        module_name, _, attribute = name.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            known = f"; entry points: {', '.join(sorted(registered))}" if registered else ""
+            raise ValueError(f"cannot find expert class {name!r} ({error}); pass a dotted path such as my_pkg.MyExpert{known}") from error
+    if not (inspect.isclass(found) and issubclass(found, Expert)):
+        raise ValueError(f"{name!r} is not a subclass of ddil_env.Expert")
+    return found
+
+
+def load_expert(env: str | Expert, **overrides: Any) -> Expert:
+    """An expert, ready to use.
+
+    Args:
+        env: A preset of configs/env, a path to a YAML file, or an Expert, which is returned as it is.
+        overrides: Keyword arguments of the expert's class, over the preset's.
+
+    Raises:
+        ValueError: unknown preset or class, arguments that the class does not take, or what its constructor refuses.
+    """
+    if isinstance(env, Expert):
+        if overrides:
+            raise ValueError(f"overrides {sorted(overrides)} cannot change an expert that exists already; pass them to its constructor")
+        return env
+    preset = read_env(env) | overrides
+    return make_expert(preset.pop("expert"), **preset)
+
+
+def make_expert(name: str, **kwargs: Any) -> Expert:
+    """Builds the expert class `name` (a dotted path or an entry point) with its keyword arguments.
+
+    Raises:
+        ValueError: as `find_expert`, or an argument that the class does not take.
+    """
+    cls = find_expert(name)
+    try:
+        inspect.signature(cls).bind(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}; it takes {', '.join(inspect.signature(cls).parameters)}") from error
+    return cls(**kwargs)

@@ -1,0 +1,42 @@
+"""Reading weights that a stranger could have made: safetensors only, with errors that name the file and the cure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: the file is absent, is not safetensors, or is damaged.
+    """
+    if path.suffix != ".safetensors":
+        raise ValueError(f"refusing to read weights from {path}: only .safetensors is read, since a pickle can run any code")
+    if not path.is_file():
+        raise ValueError(f"no weights at {path}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch or train it again") from error
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Loads a safetensors file into a module, strictly.
+
+    Raises:
+        ValueError: as `read_tensors`; or names, shapes or values do not fit the module.
+    """
+    tensors = read_tensors(path)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path} holds non-finite values in {name!r}; fetch or train it again")
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {type(module).__name__}: {error}") from error
