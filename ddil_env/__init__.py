@@ -8,6 +8,7 @@ from ddil_env.gym_env import DenoisingGymEnv, DenoisingVectorEnv, register_envs
 from ddil_env.mdp import DenoisingMDP
 from ddil_env.policy import DdimPolicy, ExpertPolicy, StudentPolicy
 from ddil_env.presets import load_expert
+from ddil_env.rollout import unroll
 from ddil_env.schedule import NoiseSchedule, Prediction, TimeGrid, ddim_step, invert_ddim, renoise_step
 from ddil_env.support import Box, Support, Unbounded
 
@@ -37,4 +38,5 @@ __all__ = [
     "load_expert",
     "register_envs",
     "renoise_step",
+    "unroll",
 ]

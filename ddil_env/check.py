@@ -50,7 +50,9 @@ def check_expert(expert: Expert, seed: int = 0) -> None:
         c = expert.sample_condition(n, generator)
         _require((c is None) == (expert.num_conditions == 0), expert, "sample_condition must give None exactly if num_conditions is 0")
         if c is not None:
-            _require(c.shape == (n,) and c.dtype == torch.int64, expert, f"sample_condition gave {c.dtype} {tuple(c.shape)}; need int64 ({n},)")
+            _require(
+                c.shape == (n,) and c.dtype == torch.int64, expert, f"sample_condition gave {c.dtype} {tuple(c.shape)}; need int64 ({n},)"
+            )
             _require(bool(((c >= 0) & (c < expert.num_conditions)).all()), expert, f"condition ids must be 0 … {expert.num_conditions - 1}")
         times = TimeGrid(expert.schedule, min(4, int(expert.schedule.t_max))).to(expert.device).times[:-1]
         t = times[torch.arange(n, device=expert.device) % len(times)]

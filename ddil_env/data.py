@@ -23,7 +23,7 @@ class TensorData:
         bad = (~torch.isfinite(x_0)).flatten(1).any(1)
         if bad.any():
             raise ValueError(
-                f"{int(bad.sum())} of {len(x_0)} data samples hold NaN or infinite values (the first is number {int(bad.nonzero()[0])}); remove them"
+                f"{int(bad.sum())} of {len(x_0)} samples hold NaN or infinite values, the first at {int(bad.nonzero()[0])}; remove them"
             )
         if c is not None and len(c) != len(x_0):
             raise ValueError(f"{len(x_0)} samples but {len(c)} conditions: there must be one a sample")

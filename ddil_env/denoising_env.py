@@ -59,7 +59,9 @@ class DenoisingEnv(EnvBase):
         if isinstance(expert, str):
             expert = load_expert(expert, **({} if device is None else {"device": device}))
         elif device is not None and torch.empty(0, device=device).device != expert.device:
-            raise ValueError(f"device={str(device)!r}, but the expert is on {str(expert.device)!r}; build the expert with device={str(device)!r}")
+            raise ValueError(
+                f"device={str(device)!r}, but the expert is on {str(expert.device)!r}; build the expert with device={str(device)!r}"
+            )
         if min(batch_size, default=1) < 1:
             raise ValueError(f"batch_size={list(batch_size)}: every axis needs at least one environment")
         super().__init__(device=expert.device, batch_size=torch.Size(batch_size))
@@ -102,7 +104,7 @@ class DenoisingEnv(EnvBase):
         return TensorDict(fields, batch_size=self.batch_size, device=self.device)
 
     def _reset(self, tensordict: TensorDictBase | None, set_state: bool = False, **kwargs: Any) -> TensorDict:
-        if tensordict is not None and "_reset" in tensordict.keys():
+        if tensordict is not None and "_reset" in tensordict:
             state = self._partial_start(tensordict["_reset"].reshape(-1))
         elif tensordict is not None and set_state:
             state = self._chosen_start(tensordict)
@@ -125,7 +127,7 @@ class DenoisingEnv(EnvBase):
         rows = [g for g, chosen in zip(self._generators, mask.tolist(), strict=True) if chosen]
         rows = rows or [torch.Generator(self.device)]  # nothing to reset: one throw-away draw, for the shapes
         started = self.mdp.start(rows)
-        return State(*(None if v is None else v.new_zeros(len(mask), *v.shape[1:]).index_put((mask,), v) for v in started))
+        return started.map(lambda v: v.new_zeros(len(mask), *v.shape[1:]).index_put((mask,), v))
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         state = self._flat(tensordict)

@@ -108,9 +108,14 @@ class Expert(ABC):
         support: Where clean samples lie.
         device: Where the expert computes.
 
+    Attributes:
+        extractor: Name of the feature extractor that judges its samples (ddil_agents.metrics.extractors).
+
     Raises:
         ValueError: an absent device, an empty shape, guidance without a null condition.
     """
+
+    extractor: str = "identity"
 
     def __init__(
         self,
@@ -191,7 +196,18 @@ class Expert(ABC):
         """
         raise ValueError(f"{type(self).__name__} brings no data; train data-free (--beta.forward 0) or give it data")
 
-    def make_student(self, **overrides: Any) -> NetworkDenoiser:
+    def reference_data(self, n: int, held_out: bool = False) -> tuple[Tensor, Tensor | None]:
+        """n fixed pairs to judge samples against: of the training data, or of data that the expert has not seen.
+
+        Returns:
+            x_0 (m, *sample_shape) and c (m,) or None, classes balanced, m ≤ n where the data are few.
+
+        Raises:
+            ValueError: this expert brings no data.
+        """
+        return self.sample_data(n, torch.Generator(self.device).manual_seed(1 if held_out else 0))
+
+    def make_student(self, *args: Any, **overrides: Any) -> NetworkDenoiser:
         """A trainable denoiser of the same shape, initialised from the expert's weights where it has any.
 
         Raises:
@@ -205,15 +221,15 @@ class Expert(ABC):
 
         save_model(student, str(directory / "student.safetensors"))
 
-    def load_student(self, directory: Path, **overrides: Any) -> NetworkDenoiser:
-        """Reads what `save_student` wrote, into `make_student(**overrides)`.
+    def load_student(self, directory: Path, *args: Any, **overrides: Any) -> NetworkDenoiser:
+        """Reads what `save_student` wrote, into `make_student` with the same options.
 
         Raises:
             ValueError: the file is absent, damaged, or of another architecture.
         """
         from ddil_env.weights import load_weights
 
-        student = self.make_student(**overrides)
+        student = self.make_student(*args, **overrides)
         load_weights(student, directory / "student.safetensors")
         return student
 

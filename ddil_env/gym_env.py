@@ -68,7 +68,9 @@ def _chosen_start(mdp: DenoisingMDP, options: dict[str, Any], drawn: State) -> S
     """The drawn start, with the `x_t`, `t` and `c` that the caller gives in place of its own."""
 
     def given(key: str, default: Tensor) -> Tensor:
-        return torch.as_tensor(options[key], dtype=default.dtype, device=default.device).reshape(default.shape) if key in options else default
+        return (
+            torch.as_tensor(options[key], dtype=default.dtype, device=default.device).reshape(default.shape) if key in options else default
+        )
 
     unknown = set(options) - {"x_t", "t", "c", "reset_mask"}
     if unknown:
@@ -118,7 +120,7 @@ class DenoisingGymEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         self.metadata = {**self.metadata, "render_modes": _render_modes(self.expert)}
         _check_render_mode(render_mode, self.metadata["render_modes"])
         self.render_mode = render_mode
-        self.observation_space, self.action_space = _spaces(self.expert, action_bound)
+        self.observation_space, self.action_space = _spaces(self.expert, action_bound)  # type: ignore[assignment]
         self.expert_action = expert_action
         self._generator: torch.Generator | None = None
         self._state: State | None = None
@@ -149,13 +151,13 @@ class DenoisingGymEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         assert self._state is not None
         observation = {key: value[0].cpu().numpy().copy() for key, value in _observation(self._state).items()}
         if "c" in observation:
-            observation["c"] = np.int64(observation["c"])  # a Discrete space holds a scalar
+            observation["c"] = observation["c"][()]  # a Discrete space holds a scalar
         info: dict[str, Any] = {}
         if self.expert_action and float(self._state.t[0]) > 0:
             info["expert_action"] = self.mdp.expert_action(self._state)[0].cpu().numpy()
         return observation, info
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         if self.render_mode is None or self._state is None:
             return None
         return _pictures(self.expert, self._state.x_t)[0]
@@ -212,7 +214,9 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         self._state: State | None = None
         self._ended = torch.zeros(num_envs, dtype=torch.bool, device=self.mdp.device)
 
-    def reset(self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         super().reset(seed=seed if isinstance(seed, int) else None)
         self._seed(seed)
         options = options or {}
@@ -243,7 +247,7 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         terminated = torch.zeros_like(moving)
         if bool(moving.any()):
             rows = self._generators_of(moving)
-            now = State(*(None if v is None else v[moving] for v in self._state))
+            now = self._state.map(lambda v: v[moving])
             after, reward[moving], terminated[moving] = self.mdp.step(now, x_s[moving].clone(), lambda: self.mdp.noise(rows))
             self._write(moving, after)
         if bool(resting.any()):  # NEXT_STEP: the action is ignored, the observation is the new episode's
@@ -251,7 +255,12 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         info: dict[str, Any] = {}
         self._ended = terminated.clone()
         if self.autoreset_mode == AutoresetMode.SAME_STEP and bool(terminated.any()):
-            info = {"final_obs": self._observe(), "_final_obs": self._out(terminated), "final_info": {}, "_final_info": self._out(terminated)}
+            info = {
+                "final_obs": self._observe(),
+                "_final_obs": self._out(terminated),
+                "final_info": {},
+                "_final_info": self._out(terminated),
+            }
             self._write(terminated, self.mdp.start(self._generators_of(terminated)))
             self._ended = torch.zeros_like(terminated)
         truncated = torch.zeros_like(terminated)
@@ -263,7 +272,7 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
             raise gymnasium.error.ResetNeeded("every environment must be in the middle of an episode")
         return self._out(self.mdp.expert_action(self._state))
 
-    def render(self) -> tuple[np.ndarray, ...] | None:  # type: ignore[override]
+    def render(self) -> tuple[np.ndarray, ...] | None:
         if self.render_mode is None or self._state is None:
             return None
         return tuple(_pictures(self.expert, self._state.x_t))
@@ -290,7 +299,7 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         if self._state is None:
             self._state = rows
             return
-        self._state = State(*(None if old is None else old.index_put((mask,), new) for old, new in zip(self._state, rows, strict=True)))
+        self._state = self._state.map(lambda old, new: old.index_put((mask,), new), rows)
 
     def _observe(self) -> dict[str, Any]:
         assert self._state is not None

@@ -39,6 +39,12 @@ class State(NamedTuple):
     s: Tensor
     c: Tensor | None
 
+    def map(self, f: Callable[..., Tensor], *others: State) -> State:
+        """f of each tensor, and of the same tensors of other states."""
+        columns = list(zip(self, *others, strict=True))
+        x_t, t, s = (f(*column) for column in columns[:3])
+        return State(x_t, t, s, None if self.c is None else f(*columns[3]))
+
 
 class DenoisingMDP:
     """The reverse diffusion process of one expert as a Markov decision process.

@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from ddil_env.expert import Denoiser, Expert, Predict
-from ddil_env.schedule import NoiseSchedule, substep_times
+from ddil_env.schedule import NoiseSchedule, Prediction, substep_times
 from ddil_env.support import Support, Unbounded
 
 
@@ -40,14 +40,13 @@ class DdimPolicy(TensorDictModuleBase):
         ValueError: substeps is less than 1.
     """
 
-    out_keys = ["action"]
-
     def __init__(
         self, predict: Predict, schedule: NoiseSchedule, *, substeps: int = 1, support: Support | None = None, conditional: bool = True
     ) -> None:
         super().__init__()
         if substeps < 1:
             raise ValueError(f"substeps={substeps}: an action takes at least one step of the denoiser")
+        self.out_keys = ["action"]
         self.in_keys = ["x_t", "t", "s", "c"] if conditional else ["x_t", "t", "s"]
         self.predict = predict
         self.schedule = schedule
@@ -75,13 +74,14 @@ class ExpertPolicy(DdimPolicy):
     def __init__(self, expert: Expert, substeps: int = 1, guidance_scale: float | None = None, project: bool = True) -> None:
         w = expert.guidance_scale if guidance_scale is None else expert.check_guidance(guidance_scale)
 
-        def predict(x_t, t, c=None):  # type: ignore[no-untyped-def]
+        def predict(x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
             return expert.guided(x_t, t, c, w)
 
         support = expert.support if project else None
         super().__init__(predict, expert.schedule, substeps=substeps, support=support, conditional=expert.num_conditions > 0)
         self.expert = expert
         self.guidance_scale = w
+        self.project = project
 
 
 class StudentPolicy(DdimPolicy):

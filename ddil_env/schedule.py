@@ -114,10 +114,10 @@ class NoiseSchedule:
     def prediction(self, output: Tensor, x_t: Tensor, t: Tensor, kind: PredictionType) -> Prediction:
         """Reads a network's output (b, *sample_shape) as x̂_0 and ε̂.
 
-            eps:  x_0 = (x_t − σ ε)/α
-            v:    x_0 = α x_t − σ v,    ε = α v + σ x_t      Salimans & Ho 2021, App. D; needs α² + σ² = 1
-            x_0:  ε = (x_t − α x_0)/σ
-            flow: x_0 = x_t − σ u,      ε = x_t + α u         u = ε − x_0; needs α + σ = 1
+        eps:  x_0 = (x_t − σ ε)/α
+        v:    x_0 = α x_t − σ v,    ε = α v + σ x_t      Salimans & Ho 2021, App. D; needs α² + σ² = 1
+        x_0:  ε = (x_t − α x_0)/σ
+        flow: x_0 = x_t − σ u,      ε = x_t + α u         u = ε − x_0; needs α + σ = 1
         """
         alpha, sigma = self(t, x_t)
         if kind == "eps":
@@ -193,7 +193,7 @@ class Prediction:
     def projected(self, support: Support) -> Prediction:
         """Moves x̂_0 onto the data's support and keeps α x̂_0 + σ ε̂ = x_t (reflected diffusion, Lou & Ermon 2023).
 
-            ε̂' = ε̂ + (α/σ)(x̂_0 − x̂_0')        bit for bit unchanged where x̂_0 already lies inside
+        ε̂' = ε̂ + (α/σ)(x̂_0 − x̂_0')        bit for bit unchanged where x̂_0 already lies inside
         """
         x_0 = support.project(self.x_0)
         alpha, sigma = self.schedule(self.t, x_0)

@@ -16,6 +16,7 @@ import argparse
 import copy
 import gzip
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -43,6 +44,7 @@ class DigitsSpec:
 
     Attributes:
         size: Side of the picture, in pixels.
+        extractor: Name of the classifier whose features judge samples.
         patch: Pixels folded into channels before the first convolution: 2 makes the 16×16 network 1.7 × faster on a CPU.
         channels: Widths of the UNet's levels; the last has attention.
         per_class: Images a class in the train and fit splits; the rest is test.
@@ -50,6 +52,7 @@ class DigitsSpec:
     """
 
     size: int
+    extractor: str
     patch: int
     channels: tuple[int, int]
     per_class: tuple[int, int]
@@ -57,8 +60,8 @@ class DigitsSpec:
 
 
 SPECS = {
-    "digits": DigitsSpec(size=16, patch=2, channels=(64, 96), per_class=(350, 80), updates=4000),
-    "digits8": DigitsSpec(size=8, patch=1, channels=(32, 64), per_class=(90, 40), updates=4000),
+    "digits": DigitsSpec(size=16, extractor="fd_mnist16_clf", patch=2, channels=(64, 96), per_class=(350, 80), updates=4000),
+    "digits8": DigitsSpec(size=8, extractor="fd_digits8_clf", patch=1, channels=(32, 64), per_class=(90, 40), updates=4000),
 }
 
 
@@ -75,7 +78,10 @@ def spec_of(name: str) -> DigitsSpec:
 
 @cache
 def load_digits(name: str, split: Split) -> tuple[Tensor, Tensor]:
-    """Pictures in [−1, 1], (n, 1, size, size) float32, and classes (n,) int64, of one split, in the packages' order.
+    """Pictures in [−1, 1], (n, 1, size, size) float32, and classes (n,) int64, of one split, class after class.
+
+    The packages list the digits writer after writer, so each class is shuffled once, by a fixed seed, before it is cut:
+    otherwise "held-out" means "other writers", and lies 2 to 4 times as far from the training data as a fair split does.
 
     Raises:
         ValueError: unknown name or split.
@@ -98,14 +104,15 @@ def load_digits(name: str, split: Split) -> tuple[Tensor, Tensor]:
         labels = torch.from_numpy(classes.astype(np.int64))
     train, fit = spec.per_class
     start, stop = {"train": (0, train), "fit": (train, train + fit), "test": (train + fit, None)}[split]
-    index = torch.cat([(labels == k).nonzero()[start:stop, 0] for k in range(NUM_CLASSES)])
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
+    index = torch.cat([order[labels[order] == k][start:stop] for k in range(NUM_CLASSES)])
     return pictures[index] * 2 - 1, labels[index]
 
 
 class DigitsUNet(nn.Module):
     """diffusers' UNet2DModel on pictures folded into patches; class 10 is "no class"."""
 
-    def __init__(self, spec: DigitsSpec, channels: tuple[int, int] | None = None) -> None:
+    def __init__(self, spec: DigitsSpec, channels: Sequence[int] | None = None) -> None:
         super().__init__()
         from diffusers import UNet2DModel
 
@@ -115,7 +122,7 @@ class DigitsUNet(nn.Module):
             in_channels=spec.patch**2,
             out_channels=spec.patch**2,
             layers_per_block=1,
-            block_out_channels=channels or spec.channels,
+            block_out_channels=tuple(channels or spec.channels),
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
             norm_num_groups=8,
@@ -157,6 +164,7 @@ class Digits(Expert):
             device=device,
         )
         self.dataset = dataset
+        self.extractor = spec.extractor
         network = DigitsUNet(spec)
         load_weights(network, Path(weights) if weights else Path(str(files("ddil_env") / "experts" / "weights" / f"{dataset}.safetensors")))
         self.network = network.to(self.device).eval().requires_grad_(False)
@@ -172,9 +180,15 @@ class Digits(Expert):
             self._data = TensorData(pictures.to(self.device), labels.to(self.device))
         return self._data.draw(n, generator)
 
-    def make_student(self, *, channels: tuple[int, int] | None = None) -> NetworkDenoiser:
+    def reference_data(self, n: int, held_out: bool = False) -> tuple[Tensor, Tensor | None]:
+        pictures, labels = load_digits(self.dataset, "test" if held_out else "train")
+        of_class = [(labels == k).nonzero()[:, 0] for k in range(NUM_CLASSES)]
+        index = torch.stack([rows[: min(map(len, of_class))] for rows in of_class], dim=1).flatten()[:n]  # 0, 1, … 9, 0, 1, …
+        return pictures[index].to(self.device), labels[index].to(self.device)
+
+    def make_student(self, *, channels: Sequence[int] | None = None) -> NetworkDenoiser:
         """A v-predicting UNet that starts as the teacher; with other `channels`, one that starts from random weights."""
-        network = copy.deepcopy(self.network) if channels is None else DigitsUNet(spec_of(self.dataset), tuple(channels)).to(self.device)
+        network = copy.deepcopy(self.network) if channels is None else DigitsUNet(spec_of(self.dataset), channels).to(self.device)
         return NetworkDenoiser(network.train().requires_grad_(True), self.schedule, "v")
 
     def decode(self, x_0: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ddil_env.expert import Expert, NetworkDenoiser
-from ddil_env.schedule import Kind, NoiseSchedule, Prediction, PredictionType, broadcast
+from ddil_env.schedule import Kind, NoiseSchedule, Prediction, PredictionType
 
 
 class TimeConditionedMLP(nn.Module):
@@ -27,11 +28,12 @@ class TimeConditionedMLP(nn.Module):
     def __init__(self, sample_shape: tuple[int, ...], num_conditions: int, t_max: float, width: int, depth: int) -> None:
         super().__init__()
         self.num_conditions = num_conditions
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.pi * 2.0 ** torch.arange(6), persistent=False)
         self.t_max = t_max
         d = math.prod(sample_shape)
         widths = [d + 13 + num_conditions, *[width] * depth]
-        hidden = [layer for n, m in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(n, m), nn.SiLU())]
+        hidden = [layer for n, m in pairwise(widths) for layer in (nn.Linear(n, m), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(widths[-1], d))
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None) -> Tensor:

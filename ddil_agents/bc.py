@@ -1,0 +1,65 @@
+"""Behaviour cloning of the diffusion expert, which is progressive distillation (Salimans & Ho 2021).
+
+The student at (x_t, t) learns the one x̂_0 whose DDIM step t → s lands where k teacher steps do:
+
+    x_tgt = (x_s − r x_t)/(α_s − r α_t) ,  r = σ_s/σ_t          App. G
+    L     = w_t ‖x̂_θ(x_t, t, c) − x_tgt‖²                        Eq. 9; w_t = max(α²/σ², 1) or 1 + α²/σ²
+
+on states of forward-diffused data alone: β = (1, 0, 0).
+
+    python -m ddil_agents.bc --env digits --num_steps 4
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+from tensordict import TensorDict
+from torch import Tensor
+
+from ddil_agents.learner import Learner, LearnerConfig
+
+Weighting = Literal["truncated_snr", "snr_plus_one"]
+
+
+@dataclass(frozen=True)
+class BCConfig(LearnerConfig):
+    """Settings of progressive distillation."""
+
+    weighting: Weighting = "truncated_snr"
+    """w_t on the x_0 error: truncated_snr, max(SNR, 1); or snr_plus_one, which is the plain error in v."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weighting not in get_args(Weighting):
+            raise ValueError(f"unknown weighting {self.weighting!r}; choose one of: {', '.join(get_args(Weighting))}")
+
+
+class BehaviourCloning(Learner):
+    """Progressive distillation on forward-diffused data."""
+
+    name = "bc"
+    Config: ClassVar[type[LearnerConfig]] = BCConfig
+    config: BCConfig
+
+    def loss(self, batch: TensorDict) -> Tensor:
+        x_t, t, c, x_tgt = batch["x_t"], batch["t"], batch.get("c", None), batch["x_tgt"]
+        error = (self.student(x_t, t, c).x_0 - x_tgt).square().flatten(1).mean(1)  # ‖x̂_θ − x_tgt‖² per entry, (b,)
+        return self.weight(t).to(error.dtype) * error
+
+    def weight(self, t: Tensor) -> Tensor:
+        """w_t of the x_0 error, (b,)."""
+        alpha, sigma = self.expert.schedule.coefficients(t)
+        snr = (alpha / sigma) ** 2
+        return snr.clamp(min=1) if self.config.weighting == "truncated_snr" else 1 + snr
+
+
+def main(argv: list[str] | None = None) -> None:
+    from ddil_agents.cli import run
+
+    run(BehaviourCloning, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Exact, atomic checkpoints.
+
+A checkpoint is a folder `step_00000500/` of `state.pt`, read with weights_only, and `manifest.json`, which holds the
+file's SHA-256. It is written beside its place, flushed to the disk and renamed there, so a run that is killed at any moment
+leaves only whole checkpoints; a damaged one is refused by its checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from ddil_agents.learner import Learner
+
+KEEP = 2  # checkpoints of a run that stay on the disk
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file in whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    _flush(partial)
+    os.replace(partial, path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def save_checkpoint(learner: Learner, directory: Path) -> Path:
+    """Writes `directory/step_N` and removes all but the newest two; returns its path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    final = directory / f"step_{learner.step:08d}"
+    partial = directory / f".{final.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    torch.save(learner.state_dict(), partial / "state.pt")
+    digest = hashlib.sha256((partial / "state.pt").read_bytes()).hexdigest()
+    manifest = {"step": learner.step, "agent": learner.name, "sha256": digest, "config": learner.config_dict()}
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    for path in (partial / "state.pt", partial / "manifest.json", partial):
+        _flush(path)
+    if final.exists():  # the same step again, after a resume: the same content
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    _flush(directory)
+    for old in checkpoints(directory)[:-KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Whole checkpoints in a directory, oldest first."""
+    return sorted(path for path in directory.glob("step_*") if (path / "manifest.json").is_file())
+
+
+def load_checkpoint(learner: Learner, directory: Path) -> None:
+    """Restores the learner from a checkpoint folder, or from the newest in a folder of them.
+
+    Raises:
+        ValueError: none there, a damaged one, or one of another agent or config.
+    """
+    found = [directory] if (directory / "manifest.json").is_file() else checkpoints(directory)
+    if not found:
+        raise ValueError(f"no checkpoint in {directory}")
+    path = found[-1]
+    cure = f"remove {path} to resume from the one before it" if len(found) > 1 else "start a new run"
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        content = (path / "state.pt").read_bytes()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {cure}") from error
+    if hashlib.sha256(content).hexdigest() != manifest.get("sha256"):
+        raise ValueError(f"{path}/state.pt is damaged: its SHA-256 is not the manifest's; {cure}")
+    ours, theirs = json.loads(json.dumps(learner.config_dict())), manifest["config"]
+    different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if manifest["agent"] != learner.name or different:
+        raise ValueError(
+            f"{path} is of {manifest['agent']} with another config; it differs in: {', '.join(different) or 'the agent'}. "
+            "Load it into a learner built with the same config."
+        )
+    state: dict[str, Any] = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
+    learner.load_state_dict(state)

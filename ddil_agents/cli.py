@@ -1,0 +1,257 @@
+"""The command line of every learner: dataclass ← presets ← --config ← flags, and the run that follows.
+
+    python -m ddil_agents.dagger --env digits --num_updates 2000 --out runs/mine
+    python -m ddil_agents.dagger --resume runs/mine
+
+An env is a preset of configs/env or a YAML file; its expert's arguments are flags, `--env.guidance_scale 3`. Where
+configs/<agent>/<env>.yaml exists its settings are this env's defaults. A run directory holds
+
+    config.yaml    reruns as it is: --config config.yaml
+    metrics.jsonl, tensorboard/, checkpoints/, student/, samples.png, result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from ddil_agents.checkpoint import checkpoints, write_atomically
+from ddil_agents.evaluate import Evaluation, Judge, provenance
+from ddil_agents.learner import Learner
+from ddil_agents.report import save_pictures, table
+from ddil_agents.train import train
+from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
+
+logging.getLogger("torchrl").setLevel(logging.WARNING)  # one INFO line a buffer says nothing to a user
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@contextmanager
+def clear_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """What the user can mend ends in one line and exit status 2, not in a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def run(agent: type[Learner], argv: list[str] | None = None) -> None:
+    """The main of a learner's file: parses, trains, evaluates and writes the run directory."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    outer = argparse.ArgumentParser(prog=f"python -m ddil_agents.{agent.name}")
+    with clear_errors(outer):
+        resume = _take(argv, "--resume")
+        if resume is not None:
+            saved = Path(resume) / "config.yaml"
+            if not saved.is_file():
+                raise ValueError(f"nothing to resume in {resume}: no config.yaml there")
+            parser, cfg = _parse(agent, ["--config", str(saved)])
+            _, asked = _parse(agent, ["--config", str(saved), *argv])
+            changed = sorted(k for k, v in asked.as_flat().__dict__.items() if cfg.as_flat().__dict__.get(k) != v)
+            if changed:
+                raise ValueError(
+                    f"--resume continues {resume} as it was configured, but {', '.join(changed)} differs; start a new run for that"
+                )
+        else:
+            parser, cfg = _parse(agent, argv)
+        learner = _learner(agent, parser, cfg)
+        evaluation = Evaluation(**vars(cfg.evaluate))
+        _evaluable(learner, evaluation)
+        out = Path(resume) if resume is not None else _new_directory(cfg, agent)
+        if resume is None:
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomically(
+                out / "config.yaml", parser.dump(Namespace({**vars(cfg.clone()), "out": None, "config": None}), skip_none=False)
+            )
+        elif checkpoints(out / "checkpoints"):
+            learner.load(out / "checkpoints")
+            print(f"resuming {out} at step {learner.step} of {learner.horizon}", file=sys.stderr)
+        train(learner, out, checkpoint_every=cfg.checkpoint_every, log_every=cfg.log_every)
+        finish(learner, out, evaluation, _env_name(cfg))
+
+
+def finish(learner: Learner, out: Path, evaluation: Evaluation, env: str) -> None:
+    """Saves the student, judges it beside its teacher, and writes result.json and samples.png."""
+    (out / "student").mkdir(exist_ok=True)
+    learner.expert.save_student(learner.average, out / "student", learner.config.num_steps, learner.config.grid)
+    judge = Judge(learner.expert_policy, learner.grid, evaluation)
+    name = f"{learner.name}@{learner.config.num_steps}"
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    cost = {"teacher_nfe": learner.teacher_nfe, "train_seconds": rows[-1]["seconds"], "nfe_per_sample": learner.config.num_steps}
+    result = {
+        "agent": learner.name,
+        "env": env,
+        "student": name,
+        "training_seed": learner.config.seed,
+        "num_updates": learner.step,
+        "teacher_nfe": learner.teacher_nfe,
+        "student_nfe": learner.student_nfe,
+        "settings": judge.describe(),
+        "floors": judge.floors(),
+        "models": {**judge.judge_baselines(), name: cost | judge.judge(learner.student_policy)},
+        **provenance(),
+    }
+    write_atomically(out / "result.json", json.dumps(result, indent=1))
+    save_pictures(out / "samples.png", judge, {**judge.baselines(), name: judge.sample(learner.student_policy, learner.grid)})
+    print(table(result))
+    print(f"\n{out}: config.yaml, metrics.jsonl, result.json, student/, samples.png")
+
+
+def load_run(directory: Path) -> Learner:
+    """The learner of a run directory, at its newest checkpoint.
+
+    Raises:
+        ValueError: no run there, or a damaged one.
+    """
+    import importlib
+
+    if not (directory / "result.json").is_file():
+        raise ValueError(f"{directory} holds no finished run (no result.json); finish it with --resume {directory}")
+    name = json.loads((directory / "result.json").read_text())["agent"]
+    module = importlib.import_module(f"ddil_agents.{name}")
+    agent = next(v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Learner) and getattr(v, "name", None) == name)
+    parser, cfg = _parse(agent, ["--config", str(directory / "config.yaml")])
+    return _learner(agent, parser, cfg).load(directory / "checkpoints")
+
+
+def judge_of(learner: Learner, **settings: Any) -> Judge:
+    """A judge on the learner's own expert policy and grid."""
+    return Judge(learner.expert_policy, learner.grid, Evaluation(**settings))
+
+
+def _take(argv: list[str], flag: str) -> str | None:
+    """Removes `flag VALUE` or `flag=VALUE` from argv and returns the value, the last if given twice."""
+    value, i = None, 0
+    while i < len(argv):
+        if argv[i] == flag:
+            if i + 1 == len(argv) or argv[i + 1].startswith("--"):
+                raise ValueError(f"{flag} needs a value")
+            value = argv[i + 1]
+            del argv[i : i + 2]
+        elif argv[i].startswith(f"{flag}="):
+            value = argv.pop(i).split("=", 1)[1]
+        else:
+            i += 1
+    return value
+
+
+def _parse(agent: type[Learner], argv: list[str]) -> tuple[ArgumentParser, Namespace]:
+    """The parser for this agent and the env that argv names, and what it reads."""
+    argv = list(argv)
+    env_name, config, device = _take(argv, "--env"), _take(argv, "--config"), _take(argv, "--device")
+    expert_name = _take(argv, "--env.expert")
+    config_path = None if config is None else find_preset(agent.name, config)
+    in_config = {} if config_path is None else read_yaml(config_path).get("env") or {}
+    if isinstance(in_config, str):  # `env: digits` in a config names the preset
+        env_name, in_config = env_name or in_config, {}
+    preset: dict[str, Any] = {}
+    if env_name is not None:
+        preset = read_env(env_name)
+        own_settings = config_dir() / agent.name / f"{Path(env_name).stem}.yaml"
+    elif expert_name is None and "expert" not in in_config and not {"--help", "-h"} & set(argv):
+        raise ValueError(
+            f"which expert? pass --env NAME; presets: {', '.join(preset_names('env'))}. Or a YAML path, or --env.expert my_pkg.MyExpert"
+        )
+    expert = expert_name or in_config.get("expert") or preset.get("expert") or "ddil_env.experts.digits.Digits"
+
+    parser = ArgumentParser(
+        prog=f"python -m ddil_agents.{agent.name}",
+        description=sys.modules[agent.__module__].__doc__,
+        default_config_files=[str(own_settings)] if env_name is not None and own_settings.is_file() else [],
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument(
+        "--config", action="config", help=f"settings that differ from the defaults, a YAML file or a preset of configs/{agent.name}"
+    )
+    parser.add_argument("--out", type=str | None, default=None, help="new run directory (default: runs/AGENT-ENV-SEED-TIME)")
+    parser.add_argument("--checkpoint_every", type=int, default=500, help="gradient steps between checkpoints")
+    parser.add_argument("--log_every", type=int, default=10, help="gradient steps that a line of metrics.jsonl sums up")
+    parser.add_class_arguments(agent.Config, None)
+    parser.add_class_arguments(Evaluation, "evaluate")
+    parser.add_argument(
+        "--env.expert", type=str, default=expert, help="class path or entry point; --env NAME takes it from a preset of configs/env"
+    )
+    parser.add_class_arguments(find_expert(expert), "env", instantiate=False)
+    known = {action.dest for action in parser._actions}
+    if "env.device" in known:
+        preset = {"device": "cuda" if torch.cuda.is_available() else "cpu", **preset}
+    elif device is not None:
+        raise ValueError(f"--device {device}: {expert} takes no device")
+    if unknown := sorted(key for key in preset if f"env.{key}" not in known):
+        raise ValueError(f"{env_name}: {expert} takes no argument {', '.join(unknown)}")
+    parser.set_defaults({f"env.{key}": value for key, value in preset.items() if key != "expert"})
+    argv = ([] if config_path is None else ["--config", str(config_path)]) + argv
+    if device is not None:
+        argv += ["--env.device", device]
+    parser.exit_on_error = False
+    try:
+        return parser, parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error}{_suggestion(parser, str(error))}") from error
+
+
+def _suggestion(parser: ArgumentParser, message: str) -> str:
+    """Flags that look like the one that is not recognised."""
+    unknown = re.findall(r"unrecognized arguments: (--[\w.]+)", message)
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    close = difflib.get_close_matches(unknown[0], flags, n=3) if unknown else []
+    return f"; did you mean {' or '.join(close)}? --help lists them all" if close else ""
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def _learner(agent: type[Learner], parser: ArgumentParser, cfg: Namespace) -> Learner:
+    """The expert and the learner that a parsed command line describes."""
+    made = parser.instantiate_classes(cfg)
+    env = dict(vars(cfg.env))
+    expert = make_expert(env.pop("expert"), **env)
+    config = agent.Config(**{f.name: getattr(made, f.name) for f in fields(agent.Config)})
+    return agent(expert, config)
+
+
+def _evaluable(learner: Learner, evaluation: Evaluation) -> None:
+    """Refuses before training what would fail after it: an unknown extractor, or data that the forward source needs."""
+    from ddil_agents.metrics.extractors import default_extractor, load_extractor
+
+    load_extractor(evaluation.extractor or default_extractor(learner.expert))
+    if learner.config.beta.forward > 0 or learner.config.beta.schedule != "constant":
+        learner.expert.sample_data(1, torch.Generator(learner.expert.device))
+
+
+def _env_name(cfg: Namespace) -> str:
+    """The preset that the env is, or else its class's name."""
+    env = {k: v for k, v in vars(cfg.env).items() if k != "device"}
+    for name in preset_names("env"):
+        preset = read_env(name)
+        if all(env.get(key) == value for key, value in preset.items()):
+            return name
+    return str(env["expert"]).rpartition(".")[2]
+
+
+def _new_directory(cfg: Namespace, agent: type[Learner]) -> Path:
+    """The run directory, not yet made.
+
+    Raises:
+        ValueError: it exists and is not empty.
+    """
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = Path(cfg.out or f"runs/{agent.name}-{_env_name(cfg)}-s{cfg.seed}-{stamp}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; continue it with --resume {out}, or choose another --out")
+    return out

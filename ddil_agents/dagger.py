@@ -1,0 +1,45 @@
+"""DAgger on the diffusion MDP: DDIL with the loss of progressive distillation (DDIL §4.2, "PD + DDIL"; Ross et al. 2011).
+
+    s ~ Σᵢ βᵢ ρᵢ ,  i ∈ {forward, teacher, student}              DDIL Alg. 1
+    L = w_t ‖x̂_θ(x_t, t, c) − x_tgt‖²                            as in bc.py, on those states
+
+The student is unrolled without gradient, the expert labels every state that it visits, and the labels are aggregated in
+the buffer: a ring of the newest (streaming), or with `--capacity null` all of the run (per-round aggregation).
+
+    python -m ddil_agents.dagger --env digits --beta.forward .5 --beta.teacher .1 --beta.student .4
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ddil_agents.bc import BCConfig, BehaviourCloning
+from ddil_agents.beta import Beta
+from ddil_agents.learner import LearnerConfig
+
+
+@dataclass(frozen=True)
+class DaggerConfig(BCConfig):
+    """Settings of DAgger: those of progressive distillation, with states from all three sources."""
+
+    beta: Beta = field(default_factory=lambda: Beta(forward=0.5, teacher=0.1, student=0.4))
+    """Source priors."""
+
+
+class Dagger(BehaviourCloning):
+    """Progressive distillation on the β-mixture of forward, teacher and student states."""
+
+    name = "dagger"
+    Config: ClassVar[type[LearnerConfig]] = DaggerConfig
+    config: DaggerConfig
+
+
+def main(argv: list[str] | None = None) -> None:
+    from ddil_agents.cli import run
+
+    run(Dagger, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Fréchet distance between two sets of features, each taken for a Gaussian.
+
+Its name is never FID: that one is of Inception-v3 features. A result names its extractor, its n and the floor that real
+data reach at the same n, since with few samples even real against real is far from 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddil_agents.metrics.distances import as_pair
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Squared 2-Wasserstein distance between the Gaussians fitted to two sets of features.
+
+        d² = ‖μ_a − μ_b‖² + tr(C_a + C_b − 2 (C_a C_b)^{1/2})      Dowson & Landau 1982; Heusel et al. 2017
+
+    C_a C_b has the eigenvalues of the symmetric C_a^{1/2} C_b C_a^{1/2}, so no root of a non-symmetric matrix is needed,
+    and fewer samples than features, which leave C singular, do no harm.
+
+    Args:
+        a, b: Features, (n, d) and (m, d); n ≠ m is allowed.
+
+    Raises:
+        ValueError: fewer than 2 samples, widths that differ, non-finite features.
+    """
+    a, b = as_pair(a, b)
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"{len(a)} and {len(b)} samples: a covariance needs at least 2 of each")
+    cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(a.shape[1], -1)  # (d, d), also for d = 1
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C_a^{1/2}; round-off can leave an eigenvalue at −1e-17
+    root_trace = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    squared = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root_trace
+    return float(squared.clamp(min=0))

@@ -1,0 +1,181 @@
+"""From run directories to a table, curves and a sample grid.
+
+python -m ddil_agents.report runs/bc runs/dagger --out runs/report
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ddil_agents.evaluate import Judge
+
+COLUMNS = {  # key of a result → heading and format
+    "frechet": ("Fréchet ↓", "{:.3g}"),
+    "coverage": ("coverage ↑", "{:.3f}"),
+    "recall": ("recall ↑", "{:.3f}"),
+    "accuracy": ("accuracy ↑", "{:.3f}"),
+    "endpoint_rmse": ("RMSE to teacher ↓", "{:.4f}"),
+    "nfe_per_sample": ("NFE/sample", "{:d}"),
+    "teacher_nfe": ("teacher NFE (training)", "{:,d}"),
+    "train_seconds": ("training s", "{:.0f}"),
+}
+
+
+def table(result: dict[str, Any]) -> str:
+    """A Markdown table of one result's models and floors, with the line that says how they were measured."""
+    rows = {**{name.replace("_", " "): values for name, values in result["floors"].items()}, **result["models"]}
+    columns = {key: spec for key, spec in COLUMNS.items() if any(row.get(key) is not None for row in rows.values())}
+    cells = [["model", *(heading for heading, _ in columns.values())]]
+    for name, row in rows.items():
+        cells.append([name, *(form.format(row[key]) if row.get(key) is not None else "–" for key, (_, form) in columns.items())])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    s = result["settings"]
+    how = f"n = {s['n']}, evaluation seed {s['seed']}, features of {s['extractor']}, guidance {s['guidance_scale']:g}; "
+    how += f"{result['hardware']}, torch {result['torch']}, {result['date']}"
+    return "\n".join([*lines, "", how])
+
+
+def picture_rows(judge: Judge, samples: dict[str, Tensor], columns: int = 20) -> dict[str, np.ndarray]:
+    """Each model's first samples as one strip of pictures, (height, columns · width, 3), same noise a column."""
+    rows = {}
+    for name, x_0 in samples.items():
+        pictures = judge.expert.decode(x_0[:columns])
+        if pictures is None:
+            return {}
+        rows[name] = torch.cat(list(pictures), dim=1).numpy()
+    return rows
+
+
+def save_samples(path: Path, rows: dict[str, np.ndarray], scale: int = 3) -> bool:
+    """Writes a grid of strips, each with its model's name; False where there are no pictures."""
+    if not rows:
+        return False
+    from PIL import Image, ImageDraw
+
+    margin = 12 + 7 * max(map(len, rows))
+    strips = [np.repeat(np.repeat(row, scale, 0), scale, 1) for row in rows.values()]
+    canvas = Image.new("RGB", (margin + strips[0].shape[1], sum(s.shape[0] + 4 for s in strips)), "white")
+    draw, y = ImageDraw.Draw(canvas), 0
+    for name, strip in zip(rows, strips, strict=True):
+        draw.text((6, y + strip.shape[0] // 2 - 6), name, fill="black")
+        canvas.paste(Image.fromarray(strip), (margin, y))
+        y += strip.shape[0] + 4
+    canvas.save(path)
+    return True
+
+
+def save_scatter(path: Path, judge: Judge, samples: dict[str, Tensor]) -> None:
+    """For samples in the plane: one panel a model, over the data."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3 * len(samples), 3.2), layout="constrained")
+    for axis, (name, x_0) in zip(np.atleast_1d(figure.subplots(1, len(samples), sharex=True, sharey=True)), samples.items(), strict=True):
+        if judge.real is not None:
+            axis.scatter(*judge.real.cpu().T, s=2, c="lightgrey")
+        axis.scatter(*x_0.cpu().T, s=2)
+        axis.set_title(name)
+        axis.set_aspect("equal")
+    figure.savefig(path, dpi=110)
+
+
+def save_pictures(path: Path, judge: Judge, samples: dict[str, Tensor]) -> None:
+    """The samples as a person can see them: a grid of pictures, or a scatter plot in the plane; nothing for other shapes."""
+    if judge.expert.sample_shape == (2,):
+        save_scatter(path, judge, samples)
+    else:
+        save_samples(path, picture_rows(judge, samples))
+
+
+def save_curves(path: Path, runs: dict[str, list[dict[str, Any]]], results: dict[str, dict[str, Any]]) -> None:
+    """Loss over gradient steps and over teacher NFE; action error and covariate shift over the student's steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    (loss, cost), (error, shift) = figure.subplots(2, 2)
+    for name, rows in runs.items():
+        values = [row["loss"] for row in rows]
+        loss.plot([row["step"] for row in rows], values, label=name)
+        cost.plot([row["teacher_nfe"] for row in rows], values, label=name)
+    for axis, label in ((loss, "gradient steps"), (cost, "teacher NFE")):
+        axis.set(xlabel=label, ylabel="training loss (on its own states)", yscale="log")
+    floor = None
+    for name, result in results.items():
+        student = result["models"][name]
+        steps = range(1, len(student["action_mse_own"]) + 1)
+        (line,) = error.plot(steps, student["action_mse_own"], marker="o", label=f"{name}, own states")
+        error.plot(steps, student["action_mse_expert"], marker="o", ls="--", color=line.get_color(), label=f"{name}, expert's states")
+        if student["shift"]:
+            shift.plot(steps, student["shift"], marker="o", label=name)
+            floor = result["floors"]["held_out_real"]["shift"]
+    error.set(xlabel="step", ylabel="action error, E (a − a*)²", yscale="log")
+    shift.set(xlabel="step", ylabel="sliced W2 to forward marginals")
+    if floor is not None:
+        shift.plot(range(1, len(floor) + 1), floor, ls=":", c="grey", label="held-out real data")
+    for axis in (loss, cost, error, shift):
+        if axis.lines:
+            axis.legend(fontsize=8)
+            axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def merge(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Several runs' results as one.
+
+    Raises:
+        ValueError: they were measured differently; names both ways.
+    """
+    (first_name, first), *others = results.items()
+    for name, result in others:
+        if result["settings"] != first["settings"]:
+            raise ValueError(
+                f"{first_name} was measured with {first['settings']}, {name} with {result['settings']}; evaluate both in the same way"
+            )
+    models: dict[str, Any] = {}
+    for result in results.values():
+        models |= {key: value for key, value in result["models"].items() if key not in models}
+    return {**first, "models": models}
+
+
+def main(argv: list[str] | None = None) -> None:
+    from ddil_agents.cli import clear_errors, judge_of, load_run
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="run directories with a result.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for report.md, curves.png and samples.png")
+    args = parser.parse_args(argv)
+    with clear_errors(parser):
+        learners = [load_run(path) for path in args.runs]
+        results, metrics, samples = {}, {}, {}
+        for path in args.runs:
+            result = json.loads((path / "result.json").read_text())
+            name = result["student"]
+            if name in results:
+                raise ValueError(f"two of the runs are called {name!r}; compare runs of different agents or steps")
+            results[name] = result
+            metrics[name] = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        merged = merge(results)
+        args.out.mkdir(parents=True, exist_ok=True)
+        judge = judge_of(learners[0], n=20, n_action=1)
+        samples = judge.baselines()
+        for (name, _), learner in zip(results.items(), learners, strict=True):
+            samples[name] = judge.sample(learner.student_policy, learner.grid)
+    save_curves(args.out / "curves.png", metrics, results)
+    save_pictures(args.out / "samples.png", judge, samples)
+    text = table(merged)
+    (args.out / "report.md").write_text(f"# {merged['env']}\n\n{text}\n\n![samples](samples.png)\n\n![curves](curves.png)\n")
+    print(text)
+    print(f"\n{args.out}/report.md, samples.png, curves.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The fast path through the MDP: whole denoisings over plain tensors, into one preallocated block, with no sync a step."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ddil_env.policy import DdimPolicy
+from ddil_env.schedule import TimeGrid
+
+
+@torch.no_grad()
+def unroll(policy: DdimPolicy, grid: TimeGrid, x_T: Tensor, c: Tensor | None = None) -> Tensor:
+    """Denoises x_T to the end: x at every time of the grid, (n, N + 1, *sample_shape), noise first, sample last.
+
+    Args:
+        policy: Whose actions are followed.
+        grid: N steps.
+        x_T: Noise at t_max, (n, *sample_shape).
+        c: Condition ids, (n,), or None.
+    """
+    n = len(x_T)
+    x = x_T.new_empty(n, grid.num_steps + 1, *x_T.shape[1:])
+    x[:, 0] = x_T
+    for i, (t, s) in enumerate(pairwise(grid.times)):
+        x[:, i + 1] = policy.act(x[:, i], t.expand(n), s.expand(n), c)
+    return x
