@@ -49,10 +49,13 @@ def save_checkpoint(learner: Learner, directory: Path) -> Path:
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in (partial / "state.pt", partial / "manifest.json", partial):
         _flush(path)
-    if final.exists():  # the same step again, after a resume: the same content
-        shutil.rmtree(final)
+    stale = directory / f".{final.name}.stale"
+    if final.exists():  # the same step again; moved aside whole, since a removal can be cut short
+        shutil.rmtree(stale, ignore_errors=True)
+        os.replace(final, stale)
     os.replace(partial, final)
     _flush(directory)
+    shutil.rmtree(stale, ignore_errors=True)
     for old in checkpoints(directory)[:-KEEP]:
         shutil.rmtree(old)
     return final

@@ -27,12 +27,14 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse.typing import PositiveInt
 
 from ddil_agents.checkpoint import checkpoints, write_atomically
 from ddil_agents.evaluate import Evaluation, Judge, provenance
 from ddil_agents.learner import Learner
 from ddil_agents.report import save_pictures, table
 from ddil_agents.train import train
+from ddil_env import check_expert
 from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
 
 logging.getLogger("torchrl").setLevel(logging.WARNING)  # one INFO line a buffer says nothing to a user
@@ -69,6 +71,7 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
         else:
             parser, cfg = _parse(agent, argv)
         learner = _learner(agent, parser, cfg)
+        check_expert(learner.expert, student=False)  # the learner has made its student already
         evaluation = Evaluation(**vars(cfg.evaluate))
         _evaluable(learner, evaluation)
         out = Path(resume) if resume is not None else _new_directory(cfg, agent)
@@ -178,8 +181,8 @@ def _parse(agent: type[Learner], argv: list[str]) -> tuple[ArgumentParser, Names
         "--config", action="config", help=f"settings that differ from the defaults, a YAML file or a preset of configs/{agent.name}"
     )
     parser.add_argument("--out", type=str | None, default=None, help="new run directory (default: runs/AGENT-ENV-SEED-TIME)")
-    parser.add_argument("--checkpoint_every", type=int, default=500, help="gradient steps between checkpoints")
-    parser.add_argument("--log_every", type=int, default=10, help="gradient steps that a line of metrics.jsonl sums up")
+    parser.add_argument("--checkpoint_every", type=PositiveInt, default=500, help="gradient steps between checkpoints")
+    parser.add_argument("--log_every", type=PositiveInt, default=10, help="gradient steps that a line of metrics.jsonl sums up")
     parser.add_class_arguments(agent.Config, None)
     parser.add_class_arguments(Evaluation, "evaluate")
     parser.add_argument(
@@ -226,10 +229,11 @@ def _learner(agent: type[Learner], parser: ArgumentParser, cfg: Namespace) -> Le
 
 
 def _evaluable(learner: Learner, evaluation: Evaluation) -> None:
-    """Refuses before training what would fail after it: an unknown extractor, or data that the forward source needs."""
+    """Refuses before training what would fail after it: an extractor that does not fit, or absent data for the forward source."""
     from ddil_agents.metrics.extractors import default_extractor, load_extractor
 
-    load_extractor(evaluation.extractor or default_extractor(learner.expert))
+    extractor = load_extractor(evaluation.extractor or default_extractor(learner.expert))
+    extractor.features(torch.zeros(1, *learner.expert.sample_shape, device=learner.expert.device))
     if learner.config.beta.forward > 0 or learner.config.beta.schedule != "constant":
         learner.expert.sample_data(1, torch.Generator(learner.expert.device))
 
@@ -252,6 +256,6 @@ def _new_directory(cfg: Namespace, agent: type[Learner]) -> Path:
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = Path(cfg.out or f"runs/{agent.name}-{_env_name(cfg)}-s{cfg.seed}-{stamp}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.suffix != ".partial" for path in out.iterdir())):  # partial: a kill's remains
         raise ValueError(f"{out} exists and is not empty; continue it with --resume {out}, or choose another --out")
     return out

@@ -105,6 +105,12 @@ class LearnerConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: need 0 or more")
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"capacity={self.capacity}: need at least 1, or null to keep every state")
+        units = (1, self.num_steps, self.num_steps)  # states that one forward draw, one rollout give
+        if not any(self.collect_size * share + 1e-9 >= unit for share, unit in zip(self.beta(0), units, strict=True)):
+            raise ValueError(
+                f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one rollout of num_steps={self.num_steps} states; "
+                "raise collect_size"
+            )
         if self.teacher_steps % self.num_steps:
             raise ValueError(
                 f"teacher_steps={self.teacher_steps} is no multiple of num_steps={self.num_steps}; each student step takes as many"
@@ -192,6 +198,7 @@ class Learner(ABC):
     def update(self, batch: TensorDict) -> tuple[Tensor, Tensor]:
         """One gradient step: the loss of each state (b,) and the gradient's norm before clipping, both on the device."""
         losses = []
+        self.accelerator.gradient_accumulation_steps = self.config.gradient_accumulation  # accelerate keeps one number a process
         for part in batch.chunk(self.config.gradient_accumulation):
             with self.accelerator.accumulate(self.student):
                 loss = self.loss(part)
@@ -211,21 +218,32 @@ class Learner(ABC):
         return min((step + 1) / (self.config.warmup_updates + 1), max(self.horizon - step, 0) / self.horizon)
 
     def learn(self, num_updates: int | None = None, out: str | Path | None = None, progress: bool = True) -> Self:
-        """Trains for num_updates more gradient steps; with `out`, writes a run directory as the command line does.
+        """Trains for num_updates more gradient steps.
 
         Args:
             num_updates: Gradient steps; default: the config's.
-            out: A new directory for metrics, checkpoints and TensorBoard events.
+            out: An empty or new directory for metrics.jsonl, checkpoints/ and tensorboard/.
             progress: Whether to show a bar.
 
         Raises:
-            ValueError: `out` exists and is not empty.
+            ValueError: `out` exists and is not empty, num_updates is less than 1, or with `capacity` null more than the config's.
             FloatingPointError: the loss is not finite; names the step and the source.
         """
         from ddil_agents.train import train
 
-        self.horizon = self.step + (num_updates or self.config.num_updates)
-        train(self, out=None if out is None else Path(out), progress=progress)
+        more = self.config.num_updates if num_updates is None else num_updates
+        if more < 1:
+            raise ValueError(f"num_updates={more}: need at least 1")
+        if self.config.capacity is None and self.step + more > self.config.num_updates:
+            raise ValueError(
+                f"{self.step} + {more} gradient steps: capacity=null keeps every state of num_updates={self.config.num_updates}; "
+                "build the learner with as many as it shall take in all"
+            )
+        directory = None if out is None else Path(out)
+        if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise ValueError(f"{directory} exists and is not empty; choose another `out`")
+        self.horizon = self.step + more
+        train(self, out=directory, progress=progress)
         return self
 
     def save(self, directory: str | Path) -> Path:

@@ -28,12 +28,13 @@ def _check_prediction(expert: Expert, pred: object, x_t: Tensor, t: Tensor, wher
     _require(error < 1e-2, expert, f"{where} breaks α_t x_0 + σ_t eps = x_t by {error:.3g}; build it with schedule.prediction(...)")
 
 
-def check_expert(expert: Expert, seed: int = 0) -> None:
+def check_expert(expert: Expert, seed: int = 0, student: bool = True) -> None:
     """Runs an expert through the contract; silent if it holds.
 
     Args:
         expert: The expert to check. A few forwards of batches of 1 to 8 are run.
         seed: Of the latents it is tried on.
+        student: Whether make_student is tried too, if there is one.
 
     Raises:
         TypeError: not an Expert.
@@ -41,9 +42,9 @@ def check_expert(expert: Expert, seed: int = 0) -> None:
     """
     if not isinstance(expert, Expert):
         raise TypeError(f"got {type(expert).__name__}; an expert subclasses ddil_env.Expert")
-    _require(isinstance(expert.schedule, NoiseSchedule), expert, "`schedule` must be a ddil_env.NoiseSchedule")
-    for field in ("sample_shape", "support", "device", "nfe", "num_conditions", "null_condition", "guidance_scale"):
+    for field in ("schedule", "sample_shape", "support", "device", "nfe", "num_conditions", "null_condition", "guidance_scale"):
         _require(hasattr(expert, field), expert, f"no `{field}`; call super().__init__(schedule, sample_shape, ...) in __init__")
+    _require(isinstance(expert.schedule, NoiseSchedule), expert, "`schedule` must be a ddil_env.NoiseSchedule")
     generator = torch.Generator(expert.device).manual_seed(seed)
     for n in (1, 3, min(expert.sample_shape[-1], 8)):  # where batch and width agree a wrong broadcast hides, elsewhere it shows
         x_t = torch.randn(n, *expert.sample_shape, generator=generator, device=expert.device)
@@ -73,12 +74,11 @@ def check_expert(expert: Expert, seed: int = 0) -> None:
     if pictures is not None:
         good = pictures.dtype == torch.uint8 and pictures.ndim >= 4 and len(pictures) == n and pictures.shape[-1] == 3
         _require(good, expert, f"decode gave {pictures.dtype} {tuple(pictures.shape)}; need uint8 ({n}, height, width, 3) or None")
-    _check_student(expert, x_t, t, c)
+    if student and type(expert).make_student is not Expert.make_student:
+        _check_student(expert, x_t, t, c)
 
 
 def _check_student(expert: Expert, x_t: Tensor, t: Tensor, c: Tensor | None) -> None:
-    if type(expert).make_student is Expert.make_student:  # optional
-        return
     student = expert.make_student()
     before = student.nfe
     pred = student.predict(x_t, t, c)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from ddil_env.expert import Expert
+from ddil_env.expert import Expert, check_device
 from ddil_env.mdp import DenoisingMDP, Kernel, Reward, State
 from ddil_env.presets import load_expert
 from ddil_env.schedule import GridKind
@@ -58,7 +58,7 @@ class DenoisingEnv(EnvBase):
     ) -> None:
         if isinstance(expert, str):
             expert = load_expert(expert, **({} if device is None else {"device": device}))
-        elif device is not None and torch.empty(0, device=device).device != expert.device:
+        elif device is not None and check_device(device) != expert.device:
             raise ValueError(
                 f"device={str(device)!r}, but the expert is on {str(expert.device)!r}; build the expert with device={str(device)!r}"
             )

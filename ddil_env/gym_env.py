@@ -64,13 +64,23 @@ def _check_render_mode(render_mode: str | None, modes: list[str]) -> None:
         raise ValueError(f"unknown render_mode {render_mode!r}; this expert offers: {', '.join(modes) or 'none, it has no pictures'}")
 
 
+def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
+    try:
+        return AutoresetMode(mode)
+    except ValueError as error:
+        raise ValueError(f"unknown autoreset_mode {mode!r}; choose one of: {', '.join(m.value for m in AutoresetMode)}") from error
+
+
 def _chosen_start(mdp: DenoisingMDP, options: dict[str, Any], drawn: State) -> State:
     """The drawn start, with the `x_t`, `t` and `c` that the caller gives in place of its own."""
 
     def given(key: str, default: Tensor) -> Tensor:
-        return (
-            torch.as_tensor(options[key], dtype=default.dtype, device=default.device).reshape(default.shape) if key in options else default
-        )
+        if key not in options:
+            return default
+        value = torch.as_tensor(options[key], dtype=default.dtype, device=default.device)
+        if value.numel() != default.numel():
+            raise ValueError(f"reset option {key!r} of shape {tuple(value.shape)}: need {tuple(default.shape)}")
+        return value.reshape(default.shape).clone()  # the caller may go on to write into its own array
 
     unknown = set(options) - {"x_t", "t", "c", "reset_mask"}
     if unknown:
@@ -201,7 +211,7 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
             self.expert, num_steps, kernel=kernel, reward=reward, substeps=substeps, guidance_scale=guidance_scale, grid=grid
         )
         self.num_envs = num_envs
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.output = output
         modes = _render_modes(self.expert)
         _check_render_mode(render_mode, modes)

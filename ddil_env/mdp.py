@@ -100,10 +100,15 @@ class DenoisingMDP:
         """The state at a chosen latent and time; t need not lie on the grid.
 
         Raises:
-            ValueError: t outside (0, t_max].
+            ValueError: t outside (0, t_max], t between the whole numbers of a discrete schedule, or an unknown condition id.
         """
         if not bool(((t > 0) & (t <= self.expert.schedule.t_max)).all()):
             raise ValueError(f"cannot start at t={t.tolist()[:4]}: need 0 < t ≤ {self.expert.schedule.t_max}")
+        if self.expert.schedule.discrete and not bool((t == t.round()).all()):
+            raise ValueError(f"cannot start at t={t.tolist()[:4]}: a {self.expert.schedule.kind} schedule has whole times only")
+        last = self.expert.num_conditions - (self.expert.null_condition is None)
+        if c is not None and not bool(((c >= 0) & (c <= last)).all()):
+            raise ValueError(f"cannot start with c={c.tolist()[:4]}: condition ids are 0 … {last}")
         return State(x_t, t, self.grid.previous(t), c)
 
     def step(self, state: State, action: Tensor, noise: Callable[[], Tensor]) -> tuple[State, Tensor, Tensor]:
@@ -137,7 +142,7 @@ class DenoisingMDP:
 
     def _expert_loglik(self, state: State, action: Tensor) -> Tensor:
         (alpha_t, sigma_t), (alpha_s, sigma_s) = map(self.expert.schedule.coefficients, (state.t, state.s))
-        # σ̃² = σ_s²/σ_t² (1 − (α_t/α_s)² σ_s²/σ_t² … ) for VP, written for any (α, σ): σ_s² (1 − (α_t σ_s / (α_s σ_t))²)
+        # σ̃² = σ_s²/σ_t² (1 − α_t²/α_s²) for VP, written for any (α, σ): σ_s² (1 − (α_t σ_s / (α_s σ_t))²)
         posterior = sigma_s * (1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2).clamp(min=0).sqrt()
         std = posterior.clamp(min=LOGLIK_MIN_STD).float()
         z = (action - self.expert_action(state)) / broadcast(std, action)

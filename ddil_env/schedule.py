@@ -273,10 +273,10 @@ class TimeGrid:
         schedule: The schedule whose times these are.
         num_steps: N, the number of steps of an episode.
         kind: `linspace`, the paper's (DPM++ default): 999, 749, 500, 250 → 0 for N = 4. `dmd2`: 999, 749, 499, 249 → 0,
-            a constant stride of T // N. `trailing`: as in Lin et al. 2024, strides of T / N rounded.
+            a constant stride of T // N. `trailing`: strides of T / N rounded, as in Lin et al. 2024 and diffusers.
 
     Raises:
-        ValueError: num_steps is not between 1 and the schedule's `t_max`, or an unknown kind.
+        ValueError: num_steps is not between 1 and the schedule's `t_max`, so large that `trailing` reaches 0 early, or an unknown kind.
     """
 
     def __init__(self, schedule: NoiseSchedule, num_steps: int, kind: GridKind = "linspace") -> None:
@@ -288,9 +288,16 @@ class TimeGrid:
             times = torch.linspace(0, t_max, n + 1, dtype=torch.float64).flip(0)
         else:
             stride = schedule.num_train_steps // n if kind == "dmd2" else schedule.num_train_steps / n
-            times = torch.cat([t_max - stride * torch.arange(n, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
+            times = schedule.num_train_steps - stride * torch.arange(n + 1, dtype=torch.float64)
+            if schedule.discrete:
+                times = times.round() - 1  # in this order, for diffusers rounds the count of steps, not the time
+            times[-1] = 0
         if schedule.discrete:
             times = times.round()
+        if bool((times.diff() >= 0).any()):
+            raise ValueError(
+                f"num_steps={n}: a {kind} grid of so many steps reaches 0 early; need at most {2 * schedule.num_train_steps // 3}"
+            )
         self.schedule = schedule
         self.num_steps = n
         self.kind = kind
@@ -313,6 +320,6 @@ def substep_times(schedule: NoiseSchedule, t: Tensor, s: Tensor, k: int) -> Tens
 
     Rounded up, so that 0 is reached by the last alone. Where t − s < k some times repeat; a step between equal times stays.
     """
-    fraction = torch.linspace(0, 1, k + 1, dtype=torch.float64, device=t.device)[:, None]
-    times = torch.lerp(t.double(), s.double(), fraction)
+    i = torch.arange(k + 1, dtype=torch.float64, device=t.device)[:, None]
+    times = ((k - i) * t.double() + i * s.double()) / k  # whole strides come out exact, so that `ceil` leaves them alone
     return (times.ceil() if schedule.discrete else times).float()

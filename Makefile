@@ -1,0 +1,33 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first (VENV=… to put it elsewhere).
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/demo
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint clean
+
+# Two students in 4 steps, by behaviour cloning and by DAgger, and the page that compares them with their teacher.
+demo: $(READY)
+	rm -rf $(OUT)
+	$(BIN)/python -m ddil_agents.bc --env digits --config demo --out $(OUT)/bc
+	$(BIN)/python -m ddil_agents.dagger --env digits --config demo --out $(OUT)/dagger
+	$(BIN)/python -m ddil_agents.report $(OUT)/bc $(OUT)/dagger --out $(OUT)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# constraints.txt holds the versions that the tests were last seen to pass with.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs dist build .pytest_cache .mypy_cache .ruff_cache
