@@ -79,16 +79,17 @@ def load_checkpoint(learner: Learner, directory: Path) -> None:
     cure = f"remove {path} to resume from the one before it" if len(found) > 1 else "start a new run"
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        digest, agent, theirs = manifest["sha256"], manifest["agent"], manifest["config"]
         content = (path / "state.pt").read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}); {cure}") from error
-    if hashlib.sha256(content).hexdigest() != manifest.get("sha256"):
+    if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(f"{path}/state.pt is damaged: its SHA-256 is not the manifest's; {cure}")
-    ours, theirs = json.loads(json.dumps(learner.config_dict())), manifest["config"]
+    ours = json.loads(json.dumps(learner.config_dict()))
     different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    if manifest["agent"] != learner.name or different:
+    if agent != learner.name or different:
         raise ValueError(
-            f"{path} is of {manifest['agent']} with another config; it differs in: {', '.join(different) or 'the agent'}. "
+            f"{path} is of {agent} with another config; it differs in: {', '.join(different) or 'the agent'}. "
             "Load it into a learner built with the same config."
         )
     state: dict[str, Any] = torch.load(path / "state.pt", weights_only=True, map_location="cpu")

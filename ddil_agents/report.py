@@ -22,6 +22,7 @@ COLUMNS = {  # key of a result → heading and format
     "coverage": ("coverage ↑", "{:.3f}"),
     "recall": ("recall ↑", "{:.3f}"),
     "accuracy": ("accuracy ↑", "{:.3f}"),
+    "frechet_to_expert": ("Fréchet to teacher ↓", "{:.3g}"),
     "endpoint_rmse": ("RMSE to teacher ↓", "{:.4f}"),
     "nfe_per_sample": ("NFE/sample", "{:d}"),
     "teacher_nfe": ("teacher NFE (training)", "{:,d}"),

@@ -96,8 +96,9 @@ class MetricsLog:
 
     def add(self, batch: TensorDict, losses: Tensor, norm: Tensor) -> None:
         """Keeps one gradient step: norm, and each source's count and summed loss, (7,) on the device."""
-        one_hot = torch.nn.functional.one_hot(batch["source"].long(), len(SOURCES)).to(losses.dtype)  # (b, 3)
-        self._pending.append(torch.cat([norm.to(losses.dtype).reshape(1), one_hot.sum(0), losses @ one_hot]))
+        one_hot = torch.nn.functional.one_hot(batch["source"].long(), len(SOURCES))  # (b, 3)
+        sums = torch.where(one_hot > 0, losses[:, None], 0).sum(0)  # no product: inf · 0 would blame every source
+        self._pending.append(torch.cat([norm.to(losses.dtype).reshape(1), one_hot.sum(0).to(losses.dtype), sums]))
 
     def flush(self) -> str:
         """Writes one line for the steps since the last, and returns what the progress bar shows."""

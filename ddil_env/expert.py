@@ -110,12 +110,14 @@ class Expert(ABC):
 
     Attributes:
         extractor: Name of the feature extractor that judges its samples (ddil_agents.metrics.extractors).
+        max_batch: Samples that its policies, and its students', put through the network at once; None is no limit.
 
     Raises:
         ValueError: an absent device, an empty shape, guidance without a null condition.
     """
 
     extractor: str = "identity"
+    max_batch: int | None = None
 
     def __init__(
         self,

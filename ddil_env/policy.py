@@ -35,13 +35,21 @@ class DdimPolicy(TensorDictModuleBase):
         substeps: Denoiser steps in one action.
         support: Where its estimates of x_0 are projected.
         conditional: Whether the observation has `c`.
+        max_batch: Largest batch that goes through the denoiser at once; larger ones go in parts.
 
     Raises:
         ValueError: substeps is less than 1.
     """
 
     def __init__(
-        self, predict: Predict, schedule: NoiseSchedule, *, substeps: int = 1, support: Support | None = None, conditional: bool = True
+        self,
+        predict: Predict,
+        schedule: NoiseSchedule,
+        *,
+        substeps: int = 1,
+        support: Support | None = None,
+        conditional: bool = True,
+        max_batch: int | None = None,
     ) -> None:
         super().__init__()
         if substeps < 1:
@@ -52,9 +60,13 @@ class DdimPolicy(TensorDictModuleBase):
         self.schedule = schedule
         self.substeps = substeps
         self.support = support or Unbounded()
+        self.max_batch = max_batch
 
     def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None) -> Tensor:
         """The action x_s (b, *sample_shape) at states x_t (b, *sample_shape), t (b,), for targets s (b,), conditions c (b,)."""
+        if self.max_batch is not None and len(x_t) > self.max_batch:
+            given = [a for a in (x_t, t, s, c) if a is not None]
+            return torch.cat([self.act(*part) for part in zip(*(a.split(self.max_batch) for a in given), strict=True)])
         return ddim_substeps(self.predict, self.schedule, self.support, x_t, t, s, c, self.substeps)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -78,7 +90,9 @@ class ExpertPolicy(DdimPolicy):
             return expert.guided(x_t, t, c, w)
 
         support = expert.support if project else None
-        super().__init__(predict, expert.schedule, substeps=substeps, support=support, conditional=expert.num_conditions > 0)
+        super().__init__(
+            predict, expert.schedule, substeps=substeps, support=support, conditional=expert.num_conditions > 0, max_batch=expert.max_batch
+        )
         self.expert = expert
         self.guidance_scale = w
         self.project = project
@@ -94,5 +108,7 @@ class StudentPolicy(DdimPolicy):
     """
 
     def __init__(self, student: Denoiser, expert: Expert, support: Support | None = None) -> None:
-        super().__init__(student.predict, expert.schedule, support=support, conditional=expert.num_conditions > 0)
+        super().__init__(
+            student.predict, expert.schedule, support=support, conditional=expert.num_conditions > 0, max_batch=expert.max_batch
+        )
         self.student = student

@@ -292,6 +292,7 @@ class StableDiffusion(Expert):
         guidance_scale: Classifier-free guidance in diffusers' convention, 1 is none.
         dtype: Of the UNet and the VAE. x̂_0 and ε̂ are float32 in any case: at t = 999 an error in ε̂ is 14.6 × in x̂_0.
         height, width: Of the pictures, in pixels; default: what the UNet was trained on.
+        max_batch: Samples put through the UNet at once (a guided pair counts as one) when states are labelled or sampled.
         local_files_only: Never ask the hub.
         device: Where it computes.
 
@@ -299,6 +300,8 @@ class StableDiffusion(Expert):
         ValueError: no weights to be had, weights that are damaged, pickled or of another pipeline, an unsupported noise
             schedule, unreadable prompts, a size that the VAE does not divide, an absent device.
     """
+
+    extractor = "latent_pool8"
 
     def __init__(
         self,
@@ -308,11 +311,15 @@ class StableDiffusion(Expert):
         dtype: Dtype = "float32",
         height: int | None = None,
         width: int | None = None,
+        max_batch: int = 16,
         local_files_only: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         if dtype not in get_args(Dtype):
             raise ValueError(f"unknown dtype {dtype!r}; choose one of: {', '.join(get_args(Dtype))}")
+        if max_batch < 1:
+            raise ValueError(f"max_batch={max_batch}: need at least 1")
+        self.max_batch = max_batch
         self.prompts = read_prompts(prompts)
         self.folder = locate(model, local_files_only)
         check_pipeline(self.folder)

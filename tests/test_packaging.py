@@ -1,0 +1,54 @@
+"""The wheel carries what the commands need: presets and weights."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel, unpacked where nothing else of the repository lies."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(REPOSITORY)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def run(code, installed, cwd):
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_wheel_finds_presets_and_weights_from_any_directory(installed, tmp_path):
+    code = (
+        "import ddil_env, ddil_agents.cli, ddil_env.presets as p;"
+        "from ddil_agents.metrics.extractors import load_extractor;"
+        "print(ddil_env.__file__);"
+        "print(p.preset_names('env'), p.preset_names('dagger'));"
+        "print(ddil_env.load_expert('digits').sample_shape, ddil_env.load_expert('digits8').sample_shape);"
+        "load_extractor('fd_mnist16_clf'); load_extractor('fd_digits8_clf')"
+    )
+    where, presets, shapes = run(code, installed, tmp_path).splitlines()
+    assert where.startswith(str(installed))
+    assert presets == "['digits', 'digits8', 'gaussian_mixture', 'sd15'] ['demo', 'sd15']"
+    assert shapes == "(1, 16, 16) (1, 8, 8)"
+
+
+def test_wheel_prints_the_config_of_a_preset(installed, tmp_path):
+    code = "from ddil_agents.dagger import main; main(['--env', 'gaussian_mixture', '--config', 'demo', '--print_config'])"
+    assert "num_updates: 400" in run(code, installed, tmp_path)
+
+
+def test_no_file_of_ddil_env_imports_ddil_agents():
+    for path in (REPOSITORY / "ddil_env").rglob("*.py"):
+        assert "import ddil_agents" not in (source := path.read_text()), path
+        assert "from ddil_agents" not in source, path
