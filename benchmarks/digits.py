@@ -30,11 +30,11 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), T95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
 
 
-def run(agent: str, num_steps: int, seed: int, runs: Path, num_updates: int) -> dict[str, Any]:
+def run(agent: str, num_steps: int, seed: int, runs: Path, settings: str) -> dict[str, Any]:
     """The result of one run, trained if it is not there, resumed if it was cut short."""
     out = runs / f"{agent}-{num_steps}-s{seed}"
     if not (out / "result.json").is_file():
-        flags = f"--env digits --num_steps {num_steps} --seed {seed} --evaluate.seed {seed} --num_updates {num_updates} --out {out}".split()
+        flags = f"--env digits --num_steps {num_steps} --seed {seed} --evaluate.seed {seed} --out {out} {settings}".split()
         command = [sys.executable, "-m", f"ddil_agents.{agent}", *(["--resume", str(out)] if out.exists() else flags)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # one run a core; more threads a run than cores would fight
         log = runs / f"{out.name}.log"
@@ -116,17 +116,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/digits.json"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 2])
-    parser.add_argument("--num_updates", type=int, default=1000)
+    parser.add_argument("--num_updates", type=int, default=600)
+    parser.add_argument("--updates_per_collect", type=int, default=32, help="each label serves about a quarter of it")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--report_only", action="store_true", help="train nothing")
     args = parser.parse_args()
     seeds = list(range(args.seeds))
+    settings = f"--num_updates {args.num_updates} --updates_per_collect {args.updates_per_collect} --evaluate.n_action 100"
     args.runs.mkdir(parents=True, exist_ok=True)
     cells = [(n, agent, seed) for seed in seeds for n in args.steps for agent in ("bc", "dagger")]
     if args.report_only and (missing := [c for c in cells if not (args.runs / f"{c[1]}-{c[0]}-s{c[2]}" / "result.json").is_file()]):
         raise SystemExit(f"runs are missing: {missing}")
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda cell: run(cell[1], cell[0], cell[2], args.runs, args.num_updates), cells))
+        results = list(pool.map(lambda cell: run(cell[1], cell[0], cell[2], args.runs, settings), cells))
     result = summary(dict(zip(cells, results, strict=True)), args.steps, seeds)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1))
