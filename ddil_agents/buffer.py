@@ -13,6 +13,7 @@ TorchRL's own ensemble draws a fixed number of sources a batch, in equal chunks;
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from torchrl.data.replay_buffers.storages import Storage
 from torchrl.data.replay_buffers.writers import Writer
 
 from ddil_env.expert import check_device
+
+logging.getLogger("torchrl").setLevel(logging.WARNING)  # its INFO line for each buffer says nothing to a user
 
 SOURCES = ("forward", "teacher", "student")
 

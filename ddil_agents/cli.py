@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -37,7 +36,6 @@ from ddil_agents.train import train
 from ddil_env import check_expert
 from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
 
-logging.getLogger("torchrl").setLevel(logging.WARNING)  # one INFO line a buffer says nothing to a user
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -61,6 +59,8 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
             saved = Path(resume) / "config.yaml"
             if not saved.is_file():
                 raise ValueError(f"nothing to resume in {resume}: no config.yaml there")
+            if (other := read_yaml(saved).get("agent")) != agent.name:
+                raise ValueError(f"{resume} is of {other}; resume it with python -m ddil_agents.{other}")
             parser, cfg = _parse(agent, ["--config", str(saved)])
             _, asked = _parse(agent, ["--config", str(saved), *argv])
             changed = sorted(k for k, v in asked.as_flat().__dict__.items() if cfg.as_flat().__dict__.get(k) != v)
@@ -77,9 +77,7 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
         out = Path(resume) if resume is not None else _new_directory(cfg, agent)
         if resume is None:
             out.mkdir(parents=True, exist_ok=True)
-            write_atomically(
-                out / "config.yaml", parser.dump(Namespace({**vars(cfg.clone()), "out": None, "config": None}), skip_none=False)
-            )
+            write_atomically(out / "config.yaml", parser.dump(Namespace({**vars(cfg.clone()), "out": None, "config": None})))
         elif checkpoints(out / "checkpoints"):
             learner.load(out / "checkpoints")
             print(f"resuming {out} at step {learner.step} of {learner.horizon}", file=sys.stderr)
@@ -180,6 +178,7 @@ def _parse(agent: type[Learner], argv: list[str]) -> tuple[ArgumentParser, Names
     parser.add_argument(
         "--config", action="config", help=f"settings that differ from the defaults, a YAML file or a preset of configs/{agent.name}"
     )
+    parser.add_argument("--agent", choices=[agent.name], default=agent.name, help="recorded, so that no other agent resumes the run")
     parser.add_argument("--out", type=str | None, default=None, help="new run directory (default: runs/AGENT-ENV-SEED-TIME)")
     parser.add_argument("--checkpoint_every", type=PositiveInt, default=500, help="gradient steps between checkpoints")
     parser.add_argument("--log_every", type=PositiveInt, default=10, help="gradient steps that a line of metrics.jsonl sums up")
@@ -221,7 +220,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def _learner(agent: type[Learner], parser: ArgumentParser, cfg: Namespace) -> Learner:
     """The expert and the learner that a parsed command line describes."""
-    made = parser.instantiate_classes(cfg)
+    made = parser.instantiate(cfg)
     env = dict(vars(cfg.env))
     expert = make_expert(env.pop("expert"), **env)
     config = agent.Config(**{f.name: getattr(made, f.name) for f in fields(agent.Config)})

@@ -6,6 +6,7 @@ A new learner is one file: a config, a class with `loss`, and a `main`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,7 +145,14 @@ class Learner(ABC):
         self.config = self.Config() if config is None else config
         self.expert = load_expert(expert)
         config = self.config
+        if config.mixed_precision == "fp16" and self.expert.device.type == "cpu":
+            raise ValueError("mixed_precision=fp16 scales its losses on a GPU alone; on a CPU use bf16 or no")
         self.grid = TimeGrid(self.expert.schedule, config.num_steps, config.grid).to(self.expert.device)
+        takes = inspect.signature(self.expert.make_student)
+        try:
+            takes.bind(**config.student)
+        except TypeError as error:
+            raise ValueError(f"student={config.student}: {error}; this expert's students take {', '.join(takes.parameters)}") from error
         with torch.random.fork_rng():  # a student from random weights is seeded, and the caller's generator left alone
             torch.manual_seed(stream_seed(config.seed, "weights"))
             student = self.expert.make_student(**config.student)
@@ -252,6 +260,8 @@ class Learner(ABC):
 
     def load(self, directory: str | Path) -> Self:
         """Reads what `save` wrote, into a learner of the same config; the next gradient steps are those of the saved one.
+
+        Sets torch's global generator too, which a student with dropout draws from.
 
         Raises:
             ValueError: no checkpoint, a damaged one, or one of another config.

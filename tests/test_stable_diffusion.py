@@ -267,7 +267,10 @@ def test_saved_student_reads_back_bit_for_bit(expert: StableDiffusion, tmp_path:
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
-@pytest.mark.parametrize(("num_steps", "grid", "call"), [(4, "dmd2", "num_inference_steps=4"), (16, "trailing", "timesteps=[")])
+@pytest.mark.parametrize(
+    ("num_steps", "grid", "call"),
+    [(4, "dmd2", "num_inference_steps=4"), (16, "trailing", "num_inference_steps=16"), (3, "dmd2", "timesteps=[")],
+)
 def test_saved_student_follows_its_grid(eps_expert: StableDiffusion, tmp_path: Path, num_steps: int, grid: str, call: str) -> None:
     student = trained(eps_expert)
     eps_expert.save_student(student, tmp_path, num_steps, grid)

@@ -1,0 +1,269 @@
+"""Collected states: where each source's states come from, and that every label is the expert's action there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from ddil_agents.collect import STREAMS, Collector, stream_seed
+from ddil_env import Expert, ExpertPolicy, GaussianMixtureExpert, Prediction, StudentPolicy, TimeGrid, invert_ddim, unroll
+
+N, K = 4, 2  # student steps; expert steps in each
+MEANS = [[-1.0, 0.3, 0.0], [0.8, -0.5, 0.2], [0.1, 0.9, -0.7]]
+
+
+def plane() -> Expert:
+    return GaussianMixtureExpert(MEANS, 0.2, [1, 2, 3])
+
+
+def guided() -> Expert:
+    return GaussianMixtureExpert(MEANS, 0.2, [1, 2, 3], labels=[0, 1, 1], guidance_scale=2.0)
+
+
+def video() -> Expert:
+    return GaussianMixtureExpert(torch.randn(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), 0.2, schedule="cosine")
+
+
+def flow() -> Expert:
+    return GaussianMixtureExpert(MEANS, 0.2, schedule="flow")
+
+
+everywhere = pytest.mark.parametrize("make", [plane, guided, video, flow])
+
+
+class Twin:
+    """A student that believes what the expert does, down to the last bit."""
+
+    def __init__(self, expert: Expert) -> None:
+        self.nfe = 0
+        self.predict: Callable[..., Prediction] = expert.guided
+
+
+def collector(expert: Expert, p_expert: float = 0.0, seed: int = 0, substeps: int = K, twin: bool = False) -> Collector:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        student = Twin(expert) if twin else expert.make_student(width=8, depth=1)
+    grid = TimeGrid(expert.schedule, N)
+    return Collector(ExpertPolicy(expert, substeps), StudentPolicy(student, expert), grid, p_expert, seed)
+
+
+def stream(name: str, seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(stream_seed(seed, name))
+
+
+def trajectories(states: TensorDict, key: str) -> Tensor:
+    """The states of one source as (n, N, …)."""
+    return states[key].unflatten(0, (-1, N))
+
+
+def conditions(states: TensorDict) -> Tensor | None:
+    return trajectories(states, "c")[:, 0] if "c" in states else None
+
+
+@everywhere
+@pytest.mark.parametrize("n", [3, 8])  # equal to the latent's width, and not
+def test_forward_states_are_noised_data(make: Callable[[], Expert], n: int) -> None:
+    expert = make()
+    states = collector(expert).collect(n, (1, 0, 0), 0)
+    x_0, c = expert.sample_data(n, stream("data"))
+    eps = torch.randn(x_0.shape, generator=stream("noise"))
+    assert torch.equal(states["x_t"], expert.schedule.add_noise(x_0, eps, states["t"]))
+    if c is not None:
+        assert torch.equal(states["c"], c)
+
+
+def test_forward_times_are_uniform_over_the_grid() -> None:
+    machine = collector(plane())
+    states = machine.collect(4000, (1, 0, 0), 0)
+    counts = torch.stack([(states["t"] == t).sum() for t in machine.grid.times[:-1]])
+    assert counts.sum() == 4000
+    assert (counts - 1000).abs().max() < 4 * math.sqrt(4000 * 0.25 * 0.75)
+    assert torch.equal(states["s"], machine.grid.previous(states["t"]))
+
+
+@everywhere
+@pytest.mark.parametrize("n", [3, 5])
+def test_teacher_states_are_the_experts_trajectory(make: Callable[[], Expert], n: int) -> None:
+    expert = make()
+    machine = collector(expert)
+    states = machine.collect(n * N, (0, 1, 0), 0)
+    x = trajectories(states, "x_t")
+    path = unroll(ExpertPolicy(expert, K), machine.grid, x[:, 0], conditions(states))
+    assert torch.equal(x, path[:, :-1])
+    assert torch.equal(x[:, 0], torch.randn(x[:, 0].shape, generator=stream("rollout")))
+
+
+@everywhere
+def test_a_teacher_states_label_is_its_next_state(make: Callable[[], Expert]) -> None:
+    expert = make()
+    machine = collector(expert)
+    states = machine.collect(3 * N, (0, 1, 0), 0)
+    x, t, s, x_tgt = (trajectories(states, key) for key in ("x_t", "t", "s", "x_tgt"))
+    for i in range(N - 1):
+        torch.testing.assert_close(x_tgt[:, i], invert_ddim(expert.schedule, x[:, i], t[:, i], x[:, i + 1], s[:, i]).x_0)
+    sample = unroll(ExpertPolicy(expert, K), machine.grid, x[:, 0], conditions(states))[:, -1]
+    torch.testing.assert_close(x_tgt[:, -1], sample)  # σ_s = 0: the target is the action
+
+
+@everywhere
+def test_student_states_are_the_students_trajectory(make: Callable[[], Expert]) -> None:
+    expert = make()
+    machine = collector(expert)
+    states = machine.collect(3 * N, (0, 0, 1), 0)
+    x = trajectories(states, "x_t")
+    path = unroll(machine.student_policy, machine.grid, x[:, 0], conditions(states))
+    assert torch.equal(x, path[:, :-1])
+    assert not torch.allclose(x[:, 1:], unroll(machine.expert_policy, machine.grid, x[:, 0], conditions(states))[:, 1:-1], atol=1e-2)
+
+
+@everywhere
+@pytest.mark.parametrize("p_expert", [0.0, 0.5])
+def test_one_ddim_step_with_the_target_lands_on_the_experts_action(make: Callable[[], Expert], p_expert: float) -> None:
+    expert = make()
+    states = collector(expert, p_expert).collect(12 * N, (0.5, 0.25, 0.25), 0)
+    x_t, t, s, x_tgt, c = (states.get(key, None) for key in ("x_t", "t", "s", "x_tgt", "c"))
+    action = ExpertPolicy(expert, K).act(x_t, t, s, c)
+    torch.testing.assert_close(x_tgt, invert_ddim(expert.schedule, x_t, t, action, s).x_0, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(expert.schedule.prediction(x_tgt, x_t, t, "x_0").latent(s), action, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("make", "pair"), [(plane, 1), (guided, 2)])
+@pytest.mark.parametrize(
+    ("beta", "student_nfe"), [((1, 0, 0), 0), ((0, 1, 0), 0), ((0, 0, 1), 6 * (N - 1))], ids=["forward", "teacher", "student"]
+)
+def test_a_state_costs_k_expert_forwards(make: Callable[[], Expert], pair: int, beta: tuple[int, int, int], student_nfe: int) -> None:
+    expert = make()
+    machine = collector(expert)
+    states = machine.collect(6 * N, beta, 0)
+    assert expert.nfe == len(states) * K * pair == 6 * N * K * pair
+    assert machine.student_policy.student.nfe == student_nfe
+
+
+@pytest.mark.parametrize("make", [plane, guided])
+def test_mixing_two_actors_that_agree_changes_nothing(make: Callable[[], Expert]) -> None:
+    expert = make()
+    pure = collector(expert, substeps=1).collect(5 * N, (0, 1, 0), 0)
+    for p_expert in (0.0, 0.5, 1.0):
+        mixed = collector(expert, p_expert, substeps=1, twin=True).collect(5 * N, (0, 0, 1), 0)
+        assert torch.equal(mixed["x_t"], pure["x_t"])
+        assert torch.equal(mixed["x_tgt"], pure["x_tgt"])
+
+
+@everywhere
+def test_student_rollouts_where_the_expert_always_acts_are_the_teachers(make: Callable[[], Expert]) -> None:
+    mixed = collector(make(), p_expert=1.0).collect(3 * N, (0, 0, 1), 0)
+    teacher = collector(make()).collect(3 * N, (0, 1, 0), 0)
+    for key in ("x_t", "x_tgt", "t", "s", "actors"):
+        assert torch.equal(mixed[key], teacher[key])
+    assert (mixed["source"] == 2).all()
+    assert (teacher["source"] == 1).all()
+
+
+@everywhere
+def test_the_actor_mask_says_who_led_to_a_state(make: Callable[[], Expert]) -> None:
+    expert = make()
+    machine = collector(expert, p_expert=0.5)
+    states = machine.collect(40 * N, (0, 0, 1), 0)
+    x, t, s, actors = (trajectories(states, key) for key in ("x_t", "t", "s", "actors"))  # actors (n, N, N)
+    c = conditions(states)
+    by_expert, by_student = 0, 0
+    for i in range(N):
+        assert not actors[:, i, i:].any()  # nobody has acted yet
+        assert torch.equal(actors[:, i, :i], actors[:, -1, :i])
+    for j in range(N - 1):
+        expert_acts = actors[:, -1, j].reshape(-1, *(1,) * (x.ndim - 2))
+        theirs, own = (policy.act(x[:, j], t[:, j], s[:, j], c) for policy in (machine.expert_policy, machine.student_policy))
+        assert torch.equal(x[:, j + 1], torch.where(expert_acts, theirs, own))
+        by_expert, by_student = by_expert + int(expert_acts.sum()), by_student + int((~expert_acts).sum())
+    assert by_expert + by_student == 120
+    assert abs(by_expert - 60) < 4 * math.sqrt(120 * 0.25)
+
+
+def test_actors_of_pure_sources() -> None:
+    machine = collector(plane())
+    forward, teacher, student = (trajectories(machine.collect(4 * N, beta, 0), "actors") for beta in ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
+    assert not forward.any()
+    assert not student.any()
+    assert torch.equal(teacher, torch.ones(N, N, dtype=torch.bool).tril(-1).expand(4, N, N))
+
+
+@pytest.mark.parametrize("beta", [(0.5, 0.1, 0.4), (0.2, 0.3, 0.5), (1 / 3, 1 / 3, 1 / 3)])
+def test_small_collections_add_up_to_the_shares_exactly(beta: tuple[float, float, float]) -> None:
+    machine = collector(plane(), substeps=1)
+    counts = torch.zeros(3, dtype=torch.int64)
+    for step in range(1, 121):
+        states = machine.collect(10, beta, 0)
+        if len(states):
+            counts += torch.bincount(states["source"].long(), minlength=3)
+        owed = torch.tensor(beta, dtype=torch.float64) * 10 * step - counts
+        assert (owed > -1e-6).all()
+        assert (owed < torch.tensor([1, N, N]) + 1e-6).all()  # never a whole state, a whole rollout behind
+    assert counts.tolist() == pytest.approx([1200 * share for share in beta])
+
+
+def test_a_collection_too_small_for_a_rollout_is_empty_and_is_made_up_for() -> None:
+    machine = collector(plane())
+    sizes = [len(machine.collect(1, (0, 0, 1), 0)) for _ in range(2 * N)]
+    assert sizes == [0, 0, 0, N] * 2
+    assert machine.expert.nfe == 2 * N * K
+
+
+def test_forward_collection_draws_nothing_for_rollouts() -> None:
+    machine = collector(plane())
+    before = {name: generator.get_state() for name, generator in machine.streams.items()}
+    machine.collect(64, (1, 0, 0), 0)
+    assert torch.equal(machine.streams["rollout"].get_state(), before["rollout"])
+    for name in ("data", "noise", "time"):
+        assert not torch.equal(machine.streams[name].get_state(), before[name])
+    assert machine.student_policy.student.nfe == 0
+
+
+def test_rollouts_draw_nothing_of_the_forward_streams() -> None:
+    alone = collector(guided()).collect(10, (1, 0, 0), 0)
+    mixed = collector(guided()).collect(20, (0.5, 0.1, 0.4), 0)
+    assert torch.equal(mixed["x_t"][:10], alone["x_t"])
+    assert torch.equal(mixed["x_tgt"][:10], alone["x_tgt"])
+
+
+def test_the_streams_of_a_seed_and_of_other_seeds_differ() -> None:
+    seeds = {stream_seed(seed, name) for seed in range(50) for name in (*STREAMS, "weights", "source")}
+    assert len(seeds) == 50 * 6
+
+
+def test_no_gradient_flows_through_a_collection() -> None:
+    machine = collector(plane(), p_expert=0.5)
+    states = machine.collect(8 * N, (0.5, 0.25, 0.25), 0)
+    assert not any(value.requires_grad for value in states.values())
+    assert next(machine.student_policy.student.parameters()).requires_grad
+    assert machine.student_policy.student.nfe > 0
+
+
+@everywhere
+def test_the_same_seed_gives_the_same_states(make: Callable[[], Expert]) -> None:
+    one, same, other = (collector(make(), p_expert=0.5, seed=seed).collect(8 * N, (0.5, 0.25, 0.25), 0) for seed in (0, 0, 1))
+    for key in one.keys():  # noqa: SIM118
+        assert torch.equal(one[key], same[key])
+    assert not torch.equal(one["x_t"], other["x_t"])
+
+
+def test_a_restored_collector_goes_on_with_the_same_states() -> None:
+    machine, restored = (collector(guided(), p_expert=0.5, seed=seed) for seed in (0, 1))
+    machine.collect(7, (0.5, 0.1, 0.4), 0)
+    restored.load_state_dict(machine.state_dict())
+    for _ in range(3):
+        expected, states = (m.collect(7, (0.5, 0.1, 0.4), 0) for m in (machine, restored))
+        assert expected.batch_size == states.batch_size
+        for key in expected.keys():  # noqa: SIM118
+            assert torch.equal(states[key], expected[key])
+
+
+def test_source_and_version_are_recorded() -> None:
+    states = collector(plane()).collect(8 * N, (0.5, 0.25, 0.25), 17)
+    assert states["source"].dtype == torch.uint8
+    assert states["source"].tolist() == [0] * 16 + [1] * 8 + [2] * 8
+    assert (states["version"] == 17).all()

@@ -1,0 +1,524 @@
+"""What the learners learn, and what a learner promises: reproducible, resumable, and stopped where the numbers stop meaning anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from ddil_agents import BCConfig, BehaviourCloning, Beta, Dagger, DaggerConfig, Learner
+from ddil_agents.checkpoint import checkpoints
+from ddil_agents.metrics.distances import sliced_wasserstein
+from ddil_agents.train import read_metrics, train
+from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, Prediction, TimeGrid, unroll
+
+MIXTURE = Beta(0.5, 0.1, 0.4)
+CORNERS = [[-0.8, -0.8], [-0.8, 0.8], [0.8, -0.8], [0.8, 0.8]]
+
+
+@pytest.fixture(autouse=True)
+def _callers_generator() -> Iterator[None]:
+    """`load` sets torch's own generator; no test sees another's."""
+    with torch.random.fork_rng():
+        yield
+
+
+def corners() -> GaussianMixtureExpert:
+    return GaussianMixtureExpert(CORNERS, 0.25, [1, 2, 3, 4])
+
+
+def labelled() -> GaussianMixtureExpert:
+    return GaussianMixtureExpert(CORNERS, 0.25, [1, 2, 3, 4], labels=[0, 0, 1, 1], guidance_scale=2.0)
+
+
+def settings(**changed: Any) -> dict[str, Any]:
+    """A run of a tenth of a second."""
+    small = {"num_updates": 20, "teacher_steps": 8, "batch_size": 16, "collect_size": 32, "updates_per_collect": 4, "capacity": 64}
+    return {**small, "warmup_updates": 3, "student": {"width": 16, "depth": 2}, **changed}
+
+
+def bc(**changed: Any) -> BehaviourCloning:
+    return BehaviourCloning(corners(), BCConfig(**settings(**changed)))
+
+
+def dagger(**changed: Any) -> Dagger:
+    return Dagger(corners(), DaggerConfig(**settings(**{"beta": MIXTURE, **changed})))
+
+
+def learn(learner: Learner, num_updates: int | None = None, **where: Any) -> Learner:
+    return learner.learn(num_updates, progress=False, **where)
+
+
+def weights(denoiser: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in denoiser.parameters()])
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested states are equal down to the last bit."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+# What is learned
+
+
+@pytest.mark.parametrize(("agent", "beta"), [(BehaviourCloning, Beta()), (Dagger, MIXTURE), (Dagger, Beta(0, 0, 1))])
+def test_a_4_step_student_comes_within_a_tenth_of_the_32_step_teacher(agent: type[Learner], beta: Beta) -> None:
+    fast = {"batch_size": 256, "collect_size": 1024, "updates_per_collect": 16, "capacity": 4096, "warmup_updates": 50}
+    config = settings(**fast, num_updates=400, teacher_steps=32, learning_rate=1e-2, ema=0.97, beta=beta, student={"width": 64})
+    learner = agent(corners(), agent.Config(**config))
+    x_T = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+    teacher = unroll(learner.expert_policy, learner.grid, x_T)[:, -1]
+
+    def distance(policy: DdimPolicy) -> float:
+        return sliced_wasserstein(unroll(policy, learner.grid, x_T)[:, -1], teacher)
+
+    assert distance(ExpertPolicy(learner.expert, 1)) > 0.2  # the teacher's own 4 steps
+    assert distance(learner.student_policy) > 0.3  # untrained
+    learn(learner)
+    assert distance(learner.student_policy) < 0.1
+
+
+def test_behaviour_cloning_is_dagger_with_forward_states_alone() -> None:
+    cloned, dagged = learn(bc()), learn(dagger(beta=Beta(1, 0, 0)))
+    assert torch.equal(weights(cloned.student), weights(dagged.student))
+    assert torch.equal(weights(cloned.average), weights(dagged.average))
+
+
+def test_dagger_trains_on_all_three_sources(tmp_path: Path) -> None:
+    learner = learn(dagger(num_updates=50), out=tmp_path / "run")
+    counts = [row["source_counts"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    total = {name: sum(row[name] for row in counts) for name in ("forward", "teacher", "student")}
+    assert sum(total.values()) == 50 * 16
+    for name, share in (("forward", 0.5), ("teacher", 0.1), ("student", 0.4)):
+        assert abs(total[name] - 800 * share) < 4 * (800 * share * (1 - share)) ** 0.5
+    assert all(learner.buffer.counts.values())
+
+
+# The loss
+
+
+class PlusOffset(nn.Module):
+    """x̂_0 of a closed form, plus an offset that is trained."""
+
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        self.closed_form = corners()
+        self.offset = nn.Parameter(torch.full((2,), offset))
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
+        return self.closed_form.predict(x_t, t, c).x_0 + self.offset
+
+
+class WithExactStudent(GaussianMixtureExpert):
+    def __init__(self) -> None:
+        super().__init__(CORNERS, 0.25, [1, 2, 3, 4])
+
+    def make_student(self, *, offset: float) -> NetworkDenoiser:
+        return NetworkDenoiser(PlusOffset(offset), self.schedule, "x_0")
+
+
+def collected(learner: Learner) -> TensorDict:
+    """16 labelled states of each source."""
+    return learner.collector.collect(48, (1 / 3, 1 / 3, 1 / 3), 0)
+
+
+@pytest.mark.parametrize("weighting", ["truncated_snr", "snr_plus_one"])
+def test_the_loss_and_its_gradient_vanish_where_the_student_is_the_target(weighting: Any) -> None:
+    values = {}
+    for offset in (0.0, 0.1):
+        config = BCConfig(**settings(teacher_steps=4, weighting=weighting, student={"offset": offset}))  # one expert step a student step
+        learner = BehaviourCloning(WithExactStudent(), config)
+        loss = learner.loss(collected(learner)).mean()
+        loss.backward()
+        values[offset] = loss.item(), float(learner.student.network.offset.grad.norm())
+    assert values[0.0] == pytest.approx((0, 0), abs=1e-5)
+    assert values[0.1][0] > 0.01
+    assert values[0.1][1] > 0.1
+
+
+@pytest.mark.parametrize("n", [2, 16])  # as many states as the latent is wide, and more
+def test_the_loss_is_one_number_a_state(n: int) -> None:
+    learner = bc()
+    batch = collected(learner)[:n]
+    loss = learner.loss(batch)
+    x_0 = learner.student(batch["x_t"], batch["t"], None).x_0
+    assert loss.shape == (n,)
+    for i in range(n):
+        error = (x_0[i] - batch["x_tgt"][i]).square().mean()
+        torch.testing.assert_close(loss[i], error * learner.weight(batch["t"][i : i + 1])[0].float())
+
+
+def test_snr_plus_one_is_the_plain_error_in_v() -> None:
+    learner = bc(weighting="snr_plus_one")
+    batch = collected(learner)
+    x_t, t, x_tgt = (batch[key].double() if key != "t" else batch[key] for key in ("x_t", "t", "x_tgt"))
+    learner.student.double()
+    alpha, sigma = learner.expert.schedule(t, x_t)
+    v_tgt = alpha * (x_t - alpha * x_tgt) / sigma - sigma * x_tgt
+    with torch.no_grad():
+        plain = (learner.student.network(x_t, t.double(), None) - v_tgt).square().mean(1)  # this student predicts v
+        loss = learner.loss(TensorDict({"x_t": x_t, "t": t.double(), "x_tgt": x_tgt}, batch_size=batch.batch_size))
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+
+
+def test_truncated_snr_is_the_snr_but_at_least_1() -> None:
+    learner = bc()
+    t = TimeGrid(learner.expert.schedule, 100).times[:-1]
+    alpha, sigma = learner.expert.schedule.coefficients(t)
+    snr = alpha**2 / sigma**2
+    assert (snr < 1).any()
+    assert (snr > 1).any()
+    torch.testing.assert_close(learner.weight(t), torch.maximum(snr, torch.ones_like(snr)))
+
+
+# The machinery
+
+
+@pytest.mark.parametrize("parts", [2, 4, 16])
+def test_accumulated_gradients_give_the_weights_of_the_whole_batch(parts: int) -> None:
+    whole, accumulated = learn(dagger()), learn(dagger(gradient_accumulation=parts))
+    torch.testing.assert_close(weights(accumulated.student), weights(whole.student), atol=1e-5, rtol=0)
+    assert accumulated.step == whole.step == 20
+
+
+def test_two_learners_of_one_process_keep_their_own_accumulation() -> None:
+    alone = weights(learn(dagger(gradient_accumulation=4)).student)
+    first, second = dagger(gradient_accumulation=4), dagger(gradient_accumulation=1)
+    assert torch.equal(weights(learn(first).student), alone)
+    learn(second)
+
+
+def test_twice_the_updates_per_collection_halve_the_teachers_cost() -> None:
+    once, twice = (learn(bc(updates_per_collect=k)) for k in (2, 4))
+    assert once.teacher_nfe == 2 * twice.teacher_nfe == 10 * 32 * 2  # 10 collections of 32 states of 2 expert steps
+    assert once.expert.nfe == once.teacher_nfe
+
+
+@pytest.mark.parametrize(("guidance_scale", "pair"), [(1.0, 1), (3.0, 2)])
+def test_guidance_doubles_the_teachers_cost(guidance_scale: float, pair: int) -> None:
+    learner = learn(BehaviourCloning(labelled(), BCConfig(**settings(guidance_scale=guidance_scale))))
+    assert learner.teacher_nfe == 5 * 32 * 2 * pair
+
+
+def test_priorities_are_the_last_losses() -> None:
+    learner = dagger(prioritised=True, num_updates=9)
+    losses = []
+    update = learner.update
+
+    def recorded(batch: TensorDict) -> tuple[Tensor, Tensor]:
+        losses.append((batch["index"], update(batch)[0]))
+        return losses[-1][1], torch.ones(())
+
+    learner.update = recorded  # type: ignore[method-assign]
+    learn(learner)
+    index, loss = losses[-1]
+    last = {i: max(float(x) for j, x in zip(index.tolist(), loss.tolist(), strict=True) if j == i) for i in index.tolist()}
+    for i, value in last.items():
+        assert float(learner.buffer._sampler.priorities[i]) == pytest.approx(value, rel=1e-6, abs=1e-7)
+    assert len(set(last.values())) > 1
+
+
+def test_without_a_capacity_every_state_is_kept() -> None:
+    learner = learn(dagger(capacity=None, num_updates=40))
+    assert len(learner.buffer) == 10 * 32
+    versions = learner.buffer.sample(2000, (1, 0, 1))["version"]
+    assert versions.unique().tolist() == list(range(0, 40, 4))
+    assert len(learn(dagger(capacity=16, num_updates=40)).buffer) == 3 * 16
+
+
+def test_without_a_capacity_more_updates_than_the_config_has_are_refused() -> None:
+    learner = learn(dagger(capacity=None))
+    with pytest.raises(ValueError, match=r"20 \+ 5 gradient steps: capacity=null"):
+        learn(learner, 5)
+
+
+def test_learning_twice_goes_on_from_where_it_was(tmp_path: Path) -> None:
+    learner = learn(dagger(), 10, out=tmp_path / "first")
+    before, nfe = weights(learner.student), learner.teacher_nfe
+    learn(learner, 15, out=tmp_path / "second")
+    assert (learner.step, learner.horizon) == (25, 25)
+    assert not torch.equal(weights(learner.student), before)
+    assert learner.teacher_nfe > nfe
+    steps = [[row["step"] for row in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("first", "second")]
+    assert steps == [[10], [20, 25]]
+
+
+def test_learn_refuses_a_directory_that_holds_something(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        learn(bc(), out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_learn_refuses_no_updates() -> None:
+    with pytest.raises(ValueError, match="num_updates=0: need at least 1"):
+        learn(bc(), 0)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
+def test_the_average_is_exponential(decay: float) -> None:
+    learner = bc(ema=decay)
+    expected = None
+    for _ in range(5):
+        learner.collect()
+        learner.update(learner.buffer.sample(16, (1, 0, 0)))
+        now = weights(learner.student)
+        expected = now if expected is None else decay * expected + (1 - decay) * now
+        torch.testing.assert_close(weights(learner.average), expected, atol=1e-6, rtol=0)
+
+
+def test_the_rate_warms_up_and_falls_to_0() -> None:
+    learner = bc(num_updates=10, warmup_updates=3, learning_rate=1.0)
+    rates = [learner._warm_up_then_linear(step) for step in range(11)]
+    assert rates[:3] == pytest.approx([0.25, 0.5, 0.75])
+    assert rates[3:] == pytest.approx([0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+
+
+def test_a_seed_gives_the_same_weights_and_another_seed_others() -> None:
+    one, again, other = (learn(dagger(seed=seed)) for seed in (0, 0, 1))
+    assert torch.equal(weights(one.student), weights(again.student))
+    assert not torch.allclose(weights(one.student), weights(other.student), atol=1e-2)
+    assert not torch.equal(weights(dagger(seed=0).student), weights(dagger(seed=1).student))
+
+
+def test_the_callers_generator_is_left_alone() -> None:
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    learner = dagger()
+    assert torch.equal(torch.get_rng_state(), before)
+    learn(learner)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_callers_generator_changes_nothing() -> None:
+    torch.manual_seed(1)
+    one = learn(dagger())
+    torch.manual_seed(2)
+    torch.randn(17)
+    assert torch.equal(weights(learn(dagger()).student), weights(one.student))
+
+
+def test_learners_of_different_precision_live_in_one_process() -> None:
+    alone = {precision: weights(learn(dagger(mixed_precision=precision)).student) for precision in ("no", "bf16")}
+    full, half = dagger(mixed_precision="no"), dagger(mixed_precision="bf16")
+    assert torch.equal(weights(learn(full).student), alone["no"])
+    assert torch.equal(weights(learn(half).student), alone["bf16"])
+    assert not torch.equal(alone["no"], alone["bf16"])
+    torch.testing.assert_close(alone["bf16"], alone["no"], atol=0.02, rtol=0)
+    assert alone["bf16"].dtype == torch.float32
+
+
+# Numbers that mean nothing
+
+
+class PoisonedFrom(GaussianMixtureExpert):
+    """NaN labels from a given number of forwards on."""
+
+    def __init__(self, nfe: int) -> None:
+        super().__init__(CORNERS, 0.25)
+        self.poisoned_from = nfe
+
+    def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+        pred = super().predict(x_t, t, c)
+        return pred if self.nfe <= self.poisoned_from else dataclasses.replace(pred, x_0=pred.x_0 * torch.nan)
+
+
+def test_poisoned_labels_stop_the_run_with_step_and_source(tmp_path: Path) -> None:
+    # 32 states of 2 forwards a collection: the third one, before step 9, is poisoned, and all held states are replaced by it
+    learner = BehaviourCloning(PoisonedFrom(2 * 64), BCConfig(**settings(capacity=32)))
+    with pytest.raises(FloatingPointError, match=r"not finite at step 9, on states of: forward \(16 states\)\. "):
+        train(learner, tmp_path, progress=False, checkpoint_every=4, log_every=100)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step_00000004", "step_00000008"]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [4, 8]
+    restored = BehaviourCloning(corners(), learner.config).load(tmp_path / "checkpoints")
+    assert torch.isfinite(weights(restored.student)).all()
+
+
+def test_a_poisoned_student_stops_the_run_at_its_first_step(tmp_path: Path) -> None:
+    learner = dagger(beta=Beta(0, 0, 1))
+    with torch.no_grad():
+        next(learner.student.parameters()).fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"step 1, on states of: student \(16 states\)\. "):
+        learn(learner, out=tmp_path / "run")
+    assert checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_single_poisoned_source_is_named_alone() -> None:
+    learner = dagger()
+    learner.collect()
+    states = collected(learner)
+    states["x_tgt"][states["source"] == 1] = torch.inf
+    learner.buffer.extend(states)
+    learner.collect = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError) as caught:
+        learn(learner)
+    assert "teacher" in str(caught.value)
+    assert "forward" not in str(caught.value)
+
+
+# Saving and loading
+
+
+def halfway(directory: Path, make: Any, **changed: Any) -> tuple[Learner, Learner]:
+    """A learner that learned without a break, and another that took up its checkpoint of step 11 of 20."""
+    whole = make(**changed)
+    train(whole, directory, progress=False, checkpoint_every=11)
+    train(resumed := make(**changed).load(directory / "checkpoints" / "step_00000011"), progress=False)
+    return whole, resumed
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"prioritised": True, "p_expert": 0.5, "updates_per_collect": 3},
+        {"capacity": None, "gradient_accumulation": 4},
+        {"mixed_precision": "bf16", "beta": Beta(0.3, 0, 0.7, schedule="linear")},
+        {"collect_size": 7},
+    ],
+    ids=["plain", "prioritised", "aggregate", "bf16", "remainders"],
+)
+def test_a_resumed_learner_ends_bit_for_bit_where_the_unbroken_one_does(tmp_path: Path, changed: dict[str, Any]) -> None:
+    whole, resumed = halfway(tmp_path, dagger, **changed)
+    a, b = whole.state_dict(), resumed.state_dict()
+    for key in a.keys() | b.keys():
+        assert same(a[key], b[key]), key
+    assert whole.step == 20
+
+
+def test_a_saved_learner_holds_its_step_and_its_average(tmp_path: Path) -> None:
+    learner = learn(dagger())
+    path = learner.save(tmp_path)
+    restored = dagger().load(tmp_path)
+    assert path == tmp_path / "step_00000020"
+    assert torch.equal(weights(restored.average), weights(learner.average))
+    assert same(restored.buffer.state_dict(), learner.buffer.state_dict())
+    assert (restored.step, restored.teacher_nfe, restored.student_nfe) == (20, learner.teacher_nfe, learner.student_nfe)
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    learner = learn(bc())
+    learner.save(tmp_path)
+    with torch.no_grad():
+        next(learner.student.parameters()).zero_()
+    learner.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000020"]
+    assert not next(bc().load(tmp_path).student.parameters()).any()
+
+
+def test_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    train(bc(), tmp_path, progress=False, checkpoint_every=3)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step_00000018", "step_00000020"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """checkpoints of steps 18 and 20."""
+    train(dagger(), tmp_path, progress=False, checkpoint_every=18)
+    return tmp_path / "checkpoints"
+
+
+def test_load_refuses_another_config_and_names_what_differs(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"differs in: batch_size, learning_rate\. Load it into a learner built with the same config"):
+        dagger(batch_size=8, learning_rate=1.0).load(saved)
+
+
+def test_load_refuses_another_agent(saved: Path) -> None:
+    with pytest.raises(ValueError, match="is of dagger with another config; it differs in: the agent"):
+        bc(beta=MIXTURE).load(saved)
+
+
+def test_load_refuses_a_flipped_byte(saved: Path) -> None:
+    state = saved / "step_00000020" / "state.pt"
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    learner = dagger()
+    before = weights(learner.student)
+    with pytest.raises(ValueError, match=r"state.pt is damaged: its SHA-256.*remove .*step_00000020 to resume from the one before it"):
+        learner.load(saved)
+    assert torch.equal(weights(learner.student), before)
+    assert learner.load(saved / "step_00000018").step == 18
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]", b"{}"], ids=["empty", "cut", "binary", "list", "bare"])
+def test_load_refuses_a_damaged_manifest(saved: Path, content: bytes) -> None:
+    (saved / "step_00000020" / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match="step_00000020 is damaged"):
+        dagger().load(saved)
+
+
+def test_load_refuses_a_checkpoint_without_its_state(saved: Path) -> None:
+    (saved / "step_00000020" / "state.pt").unlink()
+    with pytest.raises(ValueError, match="step_00000020 is damaged"):
+        dagger().load(saved)
+
+
+def test_a_checkpoint_without_a_manifest_does_not_count(saved: Path) -> None:
+    (saved / "step_00000020" / "manifest.json").unlink()
+    assert dagger().load(saved).step == 18
+    with pytest.raises(ValueError, match=r"no checkpoint in .*step_00000020"):
+        dagger().load(saved / "step_00000020")
+
+
+@pytest.mark.parametrize("name", ["empty", "absent"])
+def test_load_refuses_a_directory_without_checkpoints(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"no checkpoint in .*{name}"):
+        dagger().load(tmp_path / name)
+
+
+def test_a_manifest_says_what_was_saved(saved: Path) -> None:
+    manifest = json.loads((saved / "step_00000018" / "manifest.json").read_text())
+    assert (manifest["step"], manifest["agent"], manifest["config"]["batch_size"]) == (18, "dagger", 16)
+
+
+# Configs
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_updates": 0}, "num_updates=0: need at least 1"),
+        ({"num_steps": 0}, "num_steps=0: need at least 1"),
+        ({"batch_size": -3}, "batch_size=-3"),
+        ({"updates_per_collect": 0}, "updates_per_collect=0"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0: need a positive number"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"p_expert": 1.5}, r"p_expert=1.5: need a number in \[0, 1\]"),
+        ({"ema": -0.1}, "ema=-0.1"),
+        ({"warmup_updates": -1}, "warmup_updates=-1: need 0 or more"),
+        ({"capacity": 0}, "capacity=0: need at least 1, or null"),
+        ({"teacher_steps": 30}, "teacher_steps=30 is no multiple of num_steps=4"),
+        ({"gradient_accumulation": 3}, "batch_size=16 does not divide into gradient_accumulation=3 parts"),
+        ({"mixed_precision": "fp8"}, "unknown mixed_precision 'fp8'; choose one of: no, fp16, bf16"),
+        ({"weighting": "snr"}, "unknown weighting 'snr'; choose one of: truncated_snr, snr_plus_one"),
+        ({"collect_size": 3, "beta": Beta(0, 0, 1)}, "collect_size=3: its shares .* hold not one rollout of num_steps=4 states"),
+    ],
+)
+def test_a_bad_setting_is_refused_with_its_value_and_the_rule(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BCConfig(**settings(**changed))
+
+
+def test_guidance_that_the_expert_cannot_follow_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no null condition to guide against"):
+        bc(guidance_scale=3.0)
+
+
+def test_more_steps_than_the_chain_has_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_steps=1000: need 1 ≤ num_steps ≤ 999"):
+        bc(num_steps=1000, teacher_steps=1000, collect_size=2000)

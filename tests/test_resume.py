@@ -1,0 +1,246 @@
+"""A run killed with SIGKILL at any moment, and resumed, ends in the weights of the run that was never killed.
+
+Every run is a process of its own, forked from a server that has imported the library once.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddil_agents.train import read_metrics
+
+ARGV = shlex.split(
+    "--env env.yaml --num_updates 24 --teacher_steps 8 --batch_size 16 --collect_size 30 --updates_per_collect 5 --capacity 64 "
+    "--prioritised true --p_expert .3 --beta.schedule linear --log_every 3 --checkpoint_every 7 --evaluate.n 20 --evaluate.n_action 5 "
+    "--student '{width: 16}'"
+)  # checkpoints at 7, 14, 21 and 24; lines at every 3 and at those
+ENV = """\
+expert: ddil_env.GaussianMixtureExpert
+means: [[-0.8, 0.0, 0.3], [0.8, 0.2, 0.0], [0.0, -0.7, 0.5]]
+stds: 0.2
+labels: [0, 1, 1]
+"""  # no picture to draw, which is half of a run this short
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["ddil_agents.dagger", "ddil_env.experts.gaussian_mixture", "torch.utils.tensorboard", "pytest"])
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def patch(owner: Any, name: str, n: int, instead: Callable[..., Any], applies: Callable[..., bool] = lambda *_: True) -> None:
+    """Calls `instead(original, *args)` in place of the n-th call of owner.name whose arguments apply."""
+    original, calls = getattr(owner, name), [0]
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        if applies(*args):
+            calls[0] += 1
+            if calls[0] == n:
+                return instead(original, *args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, patched)
+
+
+def before(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    die()
+
+
+def after(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    original(*args, **kwargs)
+    die()
+
+
+def half_written(original: Callable[..., Any], state: Any, path: Path) -> None:
+    original(state, path)
+    os.truncate(path, path.stat().st_size // 2)
+    die()
+
+
+def cut_line(original: Callable[..., Any], log: Any) -> None:
+    original(log)
+    os.truncate(log._file.name, os.path.getsize(log._file.name) - 40)
+    die()
+
+
+def half_removed(original: Callable[..., Any], path: Path, *args: Any, **kwargs: Any) -> None:
+    (path / "state.pt").unlink()
+    die()
+
+
+def half_saved(original: Callable[..., Any], expert: Any, student: Any, directory: Path, *args: Any) -> None:
+    (directory / "student.safetensors").write_bytes(b"\0" * 100)
+    die()
+
+
+def is_checkpoint(source: Any, target: Any) -> bool:
+    return Path(target).name.startswith("step_")
+
+
+def is_old(path: Path, *_: Any) -> bool:
+    return path.name.startswith("step_")
+
+
+def named(name: str) -> Callable[[Any, Any], bool]:
+    return lambda source, target: Path(target).name == name
+
+
+def fatal(moment: str) -> None:
+    """Arranges for this process to be killed at that moment."""
+    from ddil_agents import checkpoint, cli, evaluate, train
+    from ddil_agents.collect import Collector
+    from ddil_agents.learner import Learner
+    from ddil_env import Expert
+
+    moments: dict[str, Callable[[], None]] = {
+        "the first gradient step": lambda: patch(Learner, "update", 1, before),
+        "the gradient step after a checkpoint": lambda: patch(Learner, "update", 15, after),
+        "a gradient step far from one": lambda: patch(Learner, "update", 20, after),
+        "the last gradient step": lambda: patch(Learner, "update", 24, after),
+        "a collection": lambda: patch(Collector, "collect", 4, after),
+        "a rollout": lambda: patch(Collector, "rollout", 2, after),
+        "a line of metrics": lambda: patch(train.MetricsLog, "flush", 5, cut_line),
+        "the first state half written": lambda: patch(torch, "save", 1, half_written),
+        "the third state half written": lambda: patch(torch, "save", 3, half_written),
+        "a state without its manifest": lambda: patch(torch, "save", 2, after),
+        "before the renaming": lambda: patch(checkpoint.os, "replace", 2, before, is_checkpoint),
+        "after the renaming": lambda: patch(checkpoint.os, "replace", 2, after, is_checkpoint),
+        "an old checkpoint half removed": lambda: patch(shutil, "rmtree", 1, half_removed, is_old),
+        "after the last checkpoint": lambda: patch(checkpoint.os, "replace", 4, after, is_checkpoint),
+        "the student half saved": lambda: patch(Expert, "save_student", 1, half_saved),
+        "the evaluation": lambda: patch(evaluate.Judge, "judge", 2, before),
+        "the writing of the result": lambda: patch(checkpoint.os, "replace", 1, before, named("result.json")),
+        "the drawing of the samples": lambda: patch(cli, "save_pictures", 1, before),
+        "the writing of the config": lambda: patch(checkpoint.os, "replace", 1, before, named("config.yaml")),
+    }
+    moments[moment]()
+
+
+def command(directory: Path, argv: list[str], moment: str | None) -> None:
+    """The body of a process: the command line, killed at a moment."""
+    os.chdir(directory)
+    Path("env.yaml").write_text(ENV)
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        if moment is not None:
+            fatal(moment)
+        from ddil_agents import dagger
+
+        dagger.main(argv)
+
+
+def run(directory: Path, argv: list[str], moment: str | None = None) -> int:
+    """The exit code of the command in a process of its own; −9 where it was killed."""
+    process = SERVER.Process(target=command, args=(directory, argv, moment))
+    process.start()
+    process.join(60)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """All of a run that does not depend on the clock."""
+    result = json.loads((run / "result.json").read_text())
+    rows = read_metrics(run / "metrics.jsonl")
+    clock = ("seconds", "nfe_per_second", "train_seconds")
+    return {
+        "rows": [{k: v for k, v in row.items() if k not in clock} for row in rows],
+        "lines": len((run / "metrics.jsonl").read_text().splitlines()),
+        "models": {name: {k: v for k, v in model.items() if k not in clock} for name, model in result["models"].items()},
+        "nfe": (result["teacher_nfe"], result["student_nfe"]),
+        "checkpoints": sorted(path.name for path in (run / "checkpoints").glob("step_*"))[-2:],  # a kill may leave an old one
+        "config": (run / "config.yaml").read_text(),
+    }
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    ours, theirs = (load_file(run / "student" / "student.safetensors") for run in (a, b))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("unbroken")
+    assert run(directory, [*ARGV, "--out", "run"]) == 0
+    return directory / "run"
+
+
+def test_the_unbroken_run_is_as_the_moments_suppose(unbroken: Path) -> None:
+    facts = outcome(unbroken)
+    assert [row["step"] for row in facts["rows"]] == [3, 6, 7, 9, 12, 14, 15, 18, 21, 24]
+    assert facts["lines"] == 10
+    assert facts["checkpoints"] == ["step_00000021", "step_00000024"]
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "the first gradient step",
+        "the gradient step after a checkpoint",
+        "a gradient step far from one",
+        "the last gradient step",
+        "a collection",
+        "a rollout",
+        "a line of metrics",
+        "the first state half written",
+        "the third state half written",
+        "a state without its manifest",
+        "before the renaming",
+        "after the renaming",
+        "an old checkpoint half removed",
+        "after the last checkpoint",
+        "the student half saved",
+        "the evaluation",
+        "the writing of the result",
+        "the drawing of the samples",
+    ],
+)
+def test_a_run_killed_in(moment: str, unbroken: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, [*ARGV, "--out", "run"], moment) == -signal.SIGKILL
+    assert run(tmp_path, ["--resume", "run"]) == 0
+    assert same_weights(tmp_path / "run", unbroken)
+    assert outcome(tmp_path / "run") == outcome(unbroken)
+
+
+def test_a_run_killed_again_and_again(unbroken: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, [*ARGV, "--out", "run"], "a collection") == -signal.SIGKILL
+    for moment in ("before the renaming", "the first state half written", "the evaluation"):
+        assert run(tmp_path, ["--resume", "run"], moment) == -signal.SIGKILL
+    assert run(tmp_path, ["--resume", "run"]) == 0
+    assert same_weights(tmp_path / "run", unbroken)
+    assert outcome(tmp_path / "run") == outcome(unbroken)
+
+
+def test_a_run_killed_before_its_config_was_written_starts_anew(unbroken: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, [*ARGV, "--out", "run"], "the writing of the config") == -signal.SIGKILL
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert run(tmp_path, ["--resume", "run"]) == 2
+    assert run(tmp_path, [*ARGV, "--out", "run"]) == 0
+    assert same_weights(tmp_path / "run", unbroken)
+
+
+def test_a_checkpoint_damaged_on_the_disk_is_refused_and_the_one_before_it_resumes_to_the_same_weights(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    assert run(tmp_path, [*ARGV, "--out", "run"], "the last gradient step") == -signal.SIGKILL
+    newest = tmp_path / "run" / "checkpoints" / "step_00000021"
+    os.truncate(newest / "state.pt", 1000)
+    assert run(tmp_path, ["--resume", "run"]) == 2
+    shutil.rmtree(newest)  # the cure that the message names
+    assert run(tmp_path, ["--resume", "run"]) == 0
+    assert same_weights(tmp_path / "run", unbroken)
+    assert outcome(tmp_path / "run") == outcome(unbroken)
