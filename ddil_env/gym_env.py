@@ -28,6 +28,16 @@ from ddil_env.schedule import GridKind
 MIN_RENDER_SIZE = 128  # smaller pictures are enlarged by whole factors, so that a person can see them
 
 
+def _expert(expert: Expert | str, device: str | None, kwargs: dict[str, Any] | None) -> Expert:
+    """The expert of a preset; one that exists already is taken as it is.
+
+    Raises:
+        ValueError: what load_expert refuses, among it arguments or a device for an expert that exists already.
+    """
+    given = {**(kwargs or {}), **({} if device is None else {"device": device})}
+    return load_expert(expert, **given)
+
+
 def _spaces(expert: Expert, action_bound: float | None) -> tuple[spaces.Dict, spaces.Box]:
     """Observation and action space of one environment."""
     if action_bound is not None and not action_bound > 0:
@@ -101,7 +111,7 @@ class DenoisingGymEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         render_mode: `rgb_array` shows the decoded latent.
         action_bound: Half-width of the action box, for libraries that refuse an unbounded one; None is unbounded.
         expert_action: Whether `info["expert_action"]` holds the expert's action at each new state (costs its forwards).
-        device: Where to compute.
+        device: Where to compute; default: the expert's own default.
         expert_kwargs: Keyword arguments of the preset's expert.
         kernel, reward, substeps, guidance_scale, grid: As in DenoisingMDP.
     """
@@ -115,7 +125,7 @@ class DenoisingGymEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         render_mode: str | None = None,
         action_bound: float | None = None,
         expert_action: bool = False,
-        device: str = "cpu",
+        device: str | None = None,
         expert_kwargs: dict[str, Any] | None = None,
         kernel: Kernel = "ddim",
         reward: Reward = "none",
@@ -123,7 +133,7 @@ class DenoisingGymEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         guidance_scale: float | None = None,
         grid: GridKind = "linspace",
     ) -> None:
-        self.expert = load_expert(expert, device=device, **(expert_kwargs or {})) if isinstance(expert, str) else expert
+        self.expert = _expert(expert, device, expert_kwargs)
         self.mdp = DenoisingMDP(
             self.expert, num_steps, kernel=kernel, reward=reward, substeps=substeps, guidance_scale=guidance_scale, grid=grid
         )
@@ -192,7 +202,7 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         num_steps: int = 4,
         render_mode: str | None = None,
         action_bound: float | None = None,
-        device: str = "cpu",
+        device: str | None = None,
         expert_kwargs: dict[str, Any] | None = None,
         kernel: Kernel = "ddim",
         reward: Reward = "none",
@@ -206,7 +216,7 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
             raise ValueError(f"num_envs={num_envs}: need at least one environment")
         if output not in ("numpy", "torch"):
             raise ValueError(f"unknown output {output!r}; choose one of: numpy, torch")
-        self.expert = load_expert(expert, device=device, **(expert_kwargs or {})) if isinstance(expert, str) else expert
+        self.expert = _expert(expert, device, expert_kwargs)
         self.mdp = DenoisingMDP(
             self.expert, num_steps, kernel=kernel, reward=reward, substeps=substeps, guidance_scale=guidance_scale, grid=grid
         )

@@ -100,12 +100,14 @@ class DenoisingMDP:
         """The state at a chosen latent and time; t need not lie on the grid.
 
         Raises:
-            ValueError: t outside (0, t_max], t between the whole numbers of a discrete schedule, or an unknown condition id.
+            ValueError: t outside (0, t_max], t between the whole numbers of a discrete schedule, or a condition id that does not exist.
         """
         if not bool(((t > 0) & (t <= self.expert.schedule.t_max)).all()):
             raise ValueError(f"cannot start at t={t.tolist()[:4]}: need 0 < t ≤ {self.expert.schedule.t_max}")
         if self.expert.schedule.discrete and not bool((t == t.round()).all()):
             raise ValueError(f"cannot start at t={t.tolist()[:4]}: a {self.expert.schedule.kind} schedule has whole times only")
+        if c is not None and not self.expert.num_conditions:
+            raise ValueError("cannot start with a condition c: this expert is unconditional")
         last = self.expert.num_conditions - (self.expert.null_condition is None)
         if c is not None and not bool(((c >= 0) & (c <= last)).all()):
             raise ValueError(f"cannot start with c={c.tolist()[:4]}: condition ids are 0 … {last}")

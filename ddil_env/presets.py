@@ -91,6 +91,8 @@ def find_expert(name: str) -> type[Expert]:
             raise ValueError(f"cannot find expert class {name!r} ({error}); pass a dotted path such as my_pkg.MyExpert{known}") from error
     if not (inspect.isclass(found) and issubclass(found, Expert)):
         raise ValueError(f"{name!r} is not a subclass of ddil_env.Expert")
+    if inspect.isabstract(found):
+        raise ValueError(f"{name!r} lacks {', '.join(sorted(found.__abstractmethods__))}; implement it")
     return found
 
 

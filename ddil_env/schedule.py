@@ -196,6 +196,8 @@ class Prediction:
         ε̂' = ε̂ + (α/σ)(x̂_0 − x̂_0')        bit for bit unchanged where x̂_0 already lies inside
         """
         x_0 = support.project(self.x_0)
+        if x_0 is self.x_0:  # all of space
+            return self
         alpha, sigma = self.schedule(self.t, x_0)
         return Prediction(x_0, self.eps + (alpha / sigma) * (self.x_0 - x_0), self.t, self.schedule)
 

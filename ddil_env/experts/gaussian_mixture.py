@@ -80,9 +80,11 @@ class GaussianMixtureExpert(Expert):
         for name, values in (("stds", std), ("weights", weight)):
             if values.shape != (k,) or not (torch.isfinite(values) & (values > 0)).all():
                 raise ValueError(f"{name}={values.tolist()}: need {k} positive numbers, one a component")
-        label = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+        label = None if labels is None else torch.as_tensor(labels)
         num_classes = 0
         if label is not None:
+            if label.is_floating_point():
+                raise ValueError(f"labels={label.tolist()}: need {k} whole numbers, one a component")
             num_classes = int(label.max()) + 1
             if label.shape != (k,) or sorted(set(label.tolist())) != list(range(num_classes)):
                 raise ValueError(f"labels={label.tolist()}: need {k} whole numbers, one a component, that use every class from 0 on")
