@@ -25,7 +25,7 @@ from ddil_agents.metrics.coverage import precision_recall_density_coverage
 from ddil_agents.metrics.distances import sliced_wasserstein
 from ddil_agents.metrics.extractors import default_extractor, load_extractor
 from ddil_agents.metrics.frechet import frechet_distance
-from ddil_env import DdimPolicy, Expert, ExpertPolicy, TimeGrid, load_expert, unroll
+from ddil_env import DdimPolicy, Expert, ExpertPolicy, NoDataError, TimeGrid, load_expert, unroll
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Judge:
         self.expert = expert = expert_policy.expert
         self.extractor = load_extractor(self.settings.extractor or default_extractor(expert))
         generator = torch.Generator(expert.device).manual_seed(self.settings.seed)
-        self.real, self.held_out, self.c = self._data(generator)
+        self.real, (self.held_out, self.held_out_c), self.c = self._data(generator)
         n = self.settings.n if self.real is None else len(self.real)
         self.x_T = torch.randn(n, *expert.sample_shape, generator=generator, device=expert.device)
         self.expert_path = unroll(expert_policy, grid, self.x_T, self.c)  # (n, N + 1, *sample_shape)
@@ -77,12 +77,13 @@ class Judge:
             assert self.held_out is not None
             self.held_out_noised = self._noised(self.held_out, generator)
 
-    def _data(self, generator: torch.Generator) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def _data(self, generator: torch.Generator) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None], Tensor | None]:
+        """Real samples, held-out samples and their conditions, and the conditions of every model."""
         try:
             real, c = self.expert.reference_data(self.settings.n)
-        except ValueError:  # data-free: no distance to data, the rest holds
-            return None, None, self.expert.sample_condition(self.settings.n, generator)
-        return real, self.expert.reference_data(self.settings.n, held_out=True)[0], c
+        except NoDataError:  # data-free: no distance to data, the rest holds
+            return None, (None, None), self.expert.sample_condition(self.settings.n, generator)
+        return real, self.expert.reference_data(self.settings.n, held_out=True), c
 
     def _noised(self, x_0: Tensor, generator: torch.Generator) -> Tensor:
         """The forward marginals at the times of the grid, (N, n, *sample_shape)."""
@@ -92,8 +93,8 @@ class Judge:
             draws.append(self.expert.schedule.add_noise(x_0, eps, t.expand(len(x_0))))
         return torch.stack(draws)
 
-    def to_data(self, samples: Tensor) -> dict[str, Any]:
-        """Fréchet distance, precision, recall, density, coverage and class accuracy of samples (n, *sample_shape)."""
+    def to_data(self, samples: Tensor, c: Tensor | None) -> dict[str, Any]:
+        """Fréchet distance, precision, recall, density, coverage and class accuracy of samples (n, *sample_shape) of conditions c (n,)."""
         if self.real is None:
             return {}
         features = self.extractor.features(samples)
@@ -101,8 +102,8 @@ class Judge:
         result = {"frechet": frechet_distance(self.real_features, features)}
         result |= dataclasses.asdict(precision_recall_density_coverage(self.real_features[:m], features[:m]))
         classes = self.extractor.classes(samples)
-        if classes is not None and self.c is not None:
-            result["accuracy"] = float((classes == self.c[: len(classes)]).double().mean())
+        if classes is not None and c is not None:
+            result["accuracy"] = float((classes == c).double().mean())
         return result
 
     def floors(self) -> dict[str, Any]:
@@ -111,7 +112,7 @@ class Judge:
             return {}
         n, m = len(self.x_T), len(self.held_out)
         shift = [sliced_wasserstein(a[: min(n, m)], b[: min(n, m)]) for a, b in zip(self.real_noised, self.held_out_noised, strict=True)]
-        return {"held_out_real": {"n": m, **self.to_data(self.held_out), "shift": shift}}
+        return {"held_out_real": {"n": m, **self.to_data(self.held_out, self.held_out_c), "shift": shift}}
 
     @torch.no_grad()
     def judge(self, policy: DdimPolicy, grid: TimeGrid | None = None) -> dict[str, Any]:
@@ -130,7 +131,7 @@ class Judge:
         path = unroll(policy, grid or self.grid, self.x_T, self.c)
         seconds = time.monotonic() - start
         samples = path[:, -1]
-        result = self.to_data(samples) | {
+        result = self.to_data(samples, self.c) | {
             "frechet_to_expert": frechet_distance(self.expert_features, self.extractor.features(samples)),
             "endpoint_rmse": float((samples - self.expert_path[:, -1]).square().mean().sqrt()),
             "seconds": seconds,
@@ -166,7 +167,7 @@ class Judge:
         few = ExpertPolicy(self.expert, 1, w, self.expert_policy.project)
         pair = 1 if w == 1 else 2  # forwards of a guided step
         return {
-            f"teacher@{n * k}": {"nfe_per_sample": n * k * pair, **self.to_data(self.expert_path[:, -1]), "endpoint_rmse": 0.0},
+            f"teacher@{n * k}": {"nfe_per_sample": n * k * pair, **self.to_data(self.expert_path[:, -1], self.c), "endpoint_rmse": 0.0},
             f"teacher@{n}": {"nfe_per_sample": n * pair, **self.judge(few)},
         }
 

@@ -2,7 +2,7 @@
 
 from ddil_env.check import check_expert
 from ddil_env.denoising_env import DenoisingEnv
-from ddil_env.expert import Denoiser, Expert, NetworkDenoiser
+from ddil_env.expert import Denoiser, Expert, NetworkDenoiser, NoDataError
 from ddil_env.experts.gaussian_mixture import GaussianMixtureExpert
 from ddil_env.gym_env import DenoisingGymEnv, DenoisingVectorEnv, register_envs
 from ddil_env.mdp import DenoisingMDP
@@ -26,6 +26,7 @@ __all__ = [
     "ExpertPolicy",
     "GaussianMixtureExpert",
     "NetworkDenoiser",
+    "NoDataError",
     "NoiseSchedule",
     "Prediction",
     "StudentPolicy",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ddil_env.schedule import NoiseSchedule, Prediction, PredictionType
 from ddil_env.support import Support, Unbounded
 
-__all__ = ["Denoiser", "Expert", "NetworkDenoiser", "Prediction", "check_device"]
+__all__ = ["Denoiser", "Expert", "NetworkDenoiser", "NoDataError", "Prediction", "check_device"]
 
 Predict = Callable[[Tensor, Tensor, Tensor | None], Prediction]
 
@@ -43,6 +43,10 @@ def check_device(device: torch.device | str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise ValueError(f"device {str(device)!r} is not to be had: {error}. Available here: {', '.join(available)}") from error
+
+
+class NoDataError(ValueError):
+    """An expert without data of its own was asked for some."""
 
 
 class Denoiser(Protocol):
@@ -194,9 +198,9 @@ class Expert(ABC):
         """n pairs of the training data: x_0 (n, *sample_shape) and c (n,) or None.
 
         Raises:
-            ValueError: this expert brings no data.
+            NoDataError: this expert brings no data.
         """
-        raise ValueError(f"{type(self).__name__} brings no data; train data-free (--beta.forward 0) or give it data")
+        raise NoDataError(f"{type(self).__name__} brings no data; train data-free (--beta.forward 0) or give it data")
 
     def reference_data(self, n: int, held_out: bool = False) -> tuple[Tensor, Tensor | None]:
         """n fixed pairs to judge samples against: of the training data, or of data that the expert has not seen.
@@ -205,7 +209,7 @@ class Expert(ABC):
             x_0 (m, *sample_shape) and c (m,) or None, classes balanced, m ≤ n where the data are few.
 
         Raises:
-            ValueError: this expert brings no data.
+            NoDataError: this expert brings no data.
         """
         return self.sample_data(n, torch.Generator(self.device).manual_seed(1 if held_out else 0))
 
