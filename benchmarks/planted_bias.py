@@ -155,7 +155,7 @@ def main() -> None:
     rows = measure(args.bias, args.seed)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"seed": args.seed, "rows": rows, **provenance()}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"seed": args.seed, "rows": rows, **provenance(torch.device("cpu"))}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 The student at (x_t, t) learns the one x̂_0 whose DDIM step t → s lands where k teacher steps do:
 
     x_tgt = (x_s − r x_t)/(α_s − r α_t) ,  r = σ_s/σ_t          App. G
-    L     = w_t ‖x̂_θ(x_t, t, c) − x_tgt‖²                        Eq. 9; w_t = max(α²/σ², 1) or 1 + α²/σ²
+    L     = w_t ‖x̂_θ(x_t, t, c) − x_tgt‖²                        §4; w_t = max(α²/σ², 1) or 1 + α²/σ²
 
-on states of forward-diffused data alone: β = (1, 0, 0).
+on states of forward-diffused data alone, β = (1, 0, 0), or data-free on the teacher's own trajectories.
 
     python -m ddil_agents.bc --env digits --num_steps 4
 """
@@ -19,6 +19,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from ddil_agents.learner import Learner, LearnerConfig
+from ddil_env import Expert
 
 Weighting = Literal["truncated_snr", "snr_plus_one"]
 
@@ -37,11 +38,21 @@ class BCConfig(LearnerConfig):
 
 
 class BehaviourCloning(Learner):
-    """Progressive distillation on forward-diffused data."""
+    """Progressive distillation on forward-diffused data, or data-free on the teacher's trajectories.
+
+    Raises:
+        ValueError: the config gives the student's own states a share; that is DAgger.
+    """
 
     name = "bc"
     Config: ClassVar[type[LearnerConfig]] = BCConfig
     config: BCConfig
+    interactive: ClassVar[bool] = False  # whether the expert is asked about the student's own states
+
+    def __init__(self, expert: Expert | str, config: BCConfig | None = None) -> None:
+        if config is not None and config.beta.student > 0 and not self.interactive:
+            raise ValueError(f"beta.student={config.beta.student}: behaviour cloning sees no student states; use ddil_agents.dagger")
+        super().__init__(expert, config)
 
     def loss(self, batch: TensorDict) -> Tensor:
         x_t, t, c, x_tgt = batch["x_t"], batch["t"], batch.get("c", None), batch["x_tgt"]

@@ -44,7 +44,7 @@ def save_checkpoint(learner: Learner, directory: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     torch.save(learner.state_dict(), partial / "state.pt")
-    digest = hashlib.sha256((partial / "state.pt").read_bytes()).hexdigest()
+    digest = _sha256(partial / "state.pt")
     manifest = {"step": learner.step, "agent": learner.name, "sha256": digest, "config": learner.config_dict()}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for path in (partial / "state.pt", partial / "manifest.json", partial):
@@ -57,13 +57,20 @@ def save_checkpoint(learner: Learner, directory: Path) -> Path:
     _flush(directory)
     shutil.rmtree(stale, ignore_errors=True)
     for old in checkpoints(directory)[:-KEEP]:
-        shutil.rmtree(old)
+        hidden = directory / f".{old.name}.stale"  # a removal can be cut short, a renaming cannot
+        os.replace(old, hidden)
+        shutil.rmtree(hidden)
     return final
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def checkpoints(directory: Path) -> list[Path]:
-    """Whole checkpoints in a directory, oldest first."""
-    return sorted(path for path in directory.glob("step_*") if (path / "manifest.json").is_file())
+    """Checkpoints in a directory, oldest first."""
+    return sorted(directory.glob("step_*"))
 
 
 def load_checkpoint(learner: Learner, directory: Path) -> None:
@@ -80,13 +87,13 @@ def load_checkpoint(learner: Learner, directory: Path) -> None:
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         digest, agent, theirs = manifest["sha256"], manifest["agent"], manifest["config"]
-        content = (path / "state.pt").read_bytes()
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        whole = _sha256(path / "state.pt") == digest
+        ours = json.loads(json.dumps(learner.config_dict()))
+        different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); {cure}") from error
-    if hashlib.sha256(content).hexdigest() != digest:
+    if not whole:
         raise ValueError(f"{path}/state.pt is damaged: its SHA-256 is not the manifest's; {cure}")
-    ours = json.loads(json.dumps(learner.config_dict()))
-    different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if agent != learner.name or different:
         raise ValueError(
             f"{path} is of {agent} with another config; it differs in: {', '.join(different) or 'the agent'}. "

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
@@ -32,9 +33,11 @@ from ddil_agents.checkpoint import checkpoints, write_atomically
 from ddil_agents.evaluate import Evaluation, Judge, provenance
 from ddil_agents.learner import Learner
 from ddil_agents.report import save_pictures, table
-from ddil_agents.train import train
-from ddil_env import check_expert
+from ddil_agents.train import read_metrics, train
+from ddil_env import NoDataError, check_expert
 from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
+
+AGENTS = {"bc": "BehaviourCloning", "dagger": "Dagger"}  # module → class
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -44,7 +47,10 @@ def clear_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     """What the user can mend ends in one line and exit status 2, not in a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except OSError as error:  # a path that cannot be read or written, a full disk
+        print(f"{parser.prog}: error: {error}; choose another path, or mend this one", file=sys.stderr)
+        raise SystemExit(2) from error
+    except (ValueError, ArithmeticError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -59,11 +65,14 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
             saved = Path(resume) / "config.yaml"
             if not saved.is_file():
                 raise ValueError(f"nothing to resume in {resume}: no config.yaml there")
-            if (other := read_yaml(saved).get("agent")) != agent.name:
+            if (other := read_yaml(saved).get("agent")) is None:
+                raise ValueError(f"{saved} is no run's config: it names no agent; restore it, or start a new run")
+            if other != agent.name:
                 raise ValueError(f"{resume} is of {other}; resume it with python -m ddil_agents.{other}")
-            parser, cfg = _parse(agent, ["--config", str(saved)])
-            _, asked = _parse(agent, ["--config", str(saved), *argv])
-            changed = sorted(k for k, v in asked.as_flat().__dict__.items() if cfg.as_flat().__dict__.get(k) != v)
+            _, was = _parse(agent, ["--config", str(saved)])
+            parser, cfg = _parse(agent, ["--config", str(saved), *argv])
+            before = vars(was.as_flat())
+            changed = sorted({k for k, v in vars(cfg.as_flat()).items() if before.get(k) != v} - {"env.device"})
             if changed:
                 raise ValueError(
                     f"--resume continues {resume} as it was configured, but {', '.join(changed)} differs; start a new run for that"
@@ -71,7 +80,7 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
         else:
             parser, cfg = _parse(agent, argv)
         learner = _learner(agent, parser, cfg)
-        check_expert(learner.expert, student=False)  # the learner has made its student already
+        check_expert(learner.expert, student=learner.student)
         evaluation = Evaluation(**vars(cfg.evaluate))
         _evaluable(learner, evaluation)
         out = Path(resume) if resume is not None else _new_directory(cfg, agent)
@@ -82,20 +91,21 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
             learner.load(out / "checkpoints")
             print(f"resuming {out} at step {learner.step} of {learner.horizon}", file=sys.stderr)
         train(learner, out, checkpoint_every=cfg.checkpoint_every, log_every=cfg.log_every)
-        finish(learner, out, evaluation, _env_name(cfg))
+        finish(learner, out, evaluation, _env_name(cfg), {k: v for k, v in vars(cfg.env).items() if k != "device"})
 
 
-def finish(learner: Learner, out: Path, evaluation: Evaluation, env: str) -> None:
+def finish(learner: Learner, out: Path, evaluation: Evaluation, env: str, env_config: dict[str, Any]) -> None:
     """Saves the student, judges it beside its teacher, and writes result.json and samples.png."""
     (out / "student").mkdir(exist_ok=True)
     learner.expert.save_student(learner.average, out / "student", learner.config.num_steps, learner.config.grid)
     judge = Judge(learner.expert_policy, learner.grid, evaluation)
     name = f"{learner.name}@{learner.config.num_steps}"
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    cost = {"teacher_nfe": learner.teacher_nfe, "train_seconds": rows[-1]["seconds"], "nfe_per_sample": learner.config.num_steps}
+    rows = read_metrics(out / "metrics.jsonl")
+    cost = {"teacher_nfe": learner.teacher_nfe, "train_seconds": rows[-1]["seconds"] if rows else None}
     result = {
         "agent": learner.name,
         "env": env,
+        "env_config": env_config,
         "student": name,
         "training_seed": learner.config.seed,
         "num_updates": learner.step,
@@ -104,29 +114,35 @@ def finish(learner: Learner, out: Path, evaluation: Evaluation, env: str) -> Non
         "settings": judge.describe(),
         "floors": judge.floors(),
         "models": {**judge.judge_baselines(), name: cost | judge.judge(learner.student_policy)},
-        **provenance(),
+        **provenance(learner.expert.device),
     }
     write_atomically(out / "result.json", json.dumps(result, indent=1))
-    save_pictures(out / "samples.png", judge, {**judge.baselines(), name: judge.sample(learner.student_policy, learner.grid)})
+    drawn = save_pictures(out / "samples.png", judge, {**judge.baselines(), name: judge.sample(learner.student_policy, learner.grid)})
     print(table(result))
-    print(f"\n{out}: config.yaml, metrics.jsonl, result.json, student/, samples.png")
+    print(f"\n{out}: config.yaml, metrics.jsonl, result.json, student/{', samples.png' if drawn else ''}")
 
 
 def load_run(directory: Path) -> Learner:
-    """The learner of a run directory, at its newest checkpoint.
+    """A learner of a finished run's config with its saved student, on whatever device is here.
 
     Raises:
-        ValueError: no run there, or a damaged one.
+        ValueError: no finished run there, or a damaged one.
     """
-    import importlib
-
     if not (directory / "result.json").is_file():
         raise ValueError(f"{directory} holds no finished run (no result.json); finish it with --resume {directory}")
-    name = json.loads((directory / "result.json").read_text())["agent"]
+    name = read_yaml(directory / "config.yaml").get("agent")
+    if name not in AGENTS:
+        raise ValueError(f"{directory}/config.yaml names the agent {name!r}; known: {', '.join(AGENTS)}")
     module = importlib.import_module(f"ddil_agents.{name}")
-    agent = next(v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Learner) and getattr(v, "name", None) == name)
+    agent = getattr(module, AGENTS[name])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser, cfg = _parse(agent, ["--config", str(directory / "config.yaml")])
-    return _learner(agent, parser, cfg).load(directory / "checkpoints")
+    if "device" in vars(cfg.env):
+        cfg.env.device = device
+    learner = _learner(agent, parser, cfg)
+    student = learner.expert.load_student(directory / "student", **learner.config.student)
+    learner.average.load_state_dict(student.state_dict())
+    return learner
 
 
 def judge_of(learner: Learner, **settings: Any) -> Judge:
@@ -153,6 +169,9 @@ def _take(argv: list[str], flag: str) -> str | None:
 def _parse(agent: type[Learner], argv: list[str]) -> tuple[ArgumentParser, Namespace]:
     """The parser for this agent and the env that argv names, and what it reads."""
     argv = list(argv)
+    for flag in ("--env", "--config", "--device", "--env.expert"):
+        if sum(word == flag or word.startswith(f"{flag}=") for word in argv) > 1:
+            raise ValueError(f"{flag} is given more than once")
     env_name, config, device = _take(argv, "--env"), _take(argv, "--config"), _take(argv, "--device")
     expert_name = _take(argv, "--env.expert")
     config_path = None if config is None else find_preset(agent.name, config)
@@ -160,9 +179,11 @@ def _parse(agent: type[Learner], argv: list[str]) -> tuple[ArgumentParser, Names
     if isinstance(in_config, str):  # `env: digits` in a config names the preset
         env_name, in_config = env_name or in_config, {}
     preset: dict[str, Any] = {}
+    own_settings: Path | None = None
     if env_name is not None:
         preset = read_env(env_name)
-        own_settings = config_dir() / agent.name / f"{Path(env_name).stem}.yaml"
+        if find_preset("env", env_name).parent == config_dir() / "env":  # a file of the user's own has no settings of ours
+            own_settings = config_dir() / agent.name / f"{env_name}.yaml"
     elif expert_name is None and "expert" not in in_config and not {"--help", "-h"} & set(argv):
         raise ValueError(
             f"which expert? pass --env NAME; presets: {', '.join(preset_names('env'))}. Or a YAML path, or --env.expert my_pkg.MyExpert"
@@ -172,8 +193,9 @@ def _parse(agent: type[Learner], argv: list[str]) -> tuple[ArgumentParser, Names
     parser = ArgumentParser(
         prog=f"python -m ddil_agents.{agent.name}",
         description=sys.modules[agent.__module__].__doc__,
-        default_config_files=[str(own_settings)] if env_name is not None and own_settings.is_file() else [],
-        formatter_class=_HelpFormatter,
+        default_config_files=[str(own_settings)] if own_settings is not None and own_settings.is_file() else [],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", action="config", help=f"settings that differ from the defaults, a YAML file or a preset of configs/{agent.name}"
@@ -195,8 +217,10 @@ def _parse(agent: type[Learner], argv: list[str]) -> tuple[ArgumentParser, Names
         raise ValueError(f"--device {device}: {expert} takes no device")
     if unknown := sorted(key for key in preset if f"env.{key}" not in known):
         raise ValueError(f"{env_name}: {expert} takes no argument {', '.join(unknown)}")
-    parser.set_defaults({f"env.{key}": value for key, value in preset.items() if key != "expert"})
-    argv = ([] if config_path is None else ["--config", str(config_path)]) + argv
+    from_preset = [
+        f"--env.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in preset.items() if key != "expert"
+    ]
+    argv = from_preset + ([] if config_path is None else ["--config", str(config_path)]) + argv
     if device is not None:
         argv += ["--env.device", device]
     parser.exit_on_error = False
@@ -214,10 +238,6 @@ def _suggestion(parser: ArgumentParser, message: str) -> str:
     return f"; did you mean {' or '.join(close)}? --help lists them all" if close else ""
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def _learner(agent: type[Learner], parser: ArgumentParser, cfg: Namespace) -> Learner:
     """The expert and the learner that a parsed command line describes."""
     made = parser.instantiate(cfg)
@@ -233,6 +253,12 @@ def _evaluable(learner: Learner, evaluation: Evaluation) -> None:
 
     extractor = load_extractor(evaluation.extractor or default_extractor(learner.expert))
     extractor.features(torch.zeros(1, *learner.expert.sample_shape, device=learner.expert.device))
+    with suppress(NoDataError):
+        for held_out in (False, True):
+            if (m := len(learner.expert.reference_data(evaluation.n, held_out)[0])) < 10:
+                raise ValueError(
+                    f"the expert has {m} {'held-out' if held_out else 'training'} samples to judge against; the metrics need 10"
+                )
     if learner.config.beta.forward > 0 or learner.config.beta.schedule != "constant":
         learner.expert.sample_data(1, torch.Generator(learner.expert.device))
 

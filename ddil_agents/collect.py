@@ -5,9 +5,9 @@
     student:  the student unrolled; with p_expert > 0 each step's actor is drawn, expert or student (mixed rollouts)
     label:    k expert DDIM steps t → s, inverted to x_tgt (Salimans & Ho 2021, App. G)
 
-Expert forwards are the cost: k a state for every source, and the labels are kept, since a fixed expert's label never goes
-stale. Each kind of randomness has its own generator: with β = (1, 0, 0) no rollout draws a number, so the run is the vanilla
-method bit for bit.
+Expert forwards are the cost: k a state for every source, twice as many under guidance. The labels are kept, since a
+fixed expert's label never goes stale. Each kind of randomness has its own generator: with β = (1, 0, 0) no rollout draws
+a number, so the run is the vanilla method bit for bit.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Collector:
 
         Returns:
             (m,) states: `x_t`, `x_tgt` (m, *sample_shape), `t`, `s` (m,), `c` (m,) if conditional, `source` uint8,
-            `actors` (m, N) bool, true where the expert acted before this state, `version` int64.
+            `actors` (m, N) bool, true where the expert acted before this state, `version` int64, `nfe` int64, the expert
+            forwards that the label took.
         """
         parts = []
         for i, (source, share) in enumerate(zip(SOURCES, beta, strict=True)):
@@ -114,7 +115,8 @@ class Collector:
 
     def _states(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None, x_s: Tensor, actors: Tensor) -> TensorDict:
         x_tgt = invert_ddim(self.expert.schedule, x_t, t, x_s, s).x_0
-        fields = {"x_t": x_t, "t": t, "s": s, "c": c, "x_tgt": x_tgt, "actors": actors}
+        nfe = torch.full_like(t, self.expert_policy.nfe_per_action, dtype=torch.int64)
+        fields = {"x_t": x_t, "t": t, "s": s, "c": c, "x_tgt": x_tgt, "actors": actors, "nfe": nfe}
         return TensorDict({k: v for k, v in fields.items() if v is not None}, batch_size=[len(x_t)], device=x_t.device)
 
     def state_dict(self) -> dict[str, Any]:

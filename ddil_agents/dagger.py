@@ -33,6 +33,7 @@ class Dagger(BehaviourCloning):
     name = "dagger"
     Config: ClassVar[type[LearnerConfig]] = DaggerConfig
     config: DaggerConfig
+    interactive = True
 
 
 def main(argv: list[str] | None = None) -> None:

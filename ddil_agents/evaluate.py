@@ -15,12 +15,14 @@ import platform
 import time
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddil_agents.checkpoint import write_atomically
 from ddil_agents.metrics.coverage import precision_recall_density_coverage
 from ddil_agents.metrics.distances import sliced_wasserstein
 from ddil_agents.metrics.extractors import default_extractor, load_extractor
@@ -44,6 +46,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.n < 10:
             raise ValueError(f"n={self.n}: the metrics need at least 10 samples")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: need a whole number from 0 to 2^63 − 1")
         if self.n_action < 1:
             raise ValueError(f"n_action={self.n_action}: need at least 1")
 
@@ -64,6 +68,7 @@ class Judge:
         self.settings = settings or Evaluation()
         self.expert_policy, self.grid = expert_policy, grid
         self.expert = expert = expert_policy.expert
+        self.few_steps = ExpertPolicy(expert, 1, expert_policy.guidance_scale, expert_policy.project)
         self.extractor = load_extractor(self.settings.extractor or default_extractor(expert))
         generator = torch.Generator(expert.device).manual_seed(self.settings.seed)
         self.real, (self.held_out, self.held_out_c), self.c = self._data(generator)
@@ -129,9 +134,12 @@ class Judge:
         """
         start = time.monotonic()
         path = unroll(policy, grid or self.grid, self.x_T, self.c)
+        if path.is_cuda:
+            torch.cuda.synchronize()
         seconds = time.monotonic() - start
         samples = path[:, -1]
         result = self.to_data(samples, self.c) | {
+            "nfe_per_sample": policy.nfe_per_action * (grid or self.grid).num_steps,
             "frechet_to_expert": frechet_distance(self.expert_features, self.extractor.features(samples)),
             "endpoint_rmse": float((samples - self.expert_path[:, -1]).square().mean().sqrt()),
             "seconds": seconds,
@@ -157,19 +165,21 @@ class Judge:
 
     def baselines(self) -> dict[str, Tensor]:
         """The expert's samples by its full sampler, and by as few steps as the student has."""
-        few = ExpertPolicy(self.expert, 1, self.expert_policy.guidance_scale, self.expert_policy.project)
-        n = self.grid.num_steps
-        return {f"teacher@{n * self.expert_policy.substeps}": self.expert_path[:, -1], f"teacher@{n}": self.sample(few, self.grid)}
+        full, few = self._baseline_names()
+        return {full: self.expert_path[:, -1], few: self.sample(self.few_steps, self.grid)}
 
     def judge_baselines(self) -> dict[str, Any]:
         """The metrics of the two."""
-        n, k, w = self.grid.num_steps, self.expert_policy.substeps, self.expert_policy.guidance_scale
-        few = ExpertPolicy(self.expert, 1, w, self.expert_policy.project)
-        pair = 1 if w == 1 else 2  # forwards of a guided step
+        full, few = self._baseline_names()
+        nfe = self.expert_policy.nfe_per_action * self.grid.num_steps
         return {
-            f"teacher@{n * k}": {"nfe_per_sample": n * k * pair, **self.to_data(self.expert_path[:, -1], self.c), "endpoint_rmse": 0.0},
-            f"teacher@{n}": {"nfe_per_sample": n * pair, **self.judge(few)},
+            full: {"nfe_per_sample": nfe, **self.to_data(self.expert_path[:, -1], self.c), "endpoint_rmse": 0.0},
+            few: self.judge(self.few_steps),
         }
+
+    def _baseline_names(self) -> tuple[str, str]:
+        n = self.grid.num_steps
+        return f"teacher@{n * self.expert_policy.substeps}", f"teacher@{n}"
 
     def describe(self) -> dict[str, Any]:
         """What a result must say of how it was measured."""
@@ -183,11 +193,24 @@ class Judge:
         }
 
 
-def provenance() -> dict[str, Any]:
-    """Versions, hardware and date."""
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout on the path
+        return "not installed"
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Versions, date, and the hardware of the device."""
     packages = ("ddil", "torch", "diffusers", "tensordict", "torchrl", "gymnasium", "accelerate")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return {"date": date.today().isoformat(), "hardware": device, "python": platform.python_version(), **{p: version(p) for p in packages}}
+    on_cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
+    return {
+        "date": date.today().isoformat(),
+        "hardware": hardware,
+        "python": platform.python_version(),
+        **{p: _version(p) for p in packages},
+    }
 
 
 def evaluate_expert(expert: Expert, steps: list[int], settings: Evaluation, guidance_scale: float | None = None) -> dict[str, Any]:
@@ -197,8 +220,8 @@ def evaluate_expert(expert: Expert, steps: list[int], settings: Evaluation, guid
     models = {}
     for n in steps:
         grid = TimeGrid(expert.schedule, n).to(expert.device)
-        models[f"teacher@{n}"] = {"nfe_per_sample": n, **judge.judge(ExpertPolicy(expert, 1, guidance_scale), grid)}
-    return {"settings": judge.describe(), "floors": judge.floors(), "models": models, **provenance()}
+        models[f"teacher@{n}"] = judge.judge(ExpertPolicy(expert, 1, guidance_scale), grid)
+    return {"settings": judge.describe(), "floors": judge.floors(), "models": models, **provenance(expert.device)}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -211,16 +234,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=500, help="samples")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noise seeds")
     parser.add_argument("--guidance_scale", type=float, default=None, help="default: the expert's own")
-    parser.add_argument("--out", default=None, help="JSON file for the results")
+    parser.add_argument("--device", default=None, help="default: the expert's own")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file for the results")
     args = parser.parse_args(argv)
     with clear_errors(parser):
-        expert = load_expert(args.env)
-        results = [evaluate_expert(expert, args.steps, Evaluation(n=args.n, seed=seed), args.guidance_scale) for seed in args.seeds]
-    for result in results:
-        print(table(result))
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump(results, file, indent=1)
+        if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
+            raise ValueError(f"--out {args.out}: need a file in a folder that exists")
+        expert = load_expert(args.env, **({} if args.device is None else {"device": args.device}))
+        results = []
+        for seed in args.seeds:
+            results.append(evaluate_expert(expert, args.steps, Evaluation(n=args.n, seed=seed), args.guidance_scale))
+            print(table(results[-1]), flush=True)
+        if args.out is not None:
+            write_atomically(args.out, json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,13 +97,15 @@ class LearnerConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
         for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: need a positive number")
-        for name, low, high in (("p_expert", 0, 1), ("ema", 0, 1)):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: need a positive, finite number")
+        if not all(0 <= b < 1 for b in self.adam_betas):
+            raise ValueError(f"adam_betas={self.adam_betas}: need two numbers in [0, 1)")
+        for name, low, high in (("p_expert", 0, 1), ("ema", 0, 0.999999)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}={getattr(self, name)}: need a number in [{low}, {high}]")
         for name in ("warmup_updates", "weight_decay", "seed"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: need 0 or more")
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"capacity={self.capacity}: need at least 1, or null to keep every state")
@@ -155,14 +158,18 @@ class Learner(ABC):
             raise ValueError(f"student={config.student}: {error}; this expert's students take {', '.join(takes.parameters)}") from error
         with torch.random.fork_rng():  # a student from random weights is seeded, and the caller's generator left alone
             torch.manual_seed(stream_seed(config.seed, "weights"))
-            student = self.expert.make_student(**config.student)
+            try:
+                student = self.expert.make_student(**config.student)
+            except (TypeError, RuntimeError) as error:
+                raise ValueError(f"make_student refuses student={config.student}: {error}") from error
         self.ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.ema.module.eval()
         optimizer = torch.optim.AdamW(
             student.parameters(), lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
         )
         self.horizon = config.num_updates
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._warm_up_then_linear)
-        AcceleratorState._reset_state()  # several learners may live in one process, each with its own precision
+        AcceleratorState._reset_state(reset_partial_state=True)  # several learners may live in one process, each with its own precision
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation,
@@ -178,8 +185,12 @@ class Learner(ABC):
         )
         collections = -(-config.num_updates // config.updates_per_collect)
         capacity = config.capacity or collections * (config.collect_size + config.num_steps)
-        self.buffer = SourceBuffer(capacity, self.expert.device, config.prioritised, seed=stream_seed(config.seed, "source"))
+        used = (config.beta.forward > 0 or config.beta.schedule != "constant", config.beta.teacher > 0, config.beta.student > 0)
+        self.buffer = SourceBuffer(
+            [capacity if u else 1 for u in used], self.expert.device, config.prioritised, seed=stream_seed(config.seed, "source")
+        )
         self.step = 0
+        self.last_learning_rate = 0.0
         self.teacher_nfe = 0
 
     def collect(self) -> None:
@@ -216,6 +227,7 @@ class Learner(ABC):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 losses.append(loss.detach())
+        self.last_learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self.scheduler.step()
         self.ema.update_parameters(self.accelerator.unwrap_model(self.student))
         self.step += 1
@@ -226,7 +238,7 @@ class Learner(ABC):
         return min((step + 1) / (self.config.warmup_updates + 1), max(self.horizon - step, 0) / self.horizon)
 
     def learn(self, num_updates: int | None = None, out: str | Path | None = None, progress: bool = True) -> Self:
-        """Trains for num_updates more gradient steps.
+        """Trains for num_updates more gradient steps; learning rate and β run their course over what is then the whole.
 
         Args:
             num_updates: Gradient steps; default: the config's.
@@ -251,6 +263,8 @@ class Learner(ABC):
         if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise ValueError(f"{directory} exists and is not empty; choose another `out`")
         self.horizon = self.step + more
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * self._warm_up_then_linear(self.step)
         train(self, out=directory, progress=progress)
         return self
 

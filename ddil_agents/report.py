@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddil_agents.checkpoint import write_atomically
+from ddil_agents.train import read_metrics
+
 if TYPE_CHECKING:
     from ddil_agents.evaluate import Judge
 
@@ -89,12 +92,12 @@ def save_scatter(path: Path, judge: Judge, samples: dict[str, Tensor]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def save_pictures(path: Path, judge: Judge, samples: dict[str, Tensor]) -> None:
-    """The samples as a person can see them: a grid of pictures, or a scatter plot in the plane; nothing for other shapes."""
+def save_pictures(path: Path, judge: Judge, samples: dict[str, Tensor]) -> bool:
+    """The samples as a person can see them: a grid of pictures, or a scatter plot in the plane; False for other shapes."""
     if judge.expert.sample_shape == (2,):
         save_scatter(path, judge, samples)
-    else:
-        save_samples(path, picture_rows(judge, samples))
+        return True
+    return save_samples(path, picture_rows(judge, samples))
 
 
 def save_curves(path: Path, runs: dict[str, list[dict[str, Any]]], results: dict[str, dict[str, Any]]) -> None:
@@ -129,6 +132,21 @@ def save_curves(path: Path, runs: dict[str, list[dict[str, Any]]], results: dict
     figure.savefig(path, dpi=110)
 
 
+def read_result(path: Path) -> dict[str, Any]:
+    """A run's result.json.
+
+    Raises:
+        ValueError: absent, damaged, or not a result.
+    """
+    try:
+        result = json.loads(path.read_text())
+        if not {"student", "settings", "env_config", "models", "floors"} <= result.keys():
+            raise ValueError("not a run's result")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"cannot read {path} ({error}); write it again with --resume {path.parent}") from error
+    return result
+
+
 def merge(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Several runs' results as one.
 
@@ -137,10 +155,11 @@ def merge(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """
     (first_name, first), *others = results.items()
     for name, result in others:
-        if result["settings"] != first["settings"]:
-            raise ValueError(
-                f"{first_name} was measured with {first['settings']}, {name} with {result['settings']}; evaluate both in the same way"
-            )
+        for key in ("env_config", "settings"):
+            if result[key] != first[key]:
+                raise ValueError(
+                    f"{first_name} has {key} {first[key]}, {name} {result[key]}; compare runs of one expert, judged in one way"
+                )
     models: dict[str, Any] = {}
     for result in results.values():
         models |= {key: value for key, value in result["models"].items() if key not in models}
@@ -158,24 +177,25 @@ def main(argv: list[str] | None = None) -> None:
         learners = [load_run(path) for path in args.runs]
         results, metrics, samples = {}, {}, {}
         for path in args.runs:
-            result = json.loads((path / "result.json").read_text())
+            result = read_result(path / "result.json")
             name = result["student"]
             if name in results:
                 raise ValueError(f"two of the runs are called {name!r}; compare runs of different agents or steps")
             results[name] = result
-            metrics[name] = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+            metrics[name] = read_metrics(path / "metrics.jsonl")
         merged = merge(results)
         args.out.mkdir(parents=True, exist_ok=True)
         judge = judge_of(learners[0], n=20, n_action=1)
         samples = judge.baselines()
         for (name, _), learner in zip(results.items(), learners, strict=True):
             samples[name] = judge.sample(learner.student_policy, learner.grid)
-    save_curves(args.out / "curves.png", metrics, results)
-    save_pictures(args.out / "samples.png", judge, samples)
-    text = table(merged)
-    (args.out / "report.md").write_text(f"# {merged['env']}\n\n{text}\n\n![samples](samples.png)\n\n![curves](curves.png)\n")
+        save_curves(args.out / "curves.png", metrics, results)
+        drawn = ["samples"] if save_pictures(args.out / "samples.png", judge, samples) else []
+        text, pictures = table(merged), [*drawn, "curves"]
+        shown = "\n\n".join(f"![{name}]({name}.png)" for name in pictures)
+        write_atomically(args.out / "report.md", f"# {merged['env']}\n\n{text}\n\n{shown}\n")
     print(text)
-    print(f"\n{args.out}/report.md, samples.png, curves.png")
+    print(f"\n{args.out}: report.md, {', '.join(f'{name}.png' for name in pictures)}")
 
 
 if __name__ == "__main__":

@@ -47,9 +47,10 @@ def train(learner: Learner, out: Path | None = None, *, progress: bool = True, c
                 learner.collect()
             batch = learner.buffer.sample(config.batch_size, learner.beta())  # s ~ Σᵢ βᵢ ρᵢ, DDIL Alg. 1
             losses, norm = learner.update(batch)  # L_Distill, DDIL Eq. 2
-            if config.prioritised:
-                learner.buffer.update_priority(batch["index"], losses)
             log.add(batch, losses, norm)
+            if config.prioritised:
+                log.check()  # a priority is a loss, and the buffer would name neither step nor source
+                learner.buffer.update_priority(batch["index"], losses)
             bar.update()
             last = learner.step == learner.horizon
             if learner.step % log_every == 0 or last:
@@ -100,22 +101,34 @@ class MetricsLog:
         sums = torch.where(one_hot > 0, losses[:, None], 0).sum(0)  # no product: inf · 0 would blame every source
         self._pending.append(torch.cat([norm.to(losses.dtype).reshape(1), one_hot.sum(0).to(losses.dtype), sums]))
 
+    def check(self) -> Tensor:
+        """The steps since the last line, (n, 7) on the CPU: the one wait for the device.
+
+        Raises:
+            FloatingPointError: a loss or a gradient is not finite; names the step and the sources.
+        """
+        steps = torch.stack(self._pending).double().cpu()
+        scaled = self.learner.accelerator.scaler is not None  # fp16's scaler meets infinite gradients and skips those steps
+        for i, (norm, *counts_and_sums) in enumerate(steps.tolist()):
+            counts, sums = counts_and_sums[:3], counts_and_sums[3:]
+            broken = [f"{name} ({int(n)} states)" for name, n, x in zip(SOURCES, counts, sums, strict=True) if not math.isfinite(x)]
+            if broken or not (scaled or math.isfinite(norm)):
+                what = (
+                    f"loss is not finite at step {{}}, on states of: {', '.join(broken)}" if broken else "gradient is not finite at step {}"
+                )
+                raise FloatingPointError(
+                    f"the {what.format(self.learner.step - len(steps) + i + 1)}. Lower learning_rate, raise warmup_updates, "
+                    "or look at the expert's labels; checkpoints are of earlier, finite steps."
+                )
+        return steps
+
     def flush(self) -> str:
         """Writes one line for the steps since the last, and returns what the progress bar shows."""
         if not self._pending:
             return ""
-        steps = torch.stack(self._pending).double().cpu()  # the one wait for the device
+        steps = self.check()
         self._pending = []
         learner = self.learner
-        for i, row in enumerate(steps.tolist()):
-            if not all(map(math.isfinite, row[4:])):
-                broken = [
-                    f"{name} ({int(n)} states)" for name, n, loss in zip(SOURCES, row[1:4], row[4:], strict=True) if not math.isfinite(loss)
-                ]
-                raise FloatingPointError(
-                    f"the loss is not finite at step {learner.step - len(steps) + i + 1}, on states of: {', '.join(broken)}. "
-                    "Lower learning_rate, raise warmup_updates, or look at the expert's labels; the last checkpoint is from before."
-                )
         counts, sums = steps[:, 1:4].sum(0), steps[:, 4:].sum(0)
         now = time.monotonic()
         elapsed, self._since = now - self._since, now
@@ -126,7 +139,7 @@ class MetricsLog:
             "loss": float(sums.sum() / counts.sum()),
             "loss_by_source": {n: float(s / k) if k else None for n, s, k in zip(SOURCES, sums, counts, strict=True)},
             "grad_norm": float(steps[:, 0].mean()),
-            "learning_rate": learner.scheduler.get_last_lr()[0],
+            "learning_rate": learner.last_learning_rate,
             "beta": dict(zip(SOURCES, learner.beta(), strict=True)),
             "source_counts": {n: int(k) for n, k in zip(SOURCES, counts, strict=True)},
             "held": learner.buffer.counts,
@@ -158,14 +171,25 @@ def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def read_metrics(path: Path, until: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl up to a step; a last line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
+    """The lines of a metrics.jsonl up to a step; a last line that a kill cut short is left out.
+
+    Raises:
+        ValueError: no such file, or a line before the last that is not a row of metrics.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path} ({error}); remove it, and the run goes on without its past lines") from error
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
-            break
-        if until is not None and row["step"] > until:
+            step, _ = row["step"], row["seconds"]
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"line {number} of {path} is damaged ({error}); remove that line") from error
+        if until is not None and step > until:
             break
         rows.append(row)
     return rows

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ddil_env.expert import Expert
+from ddil_env.expert import Denoiser, Expert, NoDataError
 from ddil_env.schedule import NoiseSchedule, Prediction, TimeGrid
 
 
@@ -28,13 +32,13 @@ def _check_prediction(expert: Expert, pred: object, x_t: Tensor, t: Tensor, wher
     _require(error < 1e-2, expert, f"{where} breaks α_t x_0 + σ_t eps = x_t by {error:.3g}; build it with schedule.prediction(...)")
 
 
-def check_expert(expert: Expert, seed: int = 0, student: bool = True) -> None:
+def check_expert(expert: Expert, seed: int = 0, student: Denoiser | None = None) -> None:
     """Runs an expert through the contract; silent if it holds.
 
     Args:
         expert: The expert to check. A few forwards of batches of 1 to 8 are run.
         seed: Of the latents it is tried on.
-        student: Whether make_student is tried too, if there is one.
+        student: A student of it that exists already; default: one is made, if the expert makes any.
 
     Raises:
         TypeError: not an Expert.
@@ -49,16 +53,11 @@ def check_expert(expert: Expert, seed: int = 0, student: bool = True) -> None:
     for n in (1, 3, min(expert.sample_shape[-1], 8)):  # where batch and width agree a wrong broadcast hides, elsewhere it shows
         x_t = torch.randn(n, *expert.sample_shape, generator=generator, device=expert.device)
         c = expert.sample_condition(n, generator)
-        _require((c is None) == (expert.num_conditions == 0), expert, "sample_condition must give None exactly if num_conditions is 0")
-        if c is not None:
-            _require(
-                c.shape == (n,) and c.dtype == torch.int64, expert, f"sample_condition gave {c.dtype} {tuple(c.shape)}; need int64 ({n},)"
-            )
-            _require(bool(((c >= 0) & (c < expert.num_conditions)).all()), expert, f"condition ids must be 0 … {expert.num_conditions - 1}")
+        _check_condition(expert, c, n, "sample_condition")
         times = TimeGrid(expert.schedule, min(4, int(expert.schedule.t_max))).to(expert.device).times[:-1]
         t = times[torch.arange(n, device=expert.device) % len(times)]
         before = expert.nfe
-        pred = expert.predict(x_t, t, c)
+        pred = _tried(expert, f"predict on a batch of {n}", functools.partial(expert.predict, x_t, t, c))
         _check_prediction(expert, pred, x_t, t, f"predict on a batch of {n}")
         _require(expert.nfe - before >= n, expert, f"predict on a batch of {n} added {expert.nfe - before} to nfe; need at least {n}")
     again = expert.predict(x_t, t, c)
@@ -70,19 +69,56 @@ def check_expert(expert: Expert, seed: int = 0, student: bool = True) -> None:
     projected = expert.support.project(pred.x_0)
     _require(projected.shape == pred.x_0.shape, expert, "support.project must keep the shape")
     _require(torch.allclose(expert.support.project(projected), projected), expert, "support.project must leave what it has projected")
-    pictures = expert.decode(pred.x_0)
+    pictures = _tried(expert, "decode", lambda: expert.decode(pred.x_0))
     if pictures is not None:
-        good = pictures.dtype == torch.uint8 and pictures.ndim >= 4 and len(pictures) == n and pictures.shape[-1] == 3
+        good = pictures.dtype == torch.uint8 and pictures.ndim == 4 and len(pictures) == n and pictures.shape[-1] == 3
         _require(good, expert, f"decode gave {pictures.dtype} {tuple(pictures.shape)}; need uint8 ({n}, height, width, 3) or None")
-    if student and type(expert).make_student is not Expert.make_student:
-        _check_student(expert, x_t, t, c)
+        _require(pictures.device.type == "cpu", expert, f"decode gave pictures on {pictures.device}; need them on the CPU")
+    _check_data(expert, generator)
+    if student is None and type(expert).make_student is not Expert.make_student:
+        student = expert.make_student()
+    if student is not None:
+        _check_student(expert, student, x_t, t, c)
 
 
-def _check_student(expert: Expert, x_t: Tensor, t: Tensor, c: Tensor | None) -> None:
-    student = expert.make_student()
+def _tried(expert: Expert, what: str, call: Callable[[], Any]) -> Any:
+    """The call's result; what it raises is named as the expert's."""
+    try:
+        return call()
+    except Exception as error:
+        raise ValueError(f"{type(expert).__name__}: {what} raised {type(error).__name__}: {error}") from error
+
+
+def _check_condition(expert: Expert, c: Tensor | None, n: int, where: str) -> None:
+    _require((c is None) == (expert.num_conditions == 0), expert, f"{where} must give None for c exactly if num_conditions is 0")
+    if c is not None:
+        _require(c.shape == (n,) and c.dtype == torch.int64, expert, f"{where} gave c as {c.dtype} {tuple(c.shape)}; need int64 ({n},)")
+        _require(bool(((c >= 0) & (c < expert.num_conditions)).all()), expert, f"{where}: ids must be 0 … {expert.num_conditions - 1}")
+
+
+def _check_data(expert: Expert, generator: torch.Generator) -> None:
+    """The expert's data, if it brings any: right in shape, dtype and device, and finite."""
+    try:
+        drawn = {"sample_data": (expert.sample_data(3, generator), 3)}
+        for held_out in (False, True):
+            pair = expert.reference_data(16, held_out)
+            drawn[f"reference_data(held_out={held_out})"] = (pair, len(pair[0]))
+    except NoDataError:
+        return
+    for where, ((x_0, c), n) in drawn.items():
+        shape = (n, *expert.sample_shape)
+        _require(tuple(x_0.shape) == shape, expert, f"{where} gave x_0 of shape {tuple(x_0.shape)}; need {shape}")
+        _require(x_0.dtype == torch.float32, expert, f"{where} gave x_0 as {x_0.dtype}; need float32")
+        _require(x_0.device == expert.device, expert, f"{where} gave x_0 on {x_0.device}; need {expert.device}")
+        _require(bool(torch.isfinite(x_0).all()), expert, f"{where} gave NaN or infinite data; remove those samples")
+        _check_condition(expert, c, n, where)
+
+
+def _check_student(expert: Expert, student: Denoiser, x_t: Tensor, t: Tensor, c: Tensor | None) -> None:
     before = student.nfe
-    pred = student.predict(x_t, t, c)
+    pred = _tried(expert, "the student", lambda: student.predict(x_t, t, c))
     for name, value in (("x_0", pred.x_0), ("eps", pred.eps)):
         _require(value.shape == x_t.shape, expert, f"the student gave {name} of shape {tuple(value.shape)}; need {tuple(x_t.shape)}")
     _require(student.nfe - before == len(x_t), expert, f"the student counted {student.nfe - before} forwards for {len(x_t)} samples")
     _require(pred.x_0.requires_grad, expert, "the student has no gradient; make_student must return trainable parameters")
+    student.nfe = before  # a check is no cost of the run's

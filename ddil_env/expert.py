@@ -16,6 +16,7 @@ and `check_expert(MyExpert())` proves that it conforms.
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -164,8 +165,10 @@ class Expert(ABC):
         """The scale, if this expert can follow it.
 
         Raises:
-            ValueError: guidance is asked of an expert that has no null condition.
+            ValueError: not a finite number, or guidance is asked of an expert that has no null condition.
         """
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale={guidance_scale}: need a finite number; 1 is no guidance")
         if guidance_scale != 1 and self.null_condition is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale}: {type(self).__name__} has no null condition to guide against; use guidance_scale=1"

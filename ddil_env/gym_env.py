@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ddil_env.expert import Expert
 from ddil_env.mdp import DenoisingMDP, Kernel, Reward, State
-from ddil_env.presets import load_expert
+from ddil_env.presets import load_expert, preset_names
 from ddil_env.schedule import GridKind
 
 MIN_RENDER_SIZE = 128  # smaller pictures are enlarged by whole factors, so that a person can see them
@@ -87,9 +87,13 @@ def _chosen_start(mdp: DenoisingMDP, options: dict[str, Any], drawn: State) -> S
     def given(key: str, default: Tensor) -> Tensor:
         if key not in options:
             return default
-        value = torch.as_tensor(options[key], dtype=default.dtype, device=default.device)
-        if value.numel() != default.numel():
+        value = torch.as_tensor(options[key], device=default.device)
+        single = [default.shape[1:], torch.Size([1])] if len(default) == 1 else []
+        if value.shape not in [default.shape, torch.Size([*default.shape, 1]), *single]:
             raise ValueError(f"reset option {key!r} of shape {tuple(value.shape)}: need {tuple(default.shape)}")
+        if not default.is_floating_point() and value.is_floating_point():
+            raise ValueError(f"reset option {key!r} of {value.dtype}: condition ids are whole numbers")
+        value = value.to(default.dtype)
         return value.reshape(default.shape).clone()  # the caller may go on to write into its own array
 
     unknown = set(options) - {"x_t", "t", "c", "reset_mask"}
@@ -331,8 +335,6 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
 
 def register_envs() -> None:
     """Registers every preset of configs/env as ddil/<Name>-v0: digits → ddil/Digits-v0, sd15 → ddil/SD15-v0."""
-    from ddil_env.presets import preset_names
-
     for preset in preset_names("env"):
         name = "".join(part.upper() if part[:2] in ("sd", "ss") else part.capitalize() for part in preset.split("_"))
         if (env_id := f"ddil/{name}-v0") not in gymnasium.registry:

@@ -27,7 +27,7 @@ from ddil_env.schedule import GridKind, TimeGrid, broadcast, invert_ddim
 Kernel = Literal["ddim", "renoise"]
 Reward = Literal["none", "expert_l2", "expert_loglik"]
 
-# log p needs a width where DDIM's own is 0 (the last step); 0.02 is about half a grey level in 8-bit pixels scaled to ±1, times 5.
+# log p needs a width where the posterior's own is 0, at the last step; 0.02 is 2.5 grey levels of an 8-bit pixel scaled to ±1.
 LOGLIK_MIN_STD = 0.02
 
 

@@ -61,6 +61,7 @@ class DdimPolicy(TensorDictModuleBase):
         self.substeps = substeps
         self.support = support or Unbounded()
         self.max_batch = max_batch
+        self.nfe_per_action = substeps
 
     def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None) -> Tensor:
         """The action x_s (b, *sample_shape) at states x_t (b, *sample_shape), t (b,), for targets s (b,), conditions c (b,)."""
@@ -70,7 +71,9 @@ class DdimPolicy(TensorDictModuleBase):
         return ddim_substeps(self.predict, self.schedule, self.support, x_t, t, s, c, self.substeps)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        return tensordict.set("action", self.act(tensordict["x_t"], tensordict["t"], tensordict["s"], tensordict.get("c", None)))
+        axes = tensordict.batch_dims  # (*batch, …) → (b, …) and back: an env may have any batch shape, and a trajectory has two axes
+        flat = [tensordict[key].reshape(-1, *tensordict[key].shape[axes:]) for key in self.in_keys]
+        return tensordict.set("action", self.act(*flat).reshape(tensordict["x_t"].shape))
 
 
 class ExpertPolicy(DdimPolicy):
@@ -95,6 +98,7 @@ class ExpertPolicy(DdimPolicy):
         )
         self.expert = expert
         self.guidance_scale = w
+        self.nfe_per_action = substeps if w == 1 else 2 * substeps  # a guided pair is two forwards
         self.project = project
 
 

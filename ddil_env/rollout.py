@@ -23,7 +23,7 @@ def unroll(policy: DdimPolicy, grid: TimeGrid, x_T: Tensor, c: Tensor | None = N
     """
     n = len(x_T)
     x = x_T.new_empty(n, grid.num_steps + 1, *x_T.shape[1:])
-    x[:, 0] = x_T
+    x[:, 0] = x_t = x_T
     for i, (t, s) in enumerate(pairwise(grid.times)):
-        x[:, i + 1] = policy.act(x[:, i], t.expand(n), s.expand(n), c)
+        x[:, i + 1] = x_t = policy.act(x_t, t.expand(n), s.expand(n), c)  # x_t is contiguous, a column of x is not
     return x

@@ -71,7 +71,8 @@ class NoiseSchedule:
         self.t_max = num_train_steps if kind == "flow" else num_train_steps - 1
         self.discrete = kind != "flow"
         if self.discrete:
-            self._tables = {torch.device("cpu"): self._table(beta_start, beta_end, set_alpha_to_one)}
+            alpha, sigma = self._table(beta_start, beta_end, set_alpha_to_one)
+            self._tables = {(torch.device("cpu"), torch.float64): (alpha, sigma)}
 
     def _table(self, beta_start: float, beta_end: float, set_alpha_to_one: bool) -> Tensor:
         """Rows α, σ over t = 0 … T−1, float64, shape (2, T)."""
@@ -90,21 +91,23 @@ class NoiseSchedule:
             table[:, 0] = torch.tensor([1.0, 0.0])
         return table
 
-    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """α_t and σ_t in float64, each of the shape of t."""
+    def coefficients(self, t: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """α_t and σ_t, computed in float64 and rounded to dtype, each of the shape of t."""
         if not self.discrete:
             sigma = t.double() / self.num_train_steps
-            return 1 - sigma, sigma
-        if t.device not in self._tables:
-            self._tables[t.device] = self._tables[torch.device("cpu")].to(t.device)
-        alpha, sigma = self._tables[t.device][:, t.long()]
-        return alpha, sigma
+            return (1 - sigma).to(dtype), sigma.to(dtype)
+        key = t.device, dtype
+        if key not in self._tables:
+            alpha, sigma = self._tables[torch.device("cpu"), torch.float64]
+            self._tables[key] = alpha.to(*key), sigma.to(*key)
+        alpha, sigma = self._tables[key]
+        index = t.long()
+        return alpha[index], sigma[index]
 
     def __call__(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """α_t and σ_t as (b, 1, …, 1), in the precision of `like` or float32, whichever is wider."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        alpha, sigma = self.coefficients(t)
-        return broadcast(alpha.to(dtype), like), broadcast(sigma.to(dtype), like)
+        alpha, sigma = self.coefficients(t, torch.promote_types(like.dtype, torch.float32))
+        return broadcast(alpha, like), broadcast(sigma, like)
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Forward diffusion, x_t = α_t x_0 + σ_t ε (Ho et al. 2020, Eq. 4); x_0 and eps (b, *sample_shape), t (b,)."""
@@ -119,6 +122,8 @@ class NoiseSchedule:
         x_0:  ε = (x_t − α x_0)/σ
         flow: x_0 = x_t − σ u,      ε = x_t + α u         u = ε − x_0; needs α + σ = 1
         """
+        if output.shape != x_t.shape:
+            raise ValueError(f"the network's output has shape {tuple(output.shape)}; need x_t's, {tuple(x_t.shape)}")
         alpha, sigma = self(t, x_t)
         if kind == "eps":
             return Prediction((x_t - sigma * output) / alpha, output.to(alpha.dtype), t, self)
@@ -134,12 +139,13 @@ class NoiseSchedule:
         """Refuses, before any work, a prediction type that this schedule's identity does not hold for.
 
         Raises:
-            ValueError: an unknown type; `v` with a flow schedule; `flow` with a variance-preserving one.
+            ValueError: an unknown type; `v` or `eps` with a flow schedule; `flow` with a variance-preserving one.
         """
         _one_of("prediction type", kind, PredictionType)
-        if (kind == "v" and not self.discrete) or (kind == "flow" and self.discrete):
+        if (kind in ("v", "eps") and not self.discrete) or (kind == "flow" and self.discrete):
             raise ValueError(
-                f"prediction type {kind!r} does not go with the {self.kind!r} schedule: `v` needs α² + σ² = 1, `flow` needs α + σ = 1"
+                f"prediction type {kind!r} does not go with the {self.kind!r} schedule: `v` needs α² + σ² = 1, "
+                "`eps` needs α > 0 at t_max, `flow` needs α + σ = 1"
             )
 
 
@@ -322,6 +328,9 @@ def substep_times(schedule: NoiseSchedule, t: Tensor, s: Tensor, k: int) -> Tens
 
     Rounded up, so that 0 is reached by the last alone. Where t − s < k some times repeat; a step between equal times stays.
     """
-    i = torch.arange(k + 1, dtype=torch.float64, device=t.device)[:, None]
-    times = ((k - i) * t.double() + i * s.double()) / k  # whole strides come out exact, so that `ceil` leaves them alone
+    if k == 1:  # nothing between; the arithmetic below would be a tenth of what a rollout adds to its network
+        times = torch.stack([t, s])
+    else:
+        i = torch.arange(k + 1, dtype=torch.float64, device=t.device)[:, None]
+        times = ((k - i) * t.double() + i * s.double()) / k  # whole strides come out exact, so that `ceil` leaves them alone
     return (times.ceil() if schedule.discrete else times).float()

@@ -126,7 +126,6 @@ def test_result_says_what_was_measured_how_and_at_what_cost(runs: dict[str, Path
 
 def test_a_run_loads_as_a_learner(runs: dict[str, Path]) -> None:
     learner = load_run(runs["dagger"])
-    assert learner.step == 12
     saved = student(runs["dagger"])
     assert all(torch.equal(value, saved[key]) for key, value in learner.average.state_dict().items())
 

@@ -437,8 +437,8 @@ def test_load_refuses_another_config_and_names_what_differs(saved: Path) -> None
 
 
 def test_load_refuses_another_agent(saved: Path) -> None:
-    with pytest.raises(ValueError, match="is of dagger with another config; it differs in: the agent"):
-        bc(beta=MIXTURE).load(saved)
+    with pytest.raises(ValueError, match=r"is of dagger with another config; it differs in: beta"):
+        bc().load(saved)
 
 
 def test_load_refuses_a_flipped_byte(saved: Path) -> None:
@@ -467,9 +467,10 @@ def test_load_refuses_a_checkpoint_without_its_state(saved: Path) -> None:
         dagger().load(saved)
 
 
-def test_a_checkpoint_without_a_manifest_does_not_count(saved: Path) -> None:
+def test_a_checkpoint_that_lost_its_manifest_is_refused(saved: Path) -> None:
     (saved / "step_00000020" / "manifest.json").unlink()
-    assert dagger().load(saved).step == 18
+    with pytest.raises(ValueError, match=r"step_00000020 is damaged .*remove .*step_00000020 to resume from the one before it"):
+        dagger().load(saved)
     with pytest.raises(ValueError, match=r"no checkpoint in .*step_00000020"):
         dagger().load(saved / "step_00000020")
 
@@ -496,7 +497,7 @@ def test_a_manifest_says_what_was_saved(saved: Path) -> None:
         ({"num_steps": 0}, "num_steps=0: need at least 1"),
         ({"batch_size": -3}, "batch_size=-3"),
         ({"updates_per_collect": 0}, "updates_per_collect=0"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0: need a positive number"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0: need a positive, finite number"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"p_expert": 1.5}, r"p_expert=1.5: need a number in \[0, 1\]"),
         ({"ema": -0.1}, "ema=-0.1"),

@@ -91,7 +91,7 @@ def is_checkpoint(source: Any, target: Any) -> bool:
 
 
 def is_old(path: Path, *_: Any) -> bool:
-    return path.name.startswith("step_")
+    return path.name.startswith(".step_") and path.name.endswith(".stale") and path.exists()
 
 
 def named(name: str) -> Callable[[Any, Any], bool]:

@@ -27,21 +27,21 @@ class TimeConditionedMLP(nn.Module):
 
     def __init__(self, sample_shape: tuple[int, ...], num_conditions: int, t_max: float, width: int, depth: int) -> None:
         super().__init__()
-        self.num_conditions = num_conditions
         self.frequencies: Tensor
         self.register_buffer("frequencies", torch.pi * 2.0 ** torch.arange(6), persistent=False)
         self.t_max = t_max
         d = math.prod(sample_shape)
-        widths = [d + 13 + num_conditions, *[width] * depth]
+        self.num_ids = num_conditions + 1 if num_conditions else 0  # the last is the null condition
+        widths = [d + 13 + self.num_ids, *[width] * depth]
         hidden = [layer for n, m in pairwise(widths) for layer in (nn.Linear(n, m), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(widths[-1], d))
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
         u = (t / self.t_max)[:, None]  # (b, 1)
         features = [x_t.flatten(1), u, (u * self.frequencies).sin(), (u * self.frequencies).cos()]
-        if self.num_conditions:
-            assert c is not None
-            features.append(nn.functional.one_hot(c, self.num_conditions).to(x_t.dtype))
+        if self.num_ids:
+            c = torch.full_like(t, self.num_ids - 1, dtype=torch.int64) if c is None else c
+            features.append(nn.functional.one_hot(c, self.num_ids).to(x_t.dtype))
         return self.layers(torch.cat(features, dim=1)).reshape(x_t.shape)  # (b, d) → (b, *sample_shape)
 
 

@@ -277,7 +277,8 @@ class PromptedUNet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
         text = self.table[-1:].expand(len(x_t), -1, -1) if c is None else self.table[c]  # (b, tokens, channels)
-        output: Tensor = self.unet(x_t.to(self.unet.dtype), t, encoder_hidden_states=text.to(self.unet.dtype)).sample
+        dtype = self.unet.conv_in.weight.dtype  # `unet.dtype` walks every parameter: 0.4 ms a time on a small UNet
+        output: Tensor = self.unet(x_t.to(dtype), t, encoder_hidden_states=text.to(dtype)).sample
         return output
 
 
