@@ -1,6 +1,6 @@
 """BC and DAgger students of the digits expert at 4 and 2 steps, over seeds: means, 95 % intervals and paired differences.
 
-    python benchmarks/digits.py --jobs 2                 # about 40 minutes on 2 cores; goes on where it stopped
+    python benchmarks/digits.py --jobs 2                 # about 75 minutes on 2 cores; goes on where it stopped
     python benchmarks/digits.py --report_only            # from the runs that are there
 
 Both agents take the same gradient steps, batch size, collections and initial weights. A label costs the same teacher
@@ -19,6 +19,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from ddil_agents.metrics.extractors import load_extractor
+from ddil_agents.metrics.frechet import frechet_distance
+from ddil_env import load_expert
 
 METRICS = ("frechet", "frechet_to_expert", "endpoint_rmse", "precision", "recall", "coverage", "accuracy")
 # Two-sided 95 % points of Student's t by degrees of freedom.
@@ -43,6 +47,14 @@ def run(agent: str, num_steps: int, seed: int, runs: Path, settings: str) -> dic
                 raise SystemExit(f"{' '.join(command)} failed; see {log}")
     print(f"{out.name}: done", flush=True)
     return json.loads((out / "result.json").read_text())
+
+
+def floor(settings: dict[str, Any]) -> dict[str, float]:
+    """Real training pictures against other real training pictures, matched in number and classes to the evaluation."""
+    n = settings["n"]
+    pictures, _ = load_expert("digits").reference_data(2 * n)
+    features = load_extractor(settings["extractor"]).features(pictures)
+    return {"n": n, "frechet": frechet_distance(features[:n], features[n : 2 * n])}
 
 
 def summary(results: dict[tuple[int, str, int], dict[str, Any]], steps: list[int], seeds: list[int]) -> dict[str, Any]:
@@ -105,7 +117,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{len(result['seeds'])} seeds, {result['num_updates']} updates, n = {s['n']}, features of {s['extractor']}, guidance "
-        f"{s['guidance_scale']:g}; {result['hardware']}, torch {result['torch']}, {result['date']}.",
+        f"{s['guidance_scale']:g}; {result['hardware']}, torch {result['torch']}, {result['date']}. Floor: a disjoint subset of the real "
+        f"training pictures, matched in number and classes, has Fréchet distance {result['floor']['frechet']:.3f}.",
     ]
     return "\n".join(lines)
 
@@ -118,11 +131,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 2])
     parser.add_argument("--num_updates", type=int, default=600)
     parser.add_argument("--updates_per_collect", type=int, default=32, help="each label serves about a quarter of it")
+    parser.add_argument("--n", type=int, default=1000, help="samples of an evaluation")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--report_only", action="store_true", help="train nothing")
     args = parser.parse_args()
     seeds = list(range(args.seeds))
-    settings = f"--num_updates {args.num_updates} --updates_per_collect {args.updates_per_collect} --evaluate.n_action 100"
+    settings = f"--num_updates {args.num_updates} --updates_per_collect {args.updates_per_collect}"
+    settings += f" --evaluate.n {args.n} --evaluate.n_action 100"
     args.runs.mkdir(parents=True, exist_ok=True)
     cells = [(n, agent, seed) for seed in seeds for n in args.steps for agent in ("bc", "dagger")]
     if args.report_only and (missing := [c for c in cells if not (args.runs / f"{c[1]}-{c[0]}-s{c[2]}" / "result.json").is_file()]):
@@ -130,6 +145,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(lambda cell: run(cell[1], cell[0], cell[2], args.runs, settings), cells))
     result = summary(dict(zip(cells, results, strict=True)), args.steps, seeds)
+    result["floor"] = floor(results[0]["settings"])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1))
     print(markdown(result))
