@@ -93,7 +93,9 @@ def _check_condition(expert: Expert, c: Tensor | None, n: int, where: str) -> No
     _require((c is None) == (expert.num_conditions == 0), expert, f"{where} must give None for c exactly if num_conditions is 0")
     if c is not None:
         _require(c.shape == (n,) and c.dtype == torch.int64, expert, f"{where} gave c as {c.dtype} {tuple(c.shape)}; need int64 ({n},)")
-        _require(bool(((c >= 0) & (c < expert.num_conditions)).all()), expert, f"{where}: ids must be 0 … {expert.num_conditions - 1}")
+        _require(
+            bool(((c >= 0) & (c < expert.num_conditions)).all()), expert, f"{where}: condition ids must be 0 … {expert.num_conditions - 1}"
+        )
 
 
 def _check_data(expert: Expert, generator: torch.Generator) -> None:

@@ -761,3 +761,14 @@ def test_the_grid_is_where_the_views_agree_on_time() -> None:
         for t, s in pairwise(expected):
             assert (float(observation["t"][0]), float(observation["s"][0])) == (t, s)
             observation = env.step(env.action_space.sample())[0]
+
+
+@pytest.mark.parametrize("shape", [[], [1], [2, 3], [2, 2]])
+def test_policies_take_batches_of_any_shape(shape):
+    env = DenoisingEnv("gaussian_mixture", num_steps=4, batch_size=shape)
+    env.set_seed(0)
+    policy = ExpertPolicy(env.expert, 2)
+    trajectory = env.rollout(4, policy)
+    assert trajectory["x_t"].shape == (*shape, 4, 2)
+    relabelled = policy(trajectory.select("x_t", "t", "s", "c"))["action"]  # a trajectory has one axis more
+    assert torch.allclose(relabelled, trajectory["action"], atol=1e-6)

@@ -268,9 +268,9 @@ def test_check_expert_refuses_bad_conditions_pictures_supports_and_students() ->
         def sample_condition(self, n: int, generator: torch.Generator | None = None) -> Tensor:
             return torch.rand(n)
 
-    with pytest.raises(ValueError, match=r"sample_condition gave torch.float32 \(1,\); need int64 \(1,\)"):
+    with pytest.raises(ValueError, match=r"sample_condition gave c as torch.float32 \(1,\); need int64 \(1,\)"):
         check_expert(Floats(num_conditions=3))
-    with pytest.raises(ValueError, match="sample_condition must give None exactly if num_conditions is 0"):
+    with pytest.raises(ValueError, match="sample_condition must give None for c exactly if num_conditions is 0"):
         check_expert(Floats())
 
     class Beyond(Scaled):
@@ -632,3 +632,35 @@ def test_an_expert_without_axes_is_refused() -> None:
     for shape in ((), (3, 0)):
         with pytest.raises(ValueError, match="need at least one axis, each of length 1 or more"):
             Flat(shape)
+
+
+@pytest.mark.parametrize(
+    ("x_0", "message"),
+    [
+        (torch.full((3, 2), torch.nan), "NaN or infinite data"),
+        (torch.zeros(3, 3), r"x_0 of shape \(3, 3\); need \(3, 2\)"),
+        (torch.zeros(3, 2, dtype=torch.float64), "float64; need float32"),
+        (torch.zeros(1, 2), r"x_0 of shape \(1, 2\); need \(3, 2\)"),
+    ],
+)
+def test_check_expert_refuses_bad_data(x_0, message):
+    class BadData(GaussianMixtureExpert):
+        def sample_data(self, n, generator=None):
+            return (x_0 if n == 3 else torch.zeros(n, 2)), None
+
+    with pytest.raises(ValueError, match=message):
+        check_expert(BadData([[0.0, 1.0]], 0.1))
+
+
+def test_a_network_whose_output_would_broadcast_is_refused():
+    schedule = NoiseSchedule("cosine")
+    with pytest.raises(ValueError, match=r"output has shape \(4, 1\); need x_t's, \(4, 2\)"):
+        schedule.prediction(torch.zeros(4, 1), torch.zeros(4, 2), torch.full((4,), 500.0), "v")
+
+
+def test_the_mixtures_student_takes_every_condition_of_its_env():
+    expert = load_expert("gaussian_mixture")
+    student = expert.make_student(width=8, depth=1)
+    x_t, t = torch.randn(2, 2), torch.full((2,), 500.0)
+    null = torch.full((2,), expert.null_condition)
+    assert torch.equal(student.predict(x_t, t, None).x_0, student.predict(x_t, t, null).x_0)

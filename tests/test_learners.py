@@ -523,3 +523,28 @@ def test_guidance_that_the_expert_cannot_follow_is_refused() -> None:
 def test_more_steps_than_the_chain_has_are_refused() -> None:
     with pytest.raises(ValueError, match=r"num_steps=1000: need 1 ≤ num_steps ≤ 999"):
         bc(num_steps=1000, teacher_steps=1000, collect_size=2000)
+
+
+def test_behaviour_cloning_refuses_student_states() -> None:
+    with pytest.raises(ValueError, match=r"beta.student=0.4: .*use ddil_agents.dagger"):
+        bc(beta=Beta(0.6, 0, 0.4))
+
+
+def test_the_first_step_of_a_second_learn_has_a_learning_rate() -> None:
+    agent = dagger(num_updates=6, warmup_updates=0)
+    agent.learn(progress=False)
+    agent.learn(6, progress=False)
+    before = agent.step
+    agent.learn(1, progress=False)
+    assert agent.step == before + 1
+    assert agent.last_learning_rate > 0
+
+
+def test_the_averaged_student_is_in_eval_mode() -> None:
+    assert not any(module.training for module in dagger().average.modules())
+
+
+def test_every_state_says_what_its_label_cost() -> None:
+    agent = dagger()
+    agent.collect()
+    assert (agent.buffer.replay.storage[:1]["nfe"] == agent.expert_policy.nfe_per_action).all()

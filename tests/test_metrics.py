@@ -188,7 +188,7 @@ def test_fitting_is_one_command(tmp_path, capsys):
         (lambda: sliced_wasserstein(normal(9, 3, 0), normal(8, 3, 0)), "9 samples against 8"),
         (lambda: sliced_wasserstein(normal(9, 3, 0), normal(9, 3, 0), num_projections=0), "num_projections=0"),
         (lambda: sliced_wasserstein(normal(9, 3, 0), normal(9, 3, 0).log()), "NaN or infinite"),
-        (lambda: load_extractor("fid"), "unknown extractor 'fid'; choose one of: identity, fd_mnist16_clf, fd_digits8_clf"),
+        (lambda: load_extractor("fid"), "unknown extractor 'fid'; choose one of: identity, latent_pool8, fd_mnist16_clf, fd_digits8_clf"),
         (lambda: load_extractor("fd_digits8_clf").features(torch.zeros(2, 1, 16, 16)), r"\(n, 1, 8, 8\)"),
         (lambda: load_extractor("fd_digits8_clf").features(torch.zeros(0, 1, 8, 8)), "n ≥ 1"),
         (lambda: load_extractor("fd_digits8_clf").features(torch.full((2, 1, 8, 8), torch.inf)), "2 of 2 samples"),
@@ -197,3 +197,15 @@ def test_fitting_is_one_command(tmp_path, capsys):
 def test_wrong_input_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_latent_pool_averages_over_an_8_by_8_grid():
+    latents = torch.randn(3, 4, 16, 24)
+    features = load_extractor("latent_pool8").features(latents)
+    assert features.shape == (3, 256)
+    assert torch.allclose(features[1, 64 + 9], latents[1, 1, 2:4, 3:6].mean())  # channel 1, row 1, column 1
+
+
+def test_identity_refuses_samples_that_are_too_long_to_be_features():
+    with pytest.raises(ValueError, match="name another extractor"):
+        load_extractor("identity").features(torch.zeros(2, 4, 64, 64))
