@@ -1,6 +1,6 @@
 """BC and DAgger students of the digits expert at 4 and 2 steps, over seeds: means, 95 % intervals and paired differences.
 
-    python benchmarks/digits.py --jobs 2                 # about 75 minutes on 2 cores; goes on where it stopped
+    python benchmarks/digits.py --jobs 2                 # about 45 minutes on 2 idle cores; goes on where it stopped
     python benchmarks/digits.py --report_only            # from the runs that are there
 
 Both agents take the same gradient steps, batch size, collections and initial weights. A label costs the same teacher

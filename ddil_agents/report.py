@@ -103,6 +103,7 @@ def save_pictures(path: Path, judge: Judge, samples: dict[str, Tensor]) -> bool:
 def save_curves(path: Path, runs: dict[str, list[dict[str, Any]]], results: dict[str, dict[str, Any]]) -> None:
     """Loss over gradient steps and over teacher NFE; action error and covariate shift over the student's steps."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(12, 7), layout="constrained")
     (loss, cost), (error, shift) = figure.subplots(2, 2)
@@ -121,6 +122,8 @@ def save_curves(path: Path, runs: dict[str, list[dict[str, Any]]], results: dict
         if student["shift"]:
             shift.plot(steps, student["shift"], marker="o", label=name)
             floor = result["floors"]["held_out_real"]["shift"]
+    for axis in (error, shift):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     error.set(xlabel="step", ylabel="action error, E (a − a*)²", yscale="log")
     shift.set(xlabel="step", ylabel="sliced W2 to forward marginals")
     if floor is not None:
