@@ -54,7 +54,7 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, k: int = 5) ->
         precision = mean_j 1[∃ i: y_j ∈ B(x_i)]          recall   = mean_i 1[∃ j: x_i ∈ B(y_j)]
         density   = 1/k mean_j Σ_i 1[y_j ∈ B(x_i)]       coverage = mean_i 1[∃ j: y_j ∈ B(x_i)]
 
-    All four move with n, coverage most (.40 against .97 for one sampler), so the two sets must match.
+    All four move with n, coverage most, so the two sets must match.
     The `prdc` package asks for < where the balls here are closed; they differ only on exact ties.
 
     Args:

@@ -3,10 +3,10 @@
 `identity`        the sample itself, flattened: vectors and mixtures.
 `latent_pool8`    latent pictures averaged over an 8×8 grid: a coarse, always available judge of latent diffusion models.
 `fd_mnist16_clf`  a small classifier of 16×16 MNIST; 97.4 % right on the 700 held-out test pictures.
-`fd_digits8_clf`  the same for scikit-learn's 8×8 digits; 97.8 % right on 497 test pictures.
+`fd_digits8_clf`  the same for scikit-learn's 8×8 digits; 99.8 % right on 497 test pictures.
 
-The classifiers are fitted on the `fit` split alone: one that had seen the teacher's data could not tell 8 teacher steps
-from 32. Fit them again by
+The classifiers are fitted on the `fit` split alone: one that had seen the teacher's data would favour what the teacher
+remembers of it. Fit them again by
 
     python -m ddil_agents.metrics.extractors --fit digits --out weights/
 
