@@ -81,8 +81,16 @@ def summary(results: dict[tuple[int, str, int], dict[str, Any]], steps: list[int
         own = [_last(results[n, "dagger", s], f"dagger@{n}") / _last(results[n, "bc", s], f"bc@{n}") - 1 for s in seeds]
         paired[f"dagger − bc @{n}"] = {key: (*interval(d), d) for key, d in differences.items()}
         paired[f"dagger − bc @{n}"]["last-step action error on own states, relative"] = (*interval(own), own)
+    shift = {  # sliced W2 between visited latents and forward marginals, by step; mean over seeds
+        f"{agent}@{n}": _mean_by_step([results[n, agent, s]["models"][f"{agent}@{n}"]["shift"] for s in seeds])
+        for n in steps
+        for agent in ("bc", "dagger")
+    }
+    floors = [results[steps[0], "bc", s]["floors"]["held_out_real"] for s in seeds]
+    shift[f"held-out real, n = {floors[0]['n']}, {steps[0]} steps"] = _mean_by_step([f["shift"] for f in floors])
     return {
         "seeds": seeds,
+        "shift": shift,
         "models": {name: {key: (*interval(v), v) for key, v in row.items() if len(v) > 1} for name, row in rows.items()},
         "paired": paired,
         "settings": {k: v for k, v in any_result["settings"].items() if k not in ("seed", "times")},
@@ -95,6 +103,10 @@ def _append(row: dict[str, list[float]], model: dict[str, Any]) -> None:
     for key in (*METRICS, "teacher_nfe", "train_seconds"):
         if model.get(key) is not None:
             row.setdefault(key, []).append(float(model[key]))
+
+
+def _mean_by_step(lists: list[list[float]]) -> list[float]:
+    return [statistics.mean(values) for values in zip(*lists, strict=True)]
 
 
 def _last(result: dict[str, Any], name: str) -> float:

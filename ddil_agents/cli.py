@@ -37,8 +37,6 @@ from ddil_agents.train import read_metrics, train
 from ddil_env import NoDataError, check_expert
 from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
 
-AGENTS = {"bc": "BehaviourCloning", "dagger": "Dagger"}  # module → class
-
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -130,11 +128,7 @@ def load_run(directory: Path) -> Learner:
     """
     if not (directory / "result.json").is_file():
         raise ValueError(f"{directory} holds no finished run (no result.json); finish it with --resume {directory}")
-    name = read_yaml(directory / "config.yaml").get("agent")
-    if name not in AGENTS:
-        raise ValueError(f"{directory}/config.yaml names the agent {name!r}; known: {', '.join(AGENTS)}")
-    module = importlib.import_module(f"ddil_agents.{name}")
-    agent = getattr(module, AGENTS[name])
+    agent = _find_agent(str(read_yaml(directory / "config.yaml").get("agent")))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser, cfg = _parse(agent, ["--config", str(directory / "config.yaml")])
     if "device" in vars(cfg.env):
@@ -145,13 +139,29 @@ def load_run(directory: Path) -> Learner:
     return learner
 
 
+def _find_agent(name: str) -> type[Learner]:
+    """The learner of ddil_agents/<name>.py: a new one is one file, entered nowhere else.
+
+    Raises:
+        ValueError: no such module, or none of its classes bears that name.
+    """
+    try:
+        found = vars(importlib.import_module(f"ddil_agents.{name}")).values()
+    except ImportError:
+        found = {}.values()
+    for value in found:
+        if isinstance(value, type) and issubclass(value, Learner) and vars(value).get("name") == name:
+            return value
+    raise ValueError(f"a run's config.yaml names the agent {name!r}, but ddil_agents/{name}.py holds no such learner")
+
+
 def judge_of(learner: Learner, **settings: Any) -> Judge:
     """A judge on the learner's own expert policy and grid."""
     return Judge(learner.expert_policy, learner.grid, Evaluation(**settings))
 
 
 def _take(argv: list[str], flag: str) -> str | None:
-    """Removes `flag VALUE` or `flag=VALUE` from argv and returns the value, the last if given twice."""
+    """Removes `flag VALUE` or `flag=VALUE` from argv and returns the value."""
     value, i = None, 0
     while i < len(argv):
         if argv[i] == flag:

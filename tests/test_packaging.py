@@ -46,9 +46,3 @@ def test_wheel_finds_presets_and_weights_from_any_directory(installed, tmp_path)
 def test_wheel_prints_the_config_of_a_preset(installed, tmp_path):
     code = "from ddil_agents.dagger import main; main(['--env', 'gaussian_mixture', '--config', 'demo', '--print_config'])"
     assert "num_updates: 400" in run(code, installed, tmp_path)
-
-
-def test_no_file_of_ddil_env_imports_ddil_agents():
-    for path in (REPOSITORY / "ddil_env").rglob("*.py"):
-        assert "import ddil_agents" not in (source := path.read_text()), path
-        assert "from ddil_agents" not in source, path
