@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["scaled_linear", "linear", "cosine", "flow"]
 PredictionType = Literal["eps", "v", "x_0", "flow"]
-GridKind = Literal["linspace", "dmd2", "trailing"]
+GridKind = Literal["linspace", "dmd2", "trailing", "lcm"]
+
+LCM_SOLVER_STEPS = 50  # latent consistency models step over 50 teacher times, 999, 979, …, 19, and sample on some of them
 
 
 def _one_of(name: str, value: str, literal: object) -> None:
@@ -67,12 +69,17 @@ class NoiseSchedule:
         if num_train_steps < 2:
             raise ValueError(f"num_train_steps={num_train_steps}: a chain needs at least 2 steps")
         self.kind = kind
+        self._built = {"kind": kind, "beta_start": beta_start, "beta_end": beta_end, "num_train_steps": num_train_steps}
         self.num_train_steps = num_train_steps
         self.t_max = num_train_steps if kind == "flow" else num_train_steps - 1
         self.discrete = kind != "flow"
         if self.discrete:
             alpha, sigma = self._table(beta_start, beta_end, set_alpha_to_one)
             self._tables = {(torch.device("cpu"), torch.float64): (alpha, sigma)}
+
+    def ending_at_alpha_0(self) -> NoiseSchedule:
+        """The same schedule with `set_alpha_to_one=False`; a flow schedule has no such level and stays."""
+        return NoiseSchedule(**self._built, set_alpha_to_one=False) if self.discrete else self  # type: ignore[arg-type]
 
     def _table(self, beta_start: float, beta_end: float, set_alpha_to_one: bool) -> Tensor:
         """Rows α, σ over t = 0 … T−1, float64, shape (2, T)."""
@@ -191,19 +198,26 @@ class Prediction:
         w = broadcast(guidance_scale.to(self.x_0.dtype), self.x_0) if isinstance(guidance_scale, Tensor) else guidance_scale
         return Prediction(torch.lerp(uncond.x_0, self.x_0, w), torch.lerp(uncond.eps, self.eps, w), self.t, self.schedule)
 
-    def latent(self, s: Tensor) -> Tensor:
-        """The latent that this belief puts at time s (b,): α_s x̂_0 + σ_s ε̂, (b, *sample_shape)."""
-        alpha_s, sigma_s = self.schedule(s, self.x_0)
+    def latent(self, s: Tensor, schedule: NoiseSchedule | None = None) -> Tensor:
+        """The latent that this belief puts at time s (b,): α_s x̂_0 + σ_s ε̂, (b, *sample_shape); s read by `schedule`, default its own."""
+        alpha_s, sigma_s = (schedule or self.schedule)(s, self.x_0)
         return alpha_s * self.x_0 + sigma_s * self.eps
 
-    def projected(self, support: Support) -> Prediction:
+    def projected(self, support: Support, straight_through: bool = False) -> Prediction:
         """Moves x̂_0 onto the data's support and keeps α x̂_0 + σ ε̂ = x_t (reflected diffusion, Lou & Ermon 2023).
 
         ε̂' = ε̂ + (α/σ)(x̂_0 − x̂_0')        bit for bit unchanged where x̂_0 already lies inside
+
+        Args:
+            support: Where x̂_0 is moved.
+            straight_through: The values are those of the projection, the gradients those of x̂_0 and ε̂ as they
+                were: a clamp has none outside, so that a student beyond the support would never learn to come back.
         """
         x_0 = support.project(self.x_0)
         if x_0 is self.x_0:  # all of space
             return self
+        if straight_through:
+            x_0 = x_0.detach() + (self.x_0 - self.x_0.detach())  # the bracket is 0, exactly
         alpha, sigma = self.schedule(self.t, x_0)
         return Prediction(x_0, self.eps + (alpha / sigma) * (self.x_0 - x_0), self.t, self.schedule)
 
@@ -282,6 +296,7 @@ class TimeGrid:
         num_steps: N, the number of steps of an episode.
         kind: `linspace`, the paper's (DPM++ default): 999, 749, 500, 250 → 0 for N = 4. `dmd2`: 999, 749, 499, 249 → 0,
             a constant stride of T // N. `trailing`: strides of T / N rounded, as in Lin et al. 2024 and diffusers.
+            `lcm`: N of the 50 trailing times, 999, 759, 499, 259 → 0, as diffusers' LCMScheduler picks them.
 
     Raises:
         ValueError: num_steps is not between 1 and the schedule's `t_max`, so large that `trailing` reaches 0 early, or an unknown kind.
@@ -294,6 +309,9 @@ class TimeGrid:
         n, t_max = num_steps, schedule.t_max
         if kind == "linspace":
             times = torch.linspace(0, t_max, n + 1, dtype=torch.float64).flip(0)
+        elif kind == "lcm":
+            solver = TimeGrid(schedule, min(LCM_SOLVER_STEPS, 2 * schedule.num_train_steps // 3), "trailing")
+            times = lcm_times(solver, n).double()
         else:
             stride = schedule.num_train_steps // n if kind == "dmd2" else schedule.num_train_steps / n
             times = schedule.num_train_steps - stride * torch.arange(n + 1, dtype=torch.float64)
@@ -321,6 +339,18 @@ class TimeGrid:
         """The step's target: the latest time of the grid before t, (b,) → (b,); 0 stays 0. t need not lie on the grid."""
         index = torch.searchsorted(self._ascending, t.contiguous(), side="left") - 1
         return self._ascending[index.clamp(min=0)]
+
+
+def lcm_times(solver: TimeGrid, num_steps: int) -> Tensor:
+    """The times that a latent consistency model samples at: num_steps of the solver's, evenly by index, and 0, (num_steps + 1,).
+
+    Raises:
+        ValueError: more steps than the solver has.
+    """
+    if num_steps > solver.num_steps:
+        raise ValueError(f"num_steps={num_steps}: a latent consistency model samples in at most its solver's {solver.num_steps} steps")
+    index = torch.arange(num_steps + 1, device=solver.times.device) * solver.num_steps // num_steps
+    return solver.times[index]
 
 
 def substep_times(schedule: NoiseSchedule, t: Tensor, s: Tensor, k: int) -> Tensor:
