@@ -30,7 +30,7 @@ from ddil_env.support import Support, Unbounded
 
 __all__ = ["Denoiser", "Expert", "NetworkDenoiser", "NoDataError", "Prediction", "check_device"]
 
-Predict = Callable[[Tensor, Tensor, Tensor | None], Prediction]
+Predict = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Prediction]  # (x_t, t, c, w), w None for the denoiser's own
 
 
 def check_device(device: torch.device | str) -> torch.device:
@@ -51,37 +51,49 @@ class NoDataError(ValueError):
 
 
 class Denoiser(Protocol):
-    """Anything that reads a noisy latent: an expert, a student, a critic."""
+    """Anything that reads a noisy latent: an expert, a student, a critic.
+
+    `predict(x_t, t, c)` gives clean sample and noise at (x_t, t) for condition ids c: (b, *sample_shape), (b,), (b,) int64 or
+    None. A denoiser with a guidance embedding takes the scales w (b,) as the fourth argument.
+    """
 
     nfe: int
 
-    def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
-        """Clean sample and noise at (x_t, t) given the condition ids c: (b, *sample_shape), (b,), (b,) int64 or None."""
+    @property
+    def predict(self) -> Callable[..., Prediction]: ...
 
 
 class NetworkDenoiser(nn.Module):
     """A trainable denoiser: a network read through a schedule. Every student and critic is one.
 
     Args:
-        network: Maps (x_t, t, c) to an output of x_t's shape.
+        network: Maps (x_t, t, c), or (x_t, t, c, w) with a guidance embedding, to an output of x_t's shape.
         schedule: Reads t.
         prediction_type: What the output means.
+        guidance_embedding: Whether the network is told the guidance scale w (b,) that it shall answer for (Meng et al. 2023, §3.1).
     """
 
-    def __init__(self, network: nn.Module, schedule: NoiseSchedule, prediction_type: PredictionType) -> None:
+    def __init__(
+        self, network: nn.Module, schedule: NoiseSchedule, prediction_type: PredictionType, guidance_embedding: bool = False
+    ) -> None:
         super().__init__()
         schedule.check_prediction_type(prediction_type)
         self.network = network
         self.schedule = schedule
         self.prediction_type = prediction_type
+        self.guidance_embedding = guidance_embedding
         self.nfe = 0
 
-    def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
+        if (w is None) == self.guidance_embedding:
+            cure = "pass w (b,)" if self.guidance_embedding else "leave w out, or build it with guidance_embedding=True"
+            raise ValueError(f"this denoiser has {'a' if self.guidance_embedding else 'no'} guidance embedding; {cure}")
         self.nfe += x_t.shape[0]
-        return self.schedule.prediction(self.network(x_t, t, c), x_t, t, self.prediction_type)
+        given = (x_t, t, c) if w is None else (x_t, t, c, w)
+        return self.schedule.prediction(self.network(*given), x_t, t, self.prediction_type)
 
-    def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
-        return cast(Prediction, self(x_t, t, c))
+    def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
+        return cast(Prediction, self(x_t, t, c, w))
 
 
 def _counted(predict: Callable[..., Prediction]) -> Callable[..., Prediction]:
@@ -116,6 +128,7 @@ class Expert(ABC):
     Attributes:
         extractor: Name of the feature extractor that judges its samples (ddil_agents.metrics.extractors).
         max_batch: Samples that its policies, and its students', put through the network at once; None is no limit.
+        guided_nfe: Forwards that `guided` takes a sample where w is not 1.
 
     Raises:
         ValueError: an absent device, an empty shape, guidance without a null condition.
@@ -123,6 +136,7 @@ class Expert(ABC):
 
     extractor: str = "identity"
     max_batch: int | None = None
+    guided_nfe: int = 2
 
     def __init__(
         self,
@@ -224,8 +238,22 @@ class Expert(ABC):
         """
         raise ValueError(f"{type(self).__name__} does not implement make_student(); environments and evaluation work without it")
 
-    def save_student(self, student: NetworkDenoiser, directory: Path, num_steps: int, grid: str = "linspace") -> None:
-        """Writes the student's weights as `student.safetensors` into the directory, which exists."""
+    def critic_features(self, student: NetworkDenoiser) -> nn.Module:
+        """The layer of a student's network whose output, (b, channels, *any), a discriminator reads (DMD2's GAN head).
+
+        Raises:
+            ValueError: this expert names none.
+        """
+        raise ValueError(f"{type(self).__name__} names no layer for a discriminator (critic_features); train without the GAN loss")
+
+    def save_student(self, student: NetworkDenoiser, directory: Path, num_steps: int, grid: str = "linspace", kernel: str = "ddim") -> None:
+        """Writes the student's weights as `student.safetensors` into the directory, which exists.
+
+        Args:
+            student: One of `make_student`.
+            directory: Where.
+            num_steps, grid, kernel: How it samples, for formats that hold a sampler too.
+        """
         from safetensors.torch import save_model
 
         save_model(student, str(directory / "student.safetensors"))

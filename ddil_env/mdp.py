@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ddil_env.expert import Expert
 from ddil_env.policy import ExpertPolicy
-from ddil_env.schedule import GridKind, TimeGrid, broadcast, invert_ddim
+from ddil_env.schedule import GridKind, TimeGrid, broadcast, invert_ddim, renoise_step
 
 Kernel = Literal["ddim", "renoise"]
 Reward = Literal["none", "expert_l2", "expert_loglik"]
@@ -127,8 +127,7 @@ class DenoisingMDP:
         reward = self._reward(state, action)
         x_s = action
         if self.kernel == "renoise":
-            pred = invert_ddim(self.expert.schedule, state.x_t, state.t, action, state.s)
-            fresh = self.expert.schedule.add_noise(pred.x_0, noise(), state.s)
+            fresh = renoise_step(invert_ddim(self.expert.schedule, state.x_t, state.t, action, state.s), state.s, noise())
             x_s = torch.where(broadcast(state.s > 0, action), fresh.to(action.dtype), action)
         return State(x_s, state.s, self.grid.previous(state.s), state.c), reward, state.s <= 0
 

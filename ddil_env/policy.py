@@ -10,18 +10,8 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from ddil_env.expert import Denoiser, Expert, Predict
-from ddil_env.schedule import NoiseSchedule, Prediction, substep_times
+from ddil_env.schedule import NoiseSchedule, Prediction, invert_ddim, renoise_step, substep_times
 from ddil_env.support import Support, Unbounded
-
-
-@torch.no_grad()
-def ddim_substeps(
-    predict: Predict, schedule: NoiseSchedule, support: Support, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None, k: int
-) -> Tensor:
-    """k DDIM steps of a denoiser from t to s, each estimate projected onto the support: x_s, (b, *sample_shape)."""
-    for now, then in pairwise(substep_times(schedule, t, s, k)):
-        x_t = predict(x_t, now, c).projected(support).latent(then)
-    return x_t
 
 
 class DdimPolicy(TensorDictModuleBase):
@@ -30,8 +20,8 @@ class DdimPolicy(TensorDictModuleBase):
     Reads `x_t`, `t`, `s` and, if conditional, `c` of a TensorDict and writes `action`.
 
     Args:
-        predict: The denoiser's predict(x_t, t, c).
-        schedule: Its schedule.
+        predict: The denoiser's predict(x_t, t, c, w), w None for its own guidance.
+        schedule: Of the times that it steps over.
         substeps: Denoiser steps in one action.
         support: Where its estimates of x_0 are projected.
         conditional: Whether the observation has `c`.
@@ -63,12 +53,24 @@ class DdimPolicy(TensorDictModuleBase):
         self.max_batch = max_batch
         self.nfe_per_action = substeps
 
-    def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None) -> Tensor:
-        """The action x_s (b, *sample_shape) at states x_t (b, *sample_shape), t (b,), for targets s (b,), conditions c (b,)."""
+    @torch.no_grad()
+    def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """The action x_s (b, *sample_shape) at states x_t (b, *sample_shape), t (b,), for targets s (b,).
+
+        Args:
+            c: Condition ids, (b,).
+            w: Guidance scales, (b,); default: the policy's own.
+        """
         if self.max_batch is not None and len(x_t) > self.max_batch:
-            given = [a for a in (x_t, t, s, c) if a is not None]
-            return torch.cat([self.act(*part) for part in zip(*(a.split(self.max_batch) for a in given), strict=True)])
-        return ddim_substeps(self.predict, self.schedule, self.support, x_t, t, s, c, self.substeps)
+            parts = [[None] * len(x_t) if a is None else a.split(self.max_batch) for a in (x_t, t, s, c, w)]
+            return torch.cat([self.act(*part) for part in zip(*parts, strict=False)])
+        for now, then in pairwise(substep_times(self.schedule, t, s, self.substeps)):
+            x_t = self.predict(x_t, now, c, w).projected(self.support).latent(then, self.schedule)
+        return x_t
+
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, noise: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """Where the `renoise` kernel leads: the action's estimate of x_0, diffused to s with fresh noise (b, *sample_shape)."""
+        return renoise_step(invert_ddim(self.schedule, x_t, t, self.act(x_t, t, s, c, w), s), s, noise)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         axes = tensordict.batch_dims  # (*batch, …) → (b, …) and back: an env may have any batch shape, and a trajectory has two axes
@@ -77,28 +79,42 @@ class DdimPolicy(TensorDictModuleBase):
 
 
 class ExpertPolicy(DdimPolicy):
-    """The expert's action: `substeps` of its own DDIM steps, guided, projected onto the expert's support.
+    """The expert's action: `substeps` of its own DDIM steps, guided, projected onto a support.
 
     Args:
         expert: The teacher.
         substeps: k; on an N-step grid the expert then acts as its own N·k-step sampler.
         guidance_scale: Classifier-free guidance; default: the expert's own.
         project: False leaves the estimates where they fall (no thresholding).
+        support: Where they are projected; default: the expert's own.
+        schedule: Of the times stepped over; default: the expert's own.
     """
 
-    def __init__(self, expert: Expert, substeps: int = 1, guidance_scale: float | None = None, project: bool = True) -> None:
-        w = expert.guidance_scale if guidance_scale is None else expert.check_guidance(guidance_scale)
+    def __init__(
+        self,
+        expert: Expert,
+        substeps: int = 1,
+        guidance_scale: float | None = None,
+        project: bool = True,
+        support: Support | None = None,
+        schedule: NoiseSchedule | None = None,
+    ) -> None:
+        own = expert.guidance_scale if guidance_scale is None else expert.check_guidance(guidance_scale)
 
-        def predict(x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
-            return expert.guided(x_t, t, c, w)
+        def predict(x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
+            return expert.guided(x_t, t, c, own if w is None else w)
 
-        support = expert.support if project else None
         super().__init__(
-            predict, expert.schedule, substeps=substeps, support=support, conditional=expert.num_conditions > 0, max_batch=expert.max_batch
+            predict,
+            schedule or expert.schedule,
+            substeps=substeps,
+            support=(support or expert.support) if project else None,
+            conditional=expert.num_conditions > 0,
+            max_batch=expert.max_batch,
         )
         self.expert = expert
-        self.guidance_scale = w
-        self.nfe_per_action = substeps if w == 1 else 2 * substeps  # a guided pair is two forwards
+        self.guidance_scale = own
+        self.nfe_per_action = substeps * (1 if own == 1 else expert.guided_nfe)
         self.project = project
 
 
@@ -109,10 +125,14 @@ class StudentPolicy(DdimPolicy):
         student: The learner's denoiser.
         expert: The expert that it imitates; gives schedule and conditions.
         support: Where the student's estimates are projected; default: nowhere.
+        guidance_scale: What a guidance-conditioned student is told where a state does not say; default: nothing is told.
     """
 
-    def __init__(self, student: Denoiser, expert: Expert, support: Support | None = None) -> None:
-        super().__init__(
-            student.predict, expert.schedule, support=support, conditional=expert.num_conditions > 0, max_batch=expert.max_batch
-        )
+    def __init__(self, student: Denoiser, expert: Expert, support: Support | None = None, guidance_scale: float | None = None) -> None:
+        def predict(x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
+            if guidance_scale is None:
+                return student.predict(x_t, t, c)
+            return student.predict(x_t, t, c, torch.full_like(t, guidance_scale) if w is None else w)
+
+        super().__init__(predict, expert.schedule, support=support, conditional=expert.num_conditions > 0, max_batch=expert.max_batch)
         self.student = student

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, LCMScheduler, StableDiffusionPipeline
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny_sd import write_tiny_sd
@@ -21,6 +21,9 @@ from torch import Tensor
 from ddil_env.expert import Denoiser, Expert, NetworkDenoiser
 from ddil_env.experts import stable_diffusion
 from ddil_env.experts.stable_diffusion import PROMPTS, Dtype, PromptedUNet, StableDiffusion
+from ddil_env.mdp import Kernel
+from ddil_env.policy import StudentPolicy
+from ddil_env.rollout import unroll
 from ddil_env.schedule import TimeGrid, ddim_step
 
 WORDS = ["a red bee", "two seas", "an elk"]
@@ -234,9 +237,9 @@ def test_gradient_checkpointing_leaves_the_gradient(eps_expert: StableDiffusion)
     torch.testing.assert_close(*gradients)
 
 
-def trained(expert: StableDiffusion) -> NetworkDenoiser:
+def trained(expert: StableDiffusion, **options: Any) -> NetworkDenoiser:
     """A student that has left its teacher."""
-    student = expert.make_student()
+    student = expert.make_student(**options)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in student.parameters():
@@ -267,20 +270,106 @@ def test_saved_student_reads_back_bit_for_bit(expert: StableDiffusion, tmp_path:
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
+def call_of(folder: Path) -> dict[str, Any]:
+    """The arguments of the call that the student's README.md gives."""
+    arguments = re.search(r'"a prompt", (.*)\)\n', (folder / "README.md").read_text())
+    assert arguments is not None
+    return dict(eval(f"dict({arguments[1]})"))
+
+
 @pytest.mark.parametrize(
     ("num_steps", "grid", "call"),
-    [(4, "dmd2", "num_inference_steps=4"), (16, "trailing", "num_inference_steps=16"), (3, "dmd2", "timesteps=[")],
+    [
+        (4, "dmd2", "num_inference_steps=4"),
+        (16, "trailing", "num_inference_steps=16"),
+        (3, "dmd2", "timesteps=["),
+        (4, "lcm", "timesteps=["),
+    ],
 )
 def test_saved_student_follows_its_grid(eps_expert: StableDiffusion, tmp_path: Path, num_steps: int, grid: str, call: str) -> None:
     student = trained(eps_expert)
     eps_expert.save_student(student, tmp_path, num_steps, grid)
+    assert call in (tmp_path / "README.md").read_text()
+    theirs = pipeline_latents(DiffusionPipeline.from_pretrained(tmp_path), **call_of(tmp_path))
+    assert_same_samples(rollout(student, num_steps, grid=grid), theirs)
+
+
+def unrolled(
+    expert: StableDiffusion, student: NetworkDenoiser, num_steps: int, grid: str, kernel: Kernel, guidance_scale: float | None = None
+) -> Tensor:
+    """Samples of the student's policy from the common noise."""
+    policy = StudentPolicy(student, expert, guidance_scale=guidance_scale)
+    times = TimeGrid(expert.schedule, num_steps, grid)  # type: ignore[arg-type]
+    return unroll(policy, times, *start(), kernel=kernel, generator=torch.Generator().manual_seed(3))[:, -1]
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "grid", "call"),
+    [
+        (4, "lcm", "num_inference_steps=4,"),
+        (3, "lcm", "num_inference_steps=3,"),
+        (1, "lcm", "num_inference_steps=1,"),
+        (4, "dmd2", "timesteps=[999, 749, 499, 249],"),
+        (4, "linspace", "timesteps=[999, 749, 500, 250],"),
+        (60, "trailing", "timesteps=[999, 982, "),
+    ],
+)
+def test_a_student_of_the_renoise_kernel_is_a_pipeline_that_draws_our_samples(
+    expert: StableDiffusion, tmp_path: Path, num_steps: int, grid: str, call: str
+) -> None:
+    student = trained(expert)
+    expert.save_student(student, tmp_path, num_steps, grid, kernel="renoise")
     card = (tmp_path / "README.md").read_text()
     assert call in card
-    arguments = re.search(r'"a prompt", (.*), guidance_scale', card)
-    assert arguments is not None
-    steps = eval(f"dict({arguments[1]})")
-    theirs = pipeline_latents(DiffusionPipeline.from_pretrained(tmp_path), 1.0, **steps)
-    assert_same_samples(rollout(student, num_steps, grid=grid), theirs)
+    assert "draws fresh noise" in card
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    assert isinstance(pipeline.scheduler, LCMScheduler)
+    theirs = pipeline_latents(pipeline, generator=torch.Generator().manual_seed(3), **call_of(tmp_path))
+    ours = unrolled(expert, student, num_steps, grid, "renoise")
+    assert_same_samples(ours, theirs)
+    if num_steps > 1:
+        assert (ours - unrolled(expert, student, num_steps, grid, "ddim")).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5, 14.0])
+@pytest.mark.parametrize(("grid", "kernel"), [("linspace", "ddim"), ("lcm", "renoise")])
+def test_a_told_student_is_a_pipeline_that_hears_the_scale(
+    expert: StableDiffusion, tmp_path: Path, grid: str, kernel: Kernel, guidance_scale: float
+) -> None:
+    student = trained(expert, guidance_embedding=True)
+    expert.save_student(student, tmp_path, 4, grid, kernel)
+    assert call_of(tmp_path) == {"num_inference_steps": 4, "guidance_scale": 7.5}
+    assert "any of the range that it was trained on" in (tmp_path / "README.md").read_text()
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    theirs = pipeline_latents(pipeline, guidance_scale, num_inference_steps=4, generator=torch.Generator().manual_seed(3))
+    ours = unrolled(expert, student, 4, grid, kernel, guidance_scale)
+    assert_same_samples(ours, theirs)
+    assert (ours - unrolled(expert, student, 4, grid, kernel, guidance_scale + 1)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x_0"])
+@pytest.mark.parametrize("kernel", ["ddim", "renoise"])
+def test_a_student_of_any_prediction_type_is_saved_as_that(expert: StableDiffusion, tmp_path: Path, kind: Any, kernel: Kernel) -> None:
+    student = trained(expert, prediction_type=kind)
+    expert.save_student(student, tmp_path, 4, "lcm", kernel)
+    theirs = pipeline_latents(DiffusionPipeline.from_pretrained(tmp_path), generator=torch.Generator().manual_seed(3), **call_of(tmp_path))
+    assert_same_samples(unrolled(expert, student, 4, "lcm", kernel), theirs)
+    assert expert.load_student(tmp_path).prediction_type == expert.load_student(tmp_path, prediction_type=kind).prediction_type == kind
+    assert StableDiffusion(str(tmp_path), WORDS).prediction_type == kind  # a saved student is a teacher again
+
+
+def test_a_saved_student_loads_with_its_own_options_alone(eps_expert: StableDiffusion, tmp_path: Path) -> None:
+    for told in (False, True):
+        eps_expert.save_student(eps_expert.make_student(guidance_embedding=told), tmp_path / f"{told}", 4)
+        dimension = 256 if told else None
+        with pytest.raises(ValueError, match=f"time_cond_proj_dim={dimension}, which does not go with guidance_embedding={not told}"):
+            eps_expert.load_student(tmp_path / f"{told}", guidance_embedding=not told)
+        assert eps_expert.load_student(tmp_path / f"{told}", guidance_embedding=told).guidance_embedding == told
+    with pytest.raises(ValueError, match="predicts eps; pass prediction_type='eps', not 'v'"):
+        eps_expert.load_student(tmp_path / "False", prediction_type="v")
+    assert eps_expert.network.unet.config.time_cond_proj_dim is None  # the teacher's own configuration is untouched
+    with pytest.raises(ValueError, match="has time_cond_proj_dim=256, but a text-to-image UNet"):
+        StableDiffusion(str(tmp_path / "True"), WORDS)
 
 
 # Prompts
@@ -475,6 +564,8 @@ def test_students_that_do_not_belong_are_refused(eps_expert: StableDiffusion, tm
         eps_expert.save_student(student, tmp_path / "new", 4)
     with pytest.raises(ValueError, match="num_steps=0"):
         eps_expert.save_student(eps_expert.make_student(), tmp_path / "new", 0)
+    with pytest.raises(ValueError, match="unknown kernel 'ddpm'; choose one of: ddim, renoise"):
+        eps_expert.save_student(eps_expert.make_student(), tmp_path / "new", 4, kernel="ddpm")
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="cannot read"):
         eps_expert.load_student(tmp_path)

@@ -17,6 +17,7 @@ import copy
 import gzip
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -30,7 +31,8 @@ from torch.nn import functional as F
 
 from ddil_env.data import TensorData
 from ddil_env.expert import Expert, NetworkDenoiser
-from ddil_env.schedule import NoiseSchedule, Prediction
+from ddil_env.guidance import guidance_features, zero_projection
+from ddil_env.schedule import NoiseSchedule, Prediction, PredictionType
 from ddil_env.support import Box
 from ddil_env.weights import load_weights
 
@@ -131,9 +133,19 @@ class DigitsUNet(nn.Module):
             num_class_embeds=NUM_CLASSES + 1,
         ).to(memory_format=torch.channels_last)
 
-    def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    def embed_guidance(self) -> None:
+        """Lets the network be told w: the projected features join those of time, before the first layer that reads them."""
+        time_embedding = self.unet.time_embedding
+        time_embedding.cond_proj = zero_projection(time_embedding.linear_1.in_features).to(time_embedding.linear_1.weight.device)
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor, w: Tensor | None = None) -> Tensor:
         folded = F.pixel_unshuffle(x_t, self.patch)  # (b, 1, h, w) → (b, p², h/p, w/p)
-        output = self.unet(folded.contiguous(memory_format=torch.channels_last), t, class_labels=c).sample
+        told: Any = nullcontext()
+        if w is not None:  # a condition is an argument of the time embedding but not of UNet2DModel: a hook of this one call hands it in
+            h = guidance_features(w)
+            told = self.unet.time_embedding.register_forward_pre_hook(lambda _, args: (*args, h))
+        with told:
+            output = self.unet(folded.contiguous(memory_format=torch.channels_last), t, class_labels=c).sample
         return F.pixel_shuffle(output, self.patch)  # → (b, 1, h, w)
 
 
@@ -186,10 +198,38 @@ class Digits(Expert):
         index = torch.stack([rows[: min(map(len, of_class))] for rows in of_class], dim=1).flatten()[:n]  # 0, 1, … 9, 0, 1, …
         return pictures[index].to(self.device), labels[index].to(self.device)
 
-    def make_student(self, *, channels: Sequence[int] | None = None) -> NetworkDenoiser:
-        """A v-predicting UNet that starts as the teacher; with other `channels`, one that starts from random weights."""
+    def make_student(
+        self,
+        *,
+        channels: Sequence[int] | None = None,
+        prediction_type: PredictionType | None = None,
+        guidance_embedding: bool = False,
+    ) -> NetworkDenoiser:
+        """A UNet that starts from the teacher's weights, and as the teacher if it predicts v as the teacher does.
+
+        Args:
+            channels: Widths of its levels, if not the teacher's: such a student starts from random weights.
+            prediction_type: What its output means; another than v takes a stage of conversion.
+            guidance_embedding: Whether it is told the guidance scale.
+
+        Raises:
+            ValueError: a prediction type that the schedule does not hold for.
+        """
+        kind = prediction_type or "v"
+        self.schedule.check_prediction_type(kind)
         network = copy.deepcopy(self.network) if channels is None else DigitsUNet(spec_of(self.dataset), channels).to(self.device)
-        return NetworkDenoiser(network.train().requires_grad_(True), self.schedule, "v")
+        if guidance_embedding:
+            network.embed_guidance()
+        return NetworkDenoiser(network.train().requires_grad_(True), self.schedule, kind, guidance_embedding)
+
+    def critic_features(self, student: NetworkDenoiser) -> nn.Module:
+        """The UNet's middle, (b, channels, h, w)."""
+        if not isinstance(student.network, DigitsUNet):
+            raise ValueError(
+                f"cannot take features of a {type(student.network).__name__}; a student of {type(self).__name__} is a DigitsUNet"
+            )
+        mid_block: nn.Module = student.network.unet.mid_block
+        return mid_block
 
     def decode(self, x_0: Tensor) -> Tensor:
         grey = ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()

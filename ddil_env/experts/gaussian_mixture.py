@@ -19,13 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from ddil_env.expert import Expert, NetworkDenoiser
+from ddil_env.guidance import guidance_features, zero_projection
 from ddil_env.schedule import Kind, NoiseSchedule, Prediction, PredictionType
 
 
 class TimeConditionedMLP(nn.Module):
-    """A student for vector-like samples: (x_t, features of t, one-hot c) → output of x_t's shape."""
+    """A student for vector-like samples: (x_t, features of t, one-hot c) → output of x_t's shape.
 
-    def __init__(self, sample_shape: tuple[int, ...], num_conditions: int, t_max: float, width: int, depth: int) -> None:
+    With a guidance embedding the projected features of w are added before the first activation.
+    """
+
+    def __init__(
+        self, sample_shape: tuple[int, ...], num_conditions: int, t_max: float, width: int, depth: int, guidance_embedding: bool = False
+    ) -> None:
         super().__init__()
         self.frequencies: Tensor
         self.register_buffer("frequencies", torch.pi * 2.0 ** torch.arange(6), persistent=False)
@@ -35,14 +41,21 @@ class TimeConditionedMLP(nn.Module):
         widths = [d + 13 + self.num_ids, *[width] * depth]
         hidden = [layer for n, m in pairwise(widths) for layer in (nn.Linear(n, m), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(widths[-1], d))
+        self.cond_proj = zero_projection(width) if guidance_embedding else None  # last: the layers' draws stay as they are without it
 
-    def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None, w: Tensor | None = None) -> Tensor:
         u = (t / self.t_max)[:, None]  # (b, 1)
         features = [x_t.flatten(1), u, (u * self.frequencies).sin(), (u * self.frequencies).cos()]
         if self.num_ids:
             c = torch.full_like(t, self.num_ids - 1, dtype=torch.int64) if c is None else c
             features.append(nn.functional.one_hot(c, self.num_ids).to(x_t.dtype))
-        return self.layers(torch.cat(features, dim=1)).reshape(x_t.shape)  # (b, d) → (b, *sample_shape)
+        first, *rest = self.layers
+        hidden = first(torch.cat(features, dim=1))  # (b, width)
+        if self.cond_proj is not None and w is not None:
+            hidden = hidden + self.cond_proj(guidance_features(w))
+        for layer in rest:
+            hidden = layer(hidden)
+        return hidden.reshape(x_t.shape)  # (b, d) → (b, *sample_shape)
 
 
 class GaussianMixtureExpert(Expert):
@@ -141,11 +154,33 @@ class GaussianMixtureExpert(Expert):
         class_weights = (self._class_log_weights[:-1] > -torch.inf).double() @ self.log_weights.exp()
         return torch.multinomial(class_weights, n, replacement=True, generator=generator)
 
-    def make_student(self, *, width: int = 128, depth: int = 3, prediction_type: PredictionType | None = None) -> NetworkDenoiser:
-        """An MLP from random weights (the closed form has none to inherit), predicting v, or the flow velocity on a flow schedule."""
+    def make_student(
+        self, *, width: int = 128, depth: int = 3, prediction_type: PredictionType | None = None, guidance_embedding: bool = False
+    ) -> NetworkDenoiser:
+        """An MLP from random weights: the closed form has none to inherit.
+
+        Args:
+            width, depth: Units of a hidden layer, and how many of those; at least one.
+            prediction_type: What its output means; default: v, or the flow velocity on a flow schedule.
+            guidance_embedding: Whether it is told the guidance scale.
+
+        Raises:
+            ValueError: no hidden layer, or a prediction type that the schedule does not hold for.
+        """
+        if min(width, depth) < 1:
+            raise ValueError(f"width={width}, depth={depth}: a student has at least one hidden layer of at least one unit")
         kind = prediction_type or ("v" if self.schedule.discrete else "flow")
-        network = TimeConditionedMLP(self.sample_shape, self.num_conditions, self.schedule.t_max, width, depth)
-        return NetworkDenoiser(network.to(self.device), self.schedule, kind)
+        self.schedule.check_prediction_type(kind)
+        network = TimeConditionedMLP(self.sample_shape, self.num_conditions, self.schedule.t_max, width, depth, guidance_embedding)
+        return NetworkDenoiser(network.to(self.device), self.schedule, kind, guidance_embedding)
+
+    def critic_features(self, student: NetworkDenoiser) -> nn.Module:
+        """The last activation, (b, width)."""
+        if not isinstance(student.network, TimeConditionedMLP):
+            raise ValueError(
+                f"cannot take features of a {type(student.network).__name__}; a student of {type(self).__name__} is a TimeConditionedMLP"
+            )
+        return student.network.layers[-2]
 
     def decode(self, x_0: Tensor) -> Tensor | None:
         """A dot on a 64 × 64 map of the plane, for mixtures in two dimensions."""

@@ -24,7 +24,14 @@ from typing import Any, Literal, get_args
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from huggingface_hub import constants, model_info, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -32,7 +39,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ddil_env.expert import Expert, NetworkDenoiser
-from ddil_env.schedule import Kind, NoiseSchedule, Prediction, PredictionType, TimeGrid
+from ddil_env.guidance import GUIDANCE_FEATURES, guidance_features, zero_projection
+from ddil_env.mdp import Kernel
+from ddil_env.schedule import LCM_SOLVER_STEPS, Kind, NoiseSchedule, Prediction, PredictionType, TimeGrid
 from ddil_env.support import Unbounded
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -255,7 +264,7 @@ def embed_prompts(folder: Path, prompts: tuple[str, ...], dtype: torch.dtype, de
 
 
 class PromptedUNet(nn.Module):
-    """A UNet that is given the ids of prompts: (x_t, t, c) → unet(x_t, t, table[c]).
+    """A UNet that is given the ids of prompts: (x_t, t, c) → unet(x_t, t, table[c]), and w if it has a guidance embedding.
 
     Copies share the table (118 kB a prompt for Stable Diffusion 1.x in half precision), and it is in no state_dict.
 
@@ -275,10 +284,17 @@ class PromptedUNet(nn.Module):
         twin.training = self.training
         return twin
 
-    def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+    def embed_guidance(self) -> None:
+        """Lets the network be told w, by diffusers' own `time_cond_proj_dim`: its pipelines then embed guidance_scale − 1."""
+        time_embedding = self.unet.time_embedding
+        time_embedding.cond_proj = zero_projection(time_embedding.linear_1.in_features).to(time_embedding.linear_1.weight.device)
+        self.unet.register_to_config(time_cond_proj_dim=GUIDANCE_FEATURES)
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         text = self.table[-1:].expand(len(x_t), -1, -1) if c is None else self.table[c]  # (b, tokens, channels)
         dtype = self.unet.conv_in.weight.dtype  # `unet.dtype` walks every parameter: 0.4 ms a time on a small UNet
-        output: Tensor = self.unet(x_t.to(dtype), t, encoder_hidden_states=text.to(dtype)).sample
+        h = None if w is None else guidance_features(w).to(dtype)  # (b, 256)
+        output: Tensor = self.unet(x_t.to(dtype), t, encoder_hidden_states=text.to(dtype), timestep_cond=h).sample
         return output
 
 
@@ -394,45 +410,82 @@ class StableDiffusion(Expert):
         pictures = torch.cat([self.vae.decode(chunk).sample.float() for chunk in latents.split(8)])  # (b, 3, h, w)
         return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
-    def _student(self, network: PromptedUNet, prediction_type: PredictionType, gradient_checkpointing: bool) -> NetworkDenoiser:
+    def _student(
+        self, network: PromptedUNet, prediction_type: PredictionType, gradient_checkpointing: bool, guidance_embedding: bool
+    ) -> NetworkDenoiser:
         network.unet.float()  # master weights; mixed precision is the trainer's
         if gradient_checkpointing:
             network.unet.enable_gradient_checkpointing()
         network.unet.requires_grad_(True)
-        return NetworkDenoiser(network.train(), self.schedule, prediction_type)
+        return NetworkDenoiser(network.train(), self.schedule, prediction_type, guidance_embedding)
 
-    def make_student(self, *, gradient_checkpointing: bool = False) -> NetworkDenoiser:
-        """A UNet in float32 that starts as the teacher, and reads the teacher's table of prompts.
+    def make_student(
+        self,
+        *,
+        gradient_checkpointing: bool = False,
+        prediction_type: PredictionType | None = None,
+        guidance_embedding: bool = False,
+    ) -> NetworkDenoiser:
+        """A UNet in float32 that starts from the teacher's weights, and reads the teacher's table of prompts.
 
         Args:
             gradient_checkpointing: Recompute activations in the backward pass: less memory, one more forward.
-        """
-        return self._student(copy.deepcopy(self.network), self.prediction_type, gradient_checkpointing)
-
-    def save_student(self, student: NetworkDenoiser, directory: Path, num_steps: int, grid: str = "linspace") -> None:
-        """Writes a pipeline that `DiffusionPipeline.from_pretrained` loads and that samples as this library does.
-
-        Its scheduler is first-order DPM-Solver++ ending at σ = 0, which is DDIM (the tests compare them to 1e-4): diffusers'
-        DDIMScheduler does not take these times. The number of steps and the guidance are arguments of a pipeline's call,
-        which README.md beside it gives.
+            prediction_type: What its output means; another than the teacher's takes a stage of conversion. Default: the teacher's.
+            guidance_embedding: Whether it is told the guidance scale.
 
         Raises:
-            ValueError: the student is not one of this expert's, or an impossible grid.
+            ValueError: a prediction type that the schedule does not hold for.
+        """
+        kind = prediction_type or self.prediction_type
+        self.schedule.check_prediction_type(kind)
+        network = copy.deepcopy(self.network)
+        if guidance_embedding:
+            network.embed_guidance()
+        return self._student(network, kind, gradient_checkpointing, guidance_embedding)
+
+    def critic_features(self, student: NetworkDenoiser) -> nn.Module:
+        """The UNet's middle, (b, channels, h, w)."""
+        if not isinstance(student.network, PromptedUNet):
+            raise ValueError(
+                f"cannot take features of a {type(student.network).__name__}; a student of {type(self).__name__} is a PromptedUNet"
+            )
+        mid_block: nn.Module = student.network.unet.mid_block
+        return mid_block
+
+    def save_student(self, student: NetworkDenoiser, directory: Path, num_steps: int, grid: str = "linspace", kernel: str = "ddim") -> None:
+        """Writes a pipeline that `DiffusionPipeline.from_pretrained` loads and that samples as this library does.
+
+        Its scheduler depends on the kernel (the tests compare its samples to this library's, to 1e-4):
+
+        `ddim`     first-order DPM-Solver++ ending at σ = 0, which is DDIM; diffusers' DDIMScheduler does not take these times.
+        `renoise`  LCMScheduler, whose c_skip x_t + c_out x̂_0 is x̂_0 but for c_skip = 0.25/(0.25 + (10 t)²), 7e-6 at t = 19.
+
+        The number of steps and the guidance are arguments of a pipeline's call, which README.md beside it gives.
+
+        Raises:
+            ValueError: the student is not one of this expert's, an impossible grid, or an unknown kernel.
         """
         if not isinstance(student.network, PromptedUNet):
             raise ValueError(
                 f"cannot save a {type(student.network).__name__} as a pipeline; a student of {type(self).__name__} is a PromptedUNet"
             )
+        if kernel not in get_args(Kernel):
+            raise ValueError(f"unknown kernel {kernel!r}; choose one of: {', '.join(get_args(Kernel))}")
         times = TimeGrid(self.schedule, num_steps, grid).times[:-1].long().tolist()  # type: ignore[arg-type]  # checked there
         names = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
-        scheduler = DPMSolverMultistepScheduler(
-            **{**self.noise, "prediction_type": names[student.prediction_type]},
-            solver_order=1,
-            algorithm_type="dpmsolver++",
-            final_sigmas_type="zero",
-            timestep_spacing="linspace" if grid == "linspace" else "trailing",
-            steps_offset=1,  # unused by these spacings; another value makes the pipeline warn
-        )
+        options: dict[str, Any] = {**self.noise, "prediction_type": names[student.prediction_type]}
+        options["steps_offset"] = 1  # unused by these two; another value makes the pipeline warn
+        if kernel == "renoise":
+            solver_steps = min(max(LCM_SOLVER_STEPS, num_steps), self.schedule.num_train_steps)
+            scheduler = LCMScheduler(**options, original_inference_steps=solver_steps)
+        else:
+            scheduler = DPMSolverMultistepScheduler(
+                **options,
+                solver_order=1,
+                algorithm_type="dpmsolver++",
+                final_sigmas_type="zero",
+                timestep_spacing="linspace" if grid == "linspace" else "trailing",
+            )
         scheduler.set_timesteps(num_steps)
         steps = f"num_inference_steps={num_steps}" if scheduler.timesteps.tolist() == times else f"timesteps={times}"
         StableDiffusionPipeline(
@@ -445,22 +498,45 @@ class StableDiffusion(Expert):
             feature_extractor=None,
             requires_safety_checker=False,
         ).save_pretrained(directory, safe_serialization=True)
-        (directory / "README.md").write_text(CARD.format(steps=steps, num_steps=num_steps), encoding="utf-8")
+        card = CARD.format(
+            num_steps=num_steps,
+            steps=steps,
+            guidance_scale=float(self.guidance_scale) if student.guidance_embedding else 1.0,
+            guidance=TOLD if student.guidance_embedding else LEARNED,
+            noise=RENOISED if kernel == "renoise" else "",
+        )
+        (directory / "README.md").write_text(card, encoding="utf-8")
 
-    def load_student(self, directory: Path, *, gradient_checkpointing: bool = False) -> NetworkDenoiser:
-        """Reads the UNet and the prediction type of what `save_student` wrote.
+    def load_student(
+        self,
+        directory: Path,
+        *,
+        gradient_checkpointing: bool = False,
+        prediction_type: PredictionType | None = None,
+        guidance_embedding: bool = False,
+    ) -> NetworkDenoiser:
+        """Reads the UNet and the prediction type of what `save_student` wrote, with the options of `make_student`.
 
         Raises:
-            ValueError: the folder is absent or damaged, or its UNet does not take this expert's latents and prompts.
+            ValueError: the folder is absent or damaged, its UNet does not take this expert's latents and prompts, or it was
+                made with another prediction type or guidance embedding than is asked for.
         """
         check_weights(directory, "unet")
-        prediction_type = PREDICTION_TYPES[read_noise(directory)["prediction_type"]]
+        saved_type = PREDICTION_TYPES[read_noise(directory)["prediction_type"]]
+        if prediction_type not in (None, saved_type):
+            raise ValueError(f"{directory} predicts {saved_type}; pass prediction_type={saved_type!r}, not {prediction_type!r}")
+        features = read_json(directory / "unet" / "config.json").get("time_cond_proj_dim")
+        if features != (GUIDANCE_FEATURES if guidance_embedding else None):
+            raise ValueError(
+                f"{directory / 'unet'} has time_cond_proj_dim={features}, which does not go with guidance_embedding={guidance_embedding}; "
+                "pass the options that the student was made with"
+            )
         unet = load_component(UNet2DConditionModel, directory, "unet").to(self.device)
         for key in ("in_channels", "out_channels", "cross_attention_dim"):
             theirs, ours = unet.config[key], self.network.unet.config[key]
             if theirs != ours:
                 raise ValueError(f"{directory / 'unet'} has {key}={theirs}, this expert {ours}: it is the student of another model")
-        return self._student(PromptedUNet(unet, self.network.table), prediction_type, gradient_checkpointing)
+        return self._student(PromptedUNet(unet, self.network.table), saved_type, gradient_checkpointing, guidance_embedding)
 
 
 CARD = """A {num_steps}-step student of a diffusion model, trained by imitation of its teacher with ddil_agents.
@@ -468,8 +544,19 @@ CARD = """A {num_steps}-step student of a diffusion model, trained by imitation 
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained("student", use_safetensors=True)
-    pipe("a prompt", {steps}, guidance_scale=1.0)
+    pipe("a prompt", {steps}, guidance_scale={guidance_scale})
 
-`guidance_scale=1.0` runs the network once a step; it is right for a student of a guided teacher, which has learned the
+{guidance}{noise}"""
+
+LEARNED = """`guidance_scale=1.0` runs the network once a step; it is right for a student of a guided teacher, which has learned the
 guidance. A student of an unguided teacher can be guided like any pipeline.
+"""
+
+TOLD = """The network is told `guidance_scale`: any of the range that it was trained on, 1.0 for no guidance. It runs once a step
+whatever the scale.
+"""
+
+RENOISED = """
+Every step but the last draws fresh noise; for the same picture again, pass `generator=torch.Generator().manual_seed(0)`.
+Where `timesteps` are given, the scheduler may warn that they are not its own: they are the student's.
 """

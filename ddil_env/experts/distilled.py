@@ -1,0 +1,116 @@
+"""A student as the next expert: the teacher of a stage of progressive distillation is the last stage's student.
+
+    expert_{k+1} = student_k        Salimans & Ho 2021, Alg. 2: θ ← η after each halving of the steps
+
+A guided teacher took a pair of forwards a sample. Its student takes one: the guidance was either learned, at one scale,
+or is told to the network (Meng et al. 2023, §3.1).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddil_env.expert import Expert, NetworkDenoiser
+from ddil_env.schedule import Prediction
+
+
+class Distilled(Expert):
+    """A student that stands where its expert stood; data, conditions, pictures and the making of students remain the expert's.
+
+    Its own students start from the origin's weights: to start one from the student, load that one's state_dict.
+
+    Args:
+        origin: The expert that the student was made by.
+        student: Copied, so that it may go on learning.
+        guidance_scale: What a student with a guidance embedding is told unless `guided` says otherwise; default: the origin's.
+            One without has its guidance built in, and answers to 1 alone.
+
+    Raises:
+        ValueError: a guidance scale that is not finite, or is for a student without a guidance embedding.
+    """
+
+    guided_nfe = 1
+
+    def __init__(self, origin: Expert, student: NetworkDenoiser, guidance_scale: float | None = None) -> None:
+        self.origin = origin
+        self.student = copy.deepcopy(student).eval().requires_grad_(False)
+        if guidance_scale is None:
+            guidance_scale = origin.guidance_scale if student.guidance_embedding else 1.0
+        super().__init__(
+            origin.schedule,
+            origin.sample_shape,
+            num_conditions=origin.num_conditions,
+            guidance_scale=guidance_scale,
+            support=origin.support,
+            device=origin.device,
+        )
+        self.extractor = origin.extractor
+        self.max_batch = origin.max_batch
+
+    def check_guidance(self, guidance_scale: float) -> float:
+        if self.student.guidance_embedding:
+            if not math.isfinite(guidance_scale):
+                raise ValueError(f"guidance_scale={guidance_scale}: need a finite number; 1 is no guidance")
+        elif guidance_scale != 1:
+            raise ValueError(
+                f"guidance_scale={guidance_scale}: this student has its teacher's guidance built in; use guidance_scale=1, "
+                "or distil one with guidance_embedding=True"
+            )
+        return guidance_scale
+
+    def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
+        return self.guided(x_t, t, c)
+
+    @torch.no_grad()
+    def guided(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, guidance_scale: Tensor | float | None = None) -> Prediction:
+        """The student's prediction, in one forward.
+
+        Args:
+            x_t, t, c: As in `predict`.
+            guidance_scale: w, a number or (b,) tensor, told to the network; default: the expert's own.
+
+        Raises:
+            ValueError: a scale other than 1 for a student without a guidance embedding.
+        """
+        w = self.guidance_scale if guidance_scale is None else guidance_scale
+        if self.student.guidance_embedding:
+            told = w if isinstance(w, Tensor) else torch.full_like(t, w)
+        else:
+            told = None
+            for scale in w.unique().tolist() if isinstance(w, Tensor) else [w]:
+                self.check_guidance(scale)
+        self.nfe += len(x_t)
+        return self.student.predict(x_t, t, c, told)
+
+    def sample_condition(self, n: int, generator: torch.Generator | None = None) -> Tensor | None:
+        return self.origin.sample_condition(n, generator)
+
+    def sample_data(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        return self.origin.sample_data(n, generator)
+
+    def reference_data(self, n: int, held_out: bool = False) -> tuple[Tensor, Tensor | None]:
+        return self.origin.reference_data(n, held_out)
+
+    def encode(self, samples: Tensor) -> Tensor:
+        return self.origin.encode(samples)
+
+    def decode(self, x_0: Tensor) -> Tensor | None:
+        return self.origin.decode(x_0)
+
+    def make_student(self, *args: Any, **overrides: Any) -> NetworkDenoiser:
+        return self.origin.make_student(*args, **overrides)
+
+    def critic_features(self, student: NetworkDenoiser) -> nn.Module:
+        return self.origin.critic_features(student)
+
+    def save_student(self, student: NetworkDenoiser, directory: Path, num_steps: int, grid: str = "linspace", kernel: str = "ddim") -> None:
+        self.origin.save_student(student, directory, num_steps, grid, kernel)
+
+    def load_student(self, directory: Path, *args: Any, **overrides: Any) -> NetworkDenoiser:
+        return self.origin.load_student(directory, *args, **overrides)
