@@ -93,7 +93,7 @@ def summary(results: dict[tuple[int, str, int], dict[str, Any]], steps: list[int
         "shift": shift,
         "models": {name: {key: (*interval(v), v) for key, v in row.items() if len(v) > 1} for name, row in rows.items()},
         "paired": paired,
-        "settings": {k: v for k, v in any_result["settings"].items() if k not in ("seed", "times")},
+        "settings": {k: v for k, v in any_result["settings"].items() if k != "seed"},
         "num_updates": any_result["num_updates"],
         **{key: any_result[key] for key in ("date", "hardware", "python", "torch", "diffusers")},
     }

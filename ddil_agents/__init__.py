@@ -1,4 +1,4 @@
-"""Learners on the diffusion MDP: behaviour cloning (progressive distillation) and DAgger (DDIL).
+"""Learners on the diffusion MDP: behaviour cloning (progressive distillation), DAgger (DDIL), LCM and DMD2.
 
 The names below are imported when first used, so that `python -m ddil_agents.dagger` runs its module once.
 """
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from ddil_agents.buffer import SOURCES, SourceBuffer
     from ddil_agents.collect import Collector
     from ddil_agents.dagger import Dagger, DaggerConfig
+    from ddil_agents.dmd2 import DistributionMatching, DMD2Config
     from ddil_agents.evaluate import Evaluation, Judge
+    from ddil_agents.lcm import LatentConsistency, LCMConfig
     from ddil_agents.learner import Learner, LearnerConfig
 
 _HOME = {
@@ -24,8 +26,12 @@ _HOME = {
     "Collector": "collect",
     "Dagger": "dagger",
     "DaggerConfig": "dagger",
+    "DistributionMatching": "dmd2",
+    "DMD2Config": "dmd2",
     "Evaluation": "evaluate",
     "Judge": "evaluate",
+    "LatentConsistency": "lcm",
+    "LCMConfig": "lcm",
     "Learner": "learner",
     "LearnerConfig": "learner",
 }
@@ -36,10 +42,14 @@ __all__ = [
     "BehaviourCloning",
     "Beta",
     "Collector",
+    "DMD2Config",
     "Dagger",
     "DaggerConfig",
+    "DistributionMatching",
     "Evaluation",
     "Judge",
+    "LCMConfig",
+    "LatentConsistency",
     "Learner",
     "LearnerConfig",
     "SourceBuffer",

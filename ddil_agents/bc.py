@@ -19,7 +19,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from ddil_agents.learner import Learner, LearnerConfig
-from ddil_env import Expert
+from ddil_env import Expert, Support, invert_ddim
 
 Weighting = Literal["truncated_snr", "snr_plus_one"]
 
@@ -49,15 +49,16 @@ class BehaviourCloning(Learner):
     config: BCConfig
     interactive: ClassVar[bool] = False  # whether the expert is asked about the student's own states
 
-    def __init__(self, expert: Expert | str, config: BCConfig | None = None) -> None:
+    def __init__(self, expert: Expert | str, config: BCConfig | None = None, support: Support | None = None) -> None:
         if config is not None and config.beta.student > 0 and not self.interactive:
             raise ValueError(f"beta.student={config.beta.student}: behaviour cloning sees no student states; use ddil_agents.dagger")
-        super().__init__(expert, config)
+        super().__init__(expert, config, support)
 
     def loss(self, batch: TensorDict) -> Tensor:
-        x_t, t, c, x_tgt = batch["x_t"], batch["t"], batch.get("c", None), batch["x_tgt"]
-        error = (self.student(x_t, t, c).x_0 - x_tgt).square().flatten(1).mean(1)  # ‖x̂_θ − x_tgt‖² per entry, (b,)
-        return self.weight(t).to(error.dtype) * error
+        x_t, t, x_s, s, c, w = (batch.get(key, None) for key in ("x_t", "t", "x_s", "s", "c", "w"))
+        x_tgt = invert_ddim(self.expert.schedule, x_t, t, x_s, s).projected(self.thresholds["target"]).x_0
+        x_hat = self.student(x_t, t, c, w).projected(self.thresholds["student"], straight_through=True).x_0
+        return self.weight(t).to(x_hat.dtype) * (x_hat - x_tgt).square().flatten(1).mean(1)  # ‖x̂_θ − x_tgt‖² per entry, (b,)
 
     def weight(self, t: Tensor) -> Tensor:
         """w_t of the x_0 error, (b,)."""

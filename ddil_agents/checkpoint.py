@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ddil_env.support import Support, support_from_dict
+
 if TYPE_CHECKING:
     from ddil_agents.learner import Learner
 
@@ -101,3 +103,18 @@ def load_checkpoint(learner: Learner, directory: Path) -> None:
         )
     state: dict[str, Any] = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
     learner.load_state_dict(state)
+
+
+def read_support(directory: Path) -> Support | None:
+    """The support that a run calibrated, from its support.json; None where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = directory / "support.json"
+    if not path.is_file():
+        return None
+    try:
+        return support_from_dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"cannot read {path} ({error}); remove it, and the support is calibrated anew") from error

@@ -17,6 +17,7 @@ import difflib
 import importlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -29,12 +30,13 @@ import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 
-from ddil_agents.checkpoint import checkpoints, write_atomically
+from ddil_agents.checkpoint import read_support, write_atomically
 from ddil_agents.evaluate import Evaluation, Judge, provenance
-from ddil_agents.learner import Learner
-from ddil_agents.report import save_pictures, table
+from ddil_agents.learner import Learner, LearnerConfig
+from ddil_agents.report import read_result, save_pictures, table
+from ddil_agents.stages import Stage, judged, learners, plan
 from ddil_agents.train import read_metrics, train
-from ddil_env import NoDataError, check_expert
+from ddil_env import Expert, ExpertPolicy, NoDataError, TimeGrid, check_expert
 from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -77,47 +79,101 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
                 )
         else:
             parser, cfg = _parse(agent, argv)
-        learner = _learner(agent, parser, cfg)
-        check_expert(learner.expert, student=learner.student)
+        expert, config = _expert_and_config(agent, parser, cfg)
+        stages = plan(config)
+        chain = learners(agent, expert, stages, None if resume is None else Path(resume))
+        stage, learner = next(chain)
+        check_expert(expert, student=learner.student)
         evaluation = Evaluation(**vars(cfg.evaluate))
-        _evaluable(learner, evaluation)
+        _evaluable(expert, stages, evaluation)
         out = Path(resume) if resume is not None else _new_directory(cfg, agent)
         if resume is None:
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(out / "config.yaml", parser.dump(Namespace({**vars(cfg.clone()), "out": None, "config": None})))
-        elif checkpoints(out / "checkpoints"):
-            learner.load(out / "checkpoints")
+        elif learner.step:
             print(f"resuming {out} at step {learner.step} of {learner.horizon}", file=sys.stderr)
-        train(learner, out, checkpoint_every=cfg.checkpoint_every, log_every=cfg.log_every)
-        finish(learner, out, evaluation, _env_name(cfg), {k: v for k, v in vars(cfg.env).items() if k != "device"})
+        env = {"env": _env_name(cfg), "env_config": {k: v for k, v in vars(cfg.env).items() if k != "device"}}
+        while True:
+            directory = out / stage.directory
+            if len(stages) == 1 or not (directory / "result.json").is_file():
+                if len(stages) > 1:
+                    print(f"{stage.directory} of {len(stages)}: {stage.config.num_steps} steps, teacher: {stage.teacher}", file=sys.stderr)
+                train(learner, directory, checkpoint_every=cfg.checkpoint_every, log_every=cfg.log_every)
+                finish(learner, directory, evaluation, env, judged(config, stage.config), expert)
+            try:
+                stage, learner = next(chain)
+            except StopIteration:
+                break
+        if len(stages) > 1:
+            gather(out, [out / stage.directory for stage in stages])
+        print(table(read_result(out / "result.json")))
+        print(f"\n{out}: config.yaml, metrics.jsonl, result.json, student/{', samples.png' if (out / 'samples.png').is_file() else ''}")
 
 
-def finish(learner: Learner, out: Path, evaluation: Evaluation, env: str, env_config: dict[str, Any]) -> None:
-    """Saves the student, judges it beside its teacher, and writes result.json and samples.png."""
+def finish(learner: Learner, out: Path, evaluation: Evaluation, env: dict[str, Any], judged: LearnerConfig, expert: Expert) -> None:
+    """Saves the student, judges it beside the original teacher, and writes result.json and samples.png.
+
+    Args:
+        learner: As it was trained.
+        out: Its run directory.
+        evaluation: How many samples, which seed.
+        env: Name and settings of the env, for the record.
+        judged: The settings that it is judged under: num_steps, grid, teacher_steps, guidance_scale.
+        expert: The original teacher.
+    """
+    n, name = judged.num_steps, f"{learner.name}@{judged.num_steps}"
     (out / "student").mkdir(exist_ok=True)
-    learner.expert.save_student(learner.average, out / "student", learner.config.num_steps, learner.config.grid)
-    judge = Judge(learner.expert_policy, learner.grid, evaluation)
-    name = f"{learner.name}@{learner.config.num_steps}"
+    expert.save_student(learner.average, out / "student", n, judged.grid, learner.kernel)
+    judge = Judge(ExpertPolicy(expert, judged.substeps, judged.guidance_scale), learner.grid, evaluation)
     rows = read_metrics(out / "metrics.jsonl")
-    cost = {"teacher_nfe": learner.teacher_nfe, "train_seconds": rows[-1]["seconds"] if rows else None}
+    cost: dict[str, Any] = {"teacher_nfe": learner.teacher_nfe, "student_nfe": learner.student_nfe}
+    cost["train_seconds"] = rows[-1]["seconds"] if rows else None
+    models = judge.judge_baselines()
+    models[name] = cost | judge.judge(learner.student_policy, kernel=learner.kernel)
+    for more in evaluation.also_steps:
+        grid = TimeGrid(expert.schedule, more, judged.grid).to(expert.device)
+        models.setdefault(f"teacher@{more}", judge.judge(judge.few_steps, grid))
+        models.setdefault(f"{learner.name}@{more}", judge.judge(learner.student_policy, grid, learner.kernel))
     result = {
         "agent": learner.name,
-        "env": env,
-        "env_config": env_config,
+        **env,
         "student": name,
         "training_seed": learner.config.seed,
         "num_updates": learner.step,
+        "times": learner.grid.times.tolist(),
         "teacher_nfe": learner.teacher_nfe,
         "student_nfe": learner.student_nfe,
         "settings": judge.describe(),
         "floors": judge.floors(),
-        "models": {**judge.judge_baselines(), name: cost | judge.judge(learner.student_policy)},
-        **provenance(learner.expert.device),
+        "models": models,
+        **provenance(expert.device),
     }
+    save_pictures(
+        out / "samples.png", judge, {**judge.baselines(), name: judge.sample(learner.student_policy, learner.grid, learner.kernel)}
+    )
     write_atomically(out / "result.json", json.dumps(result, indent=1))
-    drawn = save_pictures(out / "samples.png", judge, {**judge.baselines(), name: judge.sample(learner.student_policy, learner.grid)})
-    print(table(result))
-    print(f"\n{out}: config.yaml, metrics.jsonl, result.json, student/{', samples.png' if drawn else ''}")
+
+
+def gather(out: Path, stages: list[Path]) -> None:
+    """Makes one run of its stages: the last one's student and pictures, everyone's metrics and results."""
+    results = [read_result(stage / "result.json") for stage in stages]
+    rows: list[dict[str, Any]] = []
+    for number, stage in enumerate(stages, 1):
+        steps, seconds = (rows[-1]["step"], rows[-1]["seconds"]) if rows else (0, 0.0)
+        for row in read_metrics(stage / "metrics.jsonl"):
+            rows.append({**row, "step": steps + row["step"], "seconds": seconds + row["seconds"], "stage": number})
+    models: dict[str, Any] = {}
+    for result in results:
+        models |= result["models"]  # of two stages with as many steps, the later one's student
+    last = results[-1]
+    total = {key: sum(result[key] for result in results) for key in ("num_updates", "teacher_nfe", "student_nfe")}
+    models[last["student"]] = models[last["student"]] | {"teacher_nfe": total["teacher_nfe"], "train_seconds": rows[-1]["seconds"]}
+    shutil.copytree(stages[-1] / "student", out / "student", dirs_exist_ok=True)
+    for name in ("samples.png", "support.json"):
+        if (stages[-1] / name).is_file():
+            shutil.copy(stages[-1] / name, out / name)
+    write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(out / "result.json", json.dumps({**last, **total, "models": models}, indent=1))
 
 
 def load_run(directory: Path) -> Learner:
@@ -133,8 +189,10 @@ def load_run(directory: Path) -> Learner:
     parser, cfg = _parse(agent, ["--config", str(directory / "config.yaml")])
     if "device" in vars(cfg.env):
         cfg.env.device = device
-    learner = _learner(agent, parser, cfg)
-    student = learner.expert.load_student(directory / "student", **learner.config.student)
+    expert, config = _expert_and_config(agent, parser, cfg)
+    last = plan(config)[-1].config
+    learner = agent(expert, judged(config, last), read_support(directory))
+    student = expert.load_student(directory / "student", **learner.student_options)
     learner.average.load_state_dict(student.state_dict())
     return learner
 
@@ -157,7 +215,7 @@ def _find_agent(name: str) -> type[Learner]:
 
 def judge_of(learner: Learner, **settings: Any) -> Judge:
     """A judge on the learner's own expert policy and grid."""
-    return Judge(learner.expert_policy, learner.grid, Evaluation(**settings))
+    return Judge(learner.reference, learner.grid, Evaluation(**settings))
 
 
 def _take(argv: list[str], flag: str) -> str | None:
@@ -248,29 +306,31 @@ def _suggestion(parser: ArgumentParser, message: str) -> str:
     return f"; did you mean {' or '.join(close)}? --help lists them all" if close else ""
 
 
-def _learner(agent: type[Learner], parser: ArgumentParser, cfg: Namespace) -> Learner:
-    """The expert and the learner that a parsed command line describes."""
+def _expert_and_config(agent: type[Learner], parser: ArgumentParser, cfg: Namespace) -> tuple[Expert, LearnerConfig]:
+    """What a parsed command line describes."""
     made = parser.instantiate(cfg)
     env = dict(vars(cfg.env))
     expert = make_expert(env.pop("expert"), **env)
-    config = agent.Config(**{f.name: getattr(made, f.name) for f in fields(agent.Config)})
-    return agent(expert, config)
+    return expert, agent.Config(**{f.name: getattr(made, f.name) for f in fields(agent.Config)})
 
 
-def _evaluable(learner: Learner, evaluation: Evaluation) -> None:
+def _evaluable(expert: Expert, stages: list[Stage], evaluation: Evaluation) -> None:
     """Refuses before training what would fail after it: an extractor that does not fit, or absent data for the forward source."""
     from ddil_agents.metrics.extractors import default_extractor, load_extractor
 
-    extractor = load_extractor(evaluation.extractor or default_extractor(learner.expert))
-    extractor.features(torch.zeros(1, *learner.expert.sample_shape, device=learner.expert.device))
+    extractor = load_extractor(evaluation.extractor or default_extractor(expert))
+    extractor.features(torch.zeros(1, *expert.sample_shape, device=expert.device))
     with suppress(NoDataError):
         for held_out in (False, True):
-            if (m := len(learner.expert.reference_data(evaluation.n, held_out)[0])) < 10:
+            if (m := len(expert.reference_data(evaluation.n, held_out)[0])) < 10:
                 raise ValueError(
                     f"the expert has {m} {'held-out' if held_out else 'training'} samples to judge against; the metrics need 10"
                 )
-    if learner.config.beta.forward > 0 or learner.config.beta.schedule != "constant":
-        learner.expert.sample_data(1, torch.Generator(learner.expert.device))
+    for config in (stage.config for stage in stages):
+        for more in evaluation.also_steps:
+            TimeGrid(expert.schedule, more, config.grid)
+        if config.beta.forward > 0 or config.beta.schedule != "constant":
+            expert.sample_data(1, torch.Generator(expert.device))
 
 
 def _env_name(cfg: Namespace) -> str:

@@ -1,9 +1,9 @@
-"""Collecting: states of each source, with the expert's label for every one of them.
+"""Collecting: states of each source, with the expert's action at every one of them.
 
     forward:  x_t = α_t x_0 + σ_t ε                  (x_0, c) ~ data,  t ~ U(grid)
     teacher:  the expert unrolled from x_T ~ N(0, I); its label *is* its next step, so it costs nothing more
     student:  the student unrolled; with p_expert > 0 each step's actor is drawn, expert or student (mixed rollouts)
-    label:    k expert DDIM steps t → s, inverted to x_tgt (Salimans & Ho 2021, App. G)
+    label:    x_s, where k guided expert DDIM steps lead from (x_t, t) to s
 
 Expert forwards are the cost: k a state for every source, twice as many under guidance. The labels are kept, since a
 fixed expert's label never goes stale. Each kind of randomness has its own generator: with β = (1, 0, 0) no rollout draws
@@ -20,10 +20,11 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from ddil_agents.buffer import SOURCES
-from ddil_env import ExpertPolicy, StudentPolicy, TimeGrid, invert_ddim
+from ddil_env import ExpertPolicy, StudentPolicy, TimeGrid
+from ddil_env.mdp import Kernel
 from ddil_env.schedule import broadcast
 
-STREAMS = ("data", "noise", "time", "rollout")
+STREAMS = ("data", "noise", "time", "rollout", "guidance", "mixture", "loss", "real")
 
 
 def stream_seed(seed: int, name: str) -> int:
@@ -32,21 +33,35 @@ def stream_seed(seed: int, name: str) -> int:
 
 
 class Collector:
-    """Draws labelled states from the three sources.
+    """Draws states from the three sources and labels them.
 
     Args:
         expert_policy: Labels, and unrolls the teacher.
         student_policy: Unrolls the student.
-        grid: The student's N times.
-        p_expert: Probability that the expert acts in a step of a student rollout.
+        grid: The times of the states; a label reaches from one to the next.
         seed: Of the streams.
+        kernel: Of the student's steps.
+        p_expert: Probability that the expert acts in a step of a student rollout.
+        guidance_range: Draw each state's guidance scale w from here; default: the expert policy's own scale throughout.
     """
 
-    def __init__(self, expert_policy: ExpertPolicy, student_policy: StudentPolicy, grid: TimeGrid, p_expert: float, seed: int) -> None:
+    def __init__(
+        self,
+        expert_policy: ExpertPolicy,
+        student_policy: StudentPolicy,
+        grid: TimeGrid,
+        seed: int,
+        *,
+        kernel: Kernel = "ddim",
+        p_expert: float = 0.0,
+        guidance_range: tuple[float, float] | None = None,
+    ) -> None:
         self.expert_policy, self.student_policy = expert_policy, student_policy
         self.expert = expert_policy.expert
         self.grid = grid
+        self.kernel = kernel
         self.p_expert = p_expert
+        self.guidance_range = guidance_range
         self.streams = {name: torch.Generator(self.expert.device).manual_seed(stream_seed(seed, name)) for name in STREAMS}
         self._owed = [0.0] * len(SOURCES)  # states that each source's share still owes, so that small collects add up to β exactly
 
@@ -60,16 +75,12 @@ class Collector:
             version: Gradient steps that the student has had; recorded with each state.
 
         Returns:
-            (m,) states: `x_t`, `x_tgt` (m, *sample_shape), `t`, `s` (m,), `c` (m,) if conditional, `source` uint8,
-            `actors` (m, N) bool, true where the expert acted before this state, `version` int64, `nfe` int64, the expert
-            forwards that the label took.
+            (m,) states: `x_t`, `x_s` (m, *sample_shape), `t`, `s` (m,), `c` (m,) if conditional, `w` (m,) with a guidance
+            range, `source` uint8, `actors` (m, N) bool, true where the expert acted before this state, `version` int64,
+            `nfe` int64, the expert forwards that the label took.
         """
         parts = []
-        for i, (source, share) in enumerate(zip(SOURCES, beta, strict=True)):
-            self._owed[i] += n * share
-            unit = 1 if source == "forward" else self.grid.num_steps  # a rollout gives a state a step
-            count = int(self._owed[i] / unit + 1e-9)
-            self._owed[i] -= count * unit
+        for i, (source, count) in enumerate(zip(SOURCES, self.counts(n, beta), strict=True)):
             if count:
                 p_expert = {"teacher": 1.0, "student": self.p_expert}
                 states = self.forward(count) if source == "forward" else self.rollout(count, p_expert[source])
@@ -78,6 +89,19 @@ class Collector:
                 parts.append(states)
         return torch.cat(parts) if parts else TensorDict(batch_size=[0], device=self.expert.device)
 
+    def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:
+        """Forward draws and rollouts of this collection, by source."""
+        counts = []
+        for i, (share, unit) in enumerate(zip(beta, self.units(), strict=True)):
+            self._owed[i] += n * share
+            counts.append(int(self._owed[i] / unit + 1e-9))
+            self._owed[i] -= counts[i] * unit
+        return counts
+
+    def units(self) -> tuple[int, int, int]:
+        """States that one forward draw, one teacher and one student rollout give."""
+        return 1, self.grid.num_steps, self.grid.num_steps
+
     def forward(self, n: int) -> TensorDict:
         """n forward-diffused states, labelled."""
         x_0, c = self.expert.sample_data(n, self.streams["data"])
@@ -85,39 +109,70 @@ class Collector:
         step = torch.randint(self.grid.num_steps, (n,), generator=self.streams["time"], device=x_0.device)
         t = self.grid.times[step]
         x_t = self.expert.schedule.add_noise(x_0, eps, t)
-        s = self.grid.previous(t)
+        s, w = self.grid.previous(t), self.guidance(n)
+        before = self.expert.nfe
+        x_s = self.expert_policy.act(x_t, t, s, c, w)
         actors = torch.zeros(n, self.grid.num_steps, dtype=torch.bool, device=x_0.device)
-        return self._states(x_t, t, s, c, self.expert_policy.act(x_t, t, s, c), actors)
+        return self.states(x_t=x_t, t=t, s=s, c=c, w=w, x_s=x_s, actors=actors, nfe=(self.expert.nfe - before) // n)
 
     def rollout(self, n: int, p_expert: float) -> TensorDict:
-        """The N states of each of n denoisings, labelled, (n · N,); the actor of every step is drawn with p_expert."""
-        num_steps, shape = self.grid.num_steps, self.expert.sample_shape
+        """Every state that n denoisings visit, labelled; the actor of every step is drawn with p_expert."""
+        times = self.visited(p_expert)  # (m + 1,), the last is 0
+        m, shape = len(times) - 1, self.expert.sample_shape
         stream, device = self.streams["rollout"], self.expert.device
-        x = torch.empty(n, num_steps, *shape, device=device)
+        x = torch.empty(n, m, *shape, device=device)
         x_s = torch.empty_like(x)  # the expert's action at each state
         x[:, 0] = torch.randn(n, *shape, generator=stream, device=device)
-        c = self.expert.sample_condition(n, stream)
-        by_expert = torch.rand(n, num_steps, generator=stream, device=device) < p_expert
-        for i, (t, s) in enumerate(pairwise(self.grid.times)):
-            t, s = t.expand(n), s.expand(n)
-            x_s[:, i] = self.expert_policy.act(x[:, i], t, s, c)
-            if i + 1 == num_steps:
-                break  # the sample itself is no state to train on
-            if p_expert >= 1:
-                x[:, i + 1] = x_s[:, i]
-            else:
-                x[:, i + 1] = torch.where(broadcast(by_expert[:, i], x_s[:, i]), x_s[:, i], self.student_policy.act(x[:, i], t, s, c))
-        before = torch.ones(num_steps, num_steps, dtype=torch.bool, device=device).tril(-1)  # state i has seen steps 0 … i−1
-        actors = by_expert[:, None] & before  # (n, N, N)
-        t, s = (times.repeat(n) for times in (self.grid.times[:-1], self.grid.times[1:]))  # (n · N,)
-        c = None if c is None else c.repeat_interleave(num_steps)
-        return self._states(x.flatten(0, 1), t, s, c, x_s.flatten(0, 1), actors.flatten(0, 1))
+        c, w = self.expert.sample_condition(n, stream), self.guidance(n)
+        by_expert = torch.rand(n, m, generator=stream, device=device) < p_expert
+        label_nfe = 0
+        for i, (t, u) in enumerate(pairwise(times)):
+            t, s, u = t.expand(n), self.grid.previous(t).expand(n), u.expand(n)
+            before = self.expert.nfe
+            x_s[:, i] = self.expert_policy.act(x[:, i], t, s, c, w)
+            label_nfe += self.expert.nfe - before
+            if i + 1 < m:  # the sample itself is no state to train on
+                x[:, i + 1] = self.follow(x[:, i], t, u, c, w, x_s[:, i], by_expert[:, i], p_expert)
+        earlier = torch.ones(m, m, dtype=torch.bool, device=device).tril(-1)  # state i has seen steps 0 … i−1
+        actors = torch.zeros(n, m, self.grid.num_steps, dtype=torch.bool, device=device)
+        actors[..., :m] = by_expert[:, None] & earlier
+        t = times[:-1].repeat(n)  # (n · m,)
+        c, w = (None if a is None else a.repeat_interleave(m) for a in (c, w))
+        nfe = label_nfe // (n * m)
+        return self.states(
+            x_t=x.flatten(0, 1), t=t, s=self.grid.previous(t), c=c, w=w, x_s=x_s.flatten(0, 1), actors=actors.flatten(0, 1), nfe=nfe
+        )
 
-    def _states(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None, x_s: Tensor, actors: Tensor) -> TensorDict:
-        x_tgt = invert_ddim(self.expert.schedule, x_t, t, x_s, s).x_0
-        nfe = torch.full_like(t, self.expert_policy.nfe_per_action, dtype=torch.int64)
-        fields = {"x_t": x_t, "t": t, "s": s, "c": c, "x_tgt": x_tgt, "actors": actors, "nfe": nfe}
-        return TensorDict({k: v for k, v in fields.items() if v is not None}, batch_size=[len(x_t)], device=x_t.device)
+    def visited(self, p_expert: float) -> Tensor:
+        """The times of a rollout's states, and 0, (m + 1,)."""
+        return self.grid.times
+
+    def follow(
+        self, x_t: Tensor, t: Tensor, u: Tensor, c: Tensor | None, w: Tensor | None, x_s: Tensor | None, by_expert: Tensor, p_expert: float
+    ) -> Tensor:
+        """The next state of a rollout, at u: the expert's action x_s where it acts, elsewhere the student's step; None: it never does."""
+        if x_s is not None and p_expert >= 1:
+            return x_s
+        if self.kernel == "ddim":
+            own = self.student_policy.act(x_t, t, u, c, w)
+        else:
+            noise = torch.randn(x_t.shape, generator=self.streams["rollout"], device=x_t.device)
+            own = self.student_policy.jump(x_t, t, u, noise, c, w)
+        return own if x_s is None else torch.where(broadcast(by_expert, x_s), x_s, own)
+
+    def guidance(self, n: int) -> Tensor | None:
+        """w ~ U(guidance_range), (n,), or None where there is one scale for all."""
+        if self.guidance_range is None:
+            return None
+        low, high = self.guidance_range
+        return low + (high - low) * torch.rand(n, generator=self.streams["guidance"], device=self.expert.device)
+
+    def states(self, nfe: int, **fields: Tensor | None) -> TensorDict:
+        """The fields that are there as one TensorDict (n,)."""
+        present = {k: v for k, v in fields.items() if v is not None}
+        t = present["t"]
+        present["nfe"] = torch.full_like(t, nfe, dtype=torch.int64)
+        return TensorDict(present, batch_size=[len(t)], device=t.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"owed": list(self._owed), "streams": {name: g.get_state() for name, g in self.streams.items()}}

@@ -28,6 +28,7 @@ from ddil_agents.metrics.distances import sliced_wasserstein
 from ddil_agents.metrics.extractors import default_extractor, load_extractor
 from ddil_agents.metrics.frechet import frechet_distance
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, NoDataError, TimeGrid, load_expert, unroll
+from ddil_env.mdp import Kernel
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Evaluation:
     """Whose features are compared; null: the expert's own."""
     n_action: int = 200
     """How many of the trajectories are labelled by the expert, for the action errors."""
+    also_steps: tuple[int, ...] = ()
+    """More numbers of steps at which the student's and the teacher's samples are judged."""
 
     def __post_init__(self) -> None:
         if self.n < 10:
@@ -50,6 +53,8 @@ class Evaluation:
             raise ValueError(f"seed={self.seed}: need a whole number from 0 to 2^63 − 1")
         if self.n_action < 1:
             raise ValueError(f"n_action={self.n_action}: need at least 1")
+        if not all(steps >= 1 for steps in self.also_steps):
+            raise ValueError(f"also_steps={self.also_steps}: need whole numbers ≥ 1")
 
 
 class Judge:
@@ -120,7 +125,7 @@ class Judge:
         return {"held_out_real": {"n": m, **self.to_data(self.held_out, self.held_out_c), "shift": shift}}
 
     @torch.no_grad()
-    def judge(self, policy: DdimPolicy, grid: TimeGrid | None = None) -> dict[str, Any]:
+    def judge(self, policy: DdimPolicy, grid: TimeGrid | None = None, kernel: Kernel = "ddim") -> dict[str, Any]:
         """Every metric of one policy; lists run over the steps of the grid.
 
         Returns:
@@ -130,10 +135,11 @@ class Judge:
             action_mse_own, action_mse_expert: E (a − a*)² per entry on the policy's own and on the expert's states.
             shift: sliced W2 between visited latents and forward-diffused data.
             nfe_per_sample, seconds: cost of sampling.
-            With a grid of its own only the samples are judged: its states are at other times.
+            With a grid of its own only the samples are judged: its states are at other times. Under the `renoise` kernel
+            the actions are still the next latents of DDIM, taken at the states that the fresh noise leads to.
         """
         start = time.monotonic()
-        path = unroll(policy, grid or self.grid, self.x_T, self.c)
+        path = self._unroll(policy, grid or self.grid, kernel)
         if path.is_cuda:
             torch.cuda.synchronize()
         seconds = time.monotonic() - start
@@ -152,16 +158,22 @@ class Judge:
         for i, (t, s) in enumerate(zip(self.grid.times[:-1], self.grid.times[1:], strict=True)):
             at, to = t.expand(len(path[:m])), s.expand(len(path[:m]))
             expert_action = self.expert_policy.act(path[:m, i], at, to, c)
-            own.append(float((path[:m, i + 1] - expert_action).square().mean()))
+            taken = path[:m, i + 1] if kernel == "ddim" else policy.act(path[:m, i], at, to, c)
+            own.append(float((taken - expert_action).square().mean()))
             action = policy.act(self.expert_path[:m, i], at, to, c)
             theirs.append(float((action - self.expert_path[:m, i + 1]).square().mean()))
             if self.real is not None:
                 shift.append(sliced_wasserstein(path[:, i], self.real_noised[i]))
         return result | {"action_mse_own": own, "action_mse_expert": theirs, "shift": shift or None}
 
-    def sample(self, policy: DdimPolicy, grid: TimeGrid) -> Tensor:
+    def sample(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel = "ddim") -> Tensor:
         """A policy's samples from the judge's noise and conditions, (n, *sample_shape)."""
-        return unroll(policy, grid, self.x_T, self.c)[:, -1]
+        return self._unroll(policy, grid, kernel)[:, -1]
+
+    def _unroll(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel) -> Tensor:
+        """The trajectories; the fresh noise of `renoise` is the same for every model."""
+        generator = torch.Generator(self.expert.device).manual_seed(self.settings.seed + 1)
+        return unroll(policy, grid, self.x_T, self.c, kernel=kernel, generator=generator)
 
     def baselines(self) -> dict[str, Tensor]:
         """The expert's samples by its full sampler, and by as few steps as the student has."""
@@ -188,7 +200,6 @@ class Judge:
             "n": len(self.x_T),
             "seed": self.settings.seed,
             "n_action": min(self.settings.n_action, len(self.x_T)),
-            "times": self.grid.times.tolist(),
             "guidance_scale": self.expert_policy.guidance_scale,
         }
 

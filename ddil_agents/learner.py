@@ -17,15 +17,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ddil_agents.beta import Beta
 from ddil_agents.buffer import SourceBuffer
 from ddil_agents.checkpoint import load_checkpoint, save_checkpoint
 from ddil_agents.collect import Collector, stream_seed
-from ddil_env import Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, TimeGrid, load_expert
+from ddil_agents.trainable import Trainable
+from ddil_env import Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, Unbounded, load_expert, unroll
+from ddil_env.mdp import Kernel
 from ddil_env.schedule import GridKind
+from ddil_env.support import Metered, Role, Thresholding, build_support, support_to_dict
 
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -44,10 +47,10 @@ class LearnerConfig:
     """Steps of the teacher's sampler: a label takes teacher_steps / num_steps expert forwards."""
     guidance_scale: float | None = None
     """The teacher's classifier-free guidance w (1 is none); null: the expert's own."""
-    threshold_teacher: bool = True
-    """Project the teacher's estimates onto the data's support (reflected diffusion)."""
-    threshold_student: bool = False
-    """Project the student's estimates, when it is unrolled and when it is sampled."""
+    guidance_range: tuple[float, float] | None = None
+    """Draw w anew for each state from here, and tell the student (a zero-initialised guidance embedding); null: one w for all."""
+    thresholding: Thresholding = field(default_factory=Thresholding)
+    """Reflected diffusion: which estimates are projected onto the data's support, and how."""
     beta: Beta = field(default_factory=Beta)
     """Source priors."""
     p_expert: float = 0.0
@@ -82,6 +85,9 @@ class LearnerConfig:
     """Of weights, data, noise, times, rollouts and draws, each its own stream."""
     student: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the expert's make_student."""
+    stages: tuple[dict[str, Any], ...] = ()
+    """A chain of runs in one: for each, the settings that differ, and `expert`, its teacher: last (the last stage's student),
+    same (as the last stage's) or original. Each student starts from the last one's weights."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -109,12 +115,19 @@ class LearnerConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: need 0 or more")
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"capacity={self.capacity}: need at least 1, or null to keep every state")
-        units = (1, self.num_steps, self.num_steps)  # states that one forward draw, one rollout give
-        if not any(self.collect_size * share + 1e-9 >= unit for share, unit in zip(self.beta(0), units, strict=True)):
+        if not any(self.collect_size * share + 1e-9 >= unit for share, unit in zip(self.beta(0), self.units, strict=True)):
             raise ValueError(
-                f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one rollout of num_steps={self.num_steps} states; "
+                f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one rollout of {self.units[1]} states; "
                 "raise collect_size"
             )
+        if self.guidance_range is not None:
+            least, most = self.guidance_range
+            if not -math.inf < least <= most < math.inf:
+                raise ValueError(f"guidance_range={self.guidance_range}: need two finite numbers, the lower first")
+            if self.guidance_scale is not None and not least <= self.guidance_scale <= most:
+                raise ValueError(
+                    f"guidance_scale={self.guidance_scale} lies outside guidance_range={self.guidance_range}, which is trained on"
+                )
         if self.teacher_steps % self.num_steps:
             raise ValueError(
                 f"teacher_steps={self.teacher_steps} is no multiple of num_steps={self.num_steps}; each student step takes as many"
@@ -129,6 +142,11 @@ class LearnerConfig:
         """Expert steps in one student step."""
         return self.teacher_steps // self.num_steps
 
+    @property
+    def units(self) -> tuple[int, int, int]:
+        """States that one forward draw, one teacher and one student rollout give."""
+        return 1, self.num_steps, self.num_steps
+
 
 class Learner(ABC):
     """A student, and how it learns from an expert.
@@ -136,6 +154,7 @@ class Learner(ABC):
     Args:
         expert: An Expert, or the name of a preset.
         config: This learner's config; default: its defaults.
+        support: Where estimates are projected, as an earlier run calibrated it; default: as the config says.
 
     Raises:
         ValueError: what the expert, the grid or the student refuse.
@@ -143,32 +162,35 @@ class Learner(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[LearnerConfig]] = LearnerConfig
+    kernel: ClassVar[Kernel] = "ddim"  # how the student samples, and is unrolled
+    roles: ClassVar[tuple[Role, ...]] = ("teacher", "target", "student")  # whose estimates there are to threshold
 
-    def __init__(self, expert: Expert | str, config: LearnerConfig | None = None) -> None:
+    def __init__(self, expert: Expert | str, config: LearnerConfig | None = None, support: Support | None = None) -> None:
         self.config = self.Config() if config is None else config
         self.expert = load_expert(expert)
         config = self.config
         if config.mixed_precision == "fp16" and self.expert.device.type == "cpu":
             raise ValueError("mixed_precision=fp16 scales its losses on a GPU alone; on a CPU use bf16 or no")
+        if strange := [role for role in config.thresholding.roles if role not in self.roles]:
+            raise ValueError(
+                f"thresholding.roles={config.thresholding.roles}: {self.name} has no {strange[0]}; it has {', '.join(self.roles)}"
+            )
         self.grid = TimeGrid(self.expert.schedule, config.num_steps, config.grid).to(self.expert.device)
-        takes = inspect.signature(self.expert.make_student)
-        try:
-            takes.bind(**config.student)
-        except TypeError as error:
-            raise ValueError(f"student={config.student}: {error}; this expert's students take {', '.join(takes.parameters)}") from error
-        with torch.random.fork_rng():  # a student from random weights is seeded, and the caller's generator left alone
-            torch.manual_seed(stream_seed(config.seed, "weights"))
-            try:
-                student = self.expert.make_student(**config.student)
-            except (TypeError, RuntimeError) as error:
-                raise ValueError(f"make_student refuses student={config.student}: {error}") from error
+        self.reference = ExpertPolicy(self.expert, config.substeps, config.guidance_scale)  # what a student is judged against
+        if config.guidance_range is not None:
+            low, high = map(self.expert.check_guidance, config.guidance_range)
+            if not low <= self.reference.guidance_scale <= high:
+                raise ValueError(
+                    f"the expert's guidance_scale={self.reference.guidance_scale:g} lies outside guidance_range={config.guidance_range}; "
+                    "set guidance_scale to one inside, at which the student is judged"
+                )
+        student = self._seeded_student("weights")
+        before = self.expert.nfe
+        self.support = support or build_support(config.thresholding, self.expert, self._sample_teacher)
+        self.thresholds = {role: Metered(self.support) if role in config.thresholding.roles else Unbounded() for role in self.roles}
         self.ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.ema.module.eval()
-        optimizer = torch.optim.AdamW(
-            student.parameters(), lr=config.learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay
-        )
         self.horizon = config.num_updates
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._warm_up_then_linear)
         AcceleratorState._reset_state(reset_partial_state=True)  # several learners may live in one process, each with its own precision
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -176,34 +198,138 @@ class Learner(ABC):
             cpu=self.expert.device.type == "cpu",
             device_placement=False,
         )
-        self.student, self.optimizer = self.accelerator.prepare(student, optimizer)
-        support = self.expert.support if config.threshold_student else None
-        self.expert_policy = ExpertPolicy(self.expert, config.substeps, config.guidance_scale, project=config.threshold_teacher)
-        self.student_policy = StudentPolicy(self.average, self.expert, support)
-        self.collector = Collector(
-            self.expert_policy, StudentPolicy(self.student, self.expert, support), self.grid, config.p_expert, config.seed
-        )
-        collections = -(-config.num_updates // config.updates_per_collect)
-        capacity = config.capacity or collections * (config.collect_size + config.num_steps)
+        self.trainables = {"student": self.trainable(student, config.learning_rate, self.turns("student", self.horizon))}
+        self.expert_policy = self.labeller()
+        self.student_policy = self.policy(self.average, self.support if "student" in config.thresholding.roles else None)
+        self.collector = self.make_collector(self.policy(self.student, self.thresholds["student"]))
+        self.collect_size, self.collect_every = self.collection()
+        capacity = config.capacity or -(-config.num_updates // self.collect_every) * (self.collect_size + max(config.units))
         used = (config.beta.forward > 0 or config.beta.schedule != "constant", config.beta.teacher > 0, config.beta.student > 0)
         self.buffer = SourceBuffer(
             [capacity if u else 1 for u in used], self.expert.device, config.prioritised, seed=stream_seed(config.seed, "source")
         )
         self.step = 0
-        self.last_learning_rate = 0.0
-        self.teacher_nfe = 0
+        self.teacher_nfe = self.expert.nfe - before  # of a calibration on the teacher's samples
 
-    def collect(self) -> None:
-        """Adds freshly labelled states to the buffer and counts the expert forwards that they took."""
-        before = self.expert.nfe
-        states = self.collector.collect(self.config.collect_size, self.beta(), self.step)
-        self.teacher_nfe += self.expert.nfe - before
-        if len(states):
-            self.buffer.extend(states)
+    # What a new method may change.
 
     @abstractmethod
     def loss(self, batch: TensorDict) -> Tensor:
         """The loss of each state of the batch, (b,)."""
+
+    def make_student(self, **options: Any) -> NetworkDenoiser:
+        """The network that learns, before its first step."""
+        return self.expert.make_student(**options)
+
+    def labeller(self) -> ExpertPolicy:
+        """The expert as it labels states and unrolls the teacher."""
+        threshold = "teacher" in self.config.thresholding.roles
+        return ExpertPolicy(
+            self.expert, self.config.substeps, self.config.guidance_scale, project=threshold, support=self.thresholds["teacher"]
+        )
+
+    def make_collector(self, student_policy: StudentPolicy) -> Collector:
+        """Where the states come from."""
+        config = self.config
+        return Collector(
+            self.expert_policy,
+            student_policy,
+            self.grid,
+            config.seed,
+            kernel=self.kernel,
+            p_expert=config.p_expert,
+            guidance_range=config.guidance_range,
+        )
+
+    def collect(self) -> TensorDict:
+        """Adds freshly labelled states to the buffer, counts the expert forwards that they took, and returns them."""
+        before = self.expert.nfe
+        states = self.collector.collect(self.collect_size, self.beta(), self.step)
+        self.teacher_nfe += self.expert.nfe - before
+        if len(states):
+            self.buffer.extend(states)
+        return states
+
+    def collection(self) -> tuple[int, int]:
+        """States of a collection, and the updates from one to the next."""
+        return self.config.collect_size, self.config.updates_per_collect
+
+    def draw(self) -> TensorDict:
+        """The batch of the next update: s ~ Σᵢ βᵢ ρᵢ (DDIL Alg. 1)."""
+        return self.buffer.sample(self.config.batch_size, self.beta())
+
+    def update(self, batch: TensorDict) -> dict[str, Tensor]:
+        """One gradient step; what it measured, on the device: `loss` of each state (b,), `grad_norm` and any other scalars."""
+        losses, norm = self.trainables["student"].minimise(self.loss, self.parts(batch))
+        self.ema.update_parameters(self.trainables["student"].bare)
+        self.step += 1
+        return {"loss": losses, "grad_norm": norm}
+
+    def turns(self, network: str, updates: int) -> int:
+        """Gradient steps that a network takes in so many updates."""
+        return updates
+
+    # What every method shares.
+
+    def trainable(self, network: nn.Module, learning_rate: float, horizon: int) -> Trainable:
+        """An optimiser for a network of this learner."""
+        return Trainable(network, self.config, self.accelerator, learning_rate, horizon)
+
+    def policy(self, student: NetworkDenoiser, support: Support | None) -> StudentPolicy:
+        """A student of this learner as a policy; one with a guidance embedding is told the guidance that it is judged at."""
+        w = None if self.config.guidance_range is None else self.reference.guidance_scale
+        return StudentPolicy(student, self.expert, support, w)
+
+    def parts(self, batch: TensorDict) -> list[TensorDict]:
+        """The batch as gradient accumulation takes it."""
+        return list(batch.chunk(self.config.gradient_accumulation))
+
+    def _seeded_student(self, stream: str) -> NetworkDenoiser:
+        """A student whose random weights, if it has any, are seeded; the caller's generator is left alone."""
+        options = self.student_options
+        takes = inspect.signature(self.expert.make_student)
+        try:
+            takes.bind(**options)
+        except TypeError as error:
+            raise ValueError(f"student={options}: {error}; this expert's students take {', '.join(takes.parameters)}") from error
+        with torch.random.fork_rng():
+            torch.manual_seed(stream_seed(self.config.seed, stream))
+            try:
+                return self.make_student(**options)
+            except (TypeError, RuntimeError) as error:
+                raise ValueError(f"make_student refuses student={options}: {error}") from error
+
+    @property
+    def student_options(self) -> dict[str, Any]:
+        """Keyword arguments of the expert's make_student and load_student."""
+        return self.config.student | ({} if self.config.guidance_range is None else {"guidance_embedding": True})
+
+    def _sample_teacher(self, n: int) -> Tensor:
+        """n samples of the teacher, for calibration where there are no data."""
+        generator = torch.Generator(self.expert.device).manual_seed(stream_seed(self.config.seed, "calibration"))
+        x_T = torch.randn(n, *self.expert.sample_shape, generator=generator, device=self.expert.device)
+        return unroll(self.reference, self.grid, x_T, self.expert.sample_condition(n, generator))[:, -1]
+
+    def start_from(self, student: NetworkDenoiser) -> None:
+        """Takes another student's weights; a guidance embedding that the other lacks stays at zero.
+
+        Raises:
+            ValueError: the other is of another architecture.
+        """
+        own = self.trainables["student"].bare
+        try:
+            missing, _ = own.load_state_dict(student.state_dict(), strict=False)
+        except RuntimeError as error:
+            raise ValueError(f"the student cannot start from the last one's weights: {error}") from error
+        fresh = self.config.guidance_range is not None and not student.guidance_embedding
+        if missing and not (fresh and len(missing) == 1):
+            raise ValueError(f"the student cannot start from the last one's weights, which lack {', '.join(missing)}")
+        self.average.load_state_dict(own.state_dict())
+
+    @property
+    def student(self) -> NetworkDenoiser:
+        """The student in training."""
+        return cast(NetworkDenoiser, self.trainables["student"].network)
 
     @property
     def average(self) -> NetworkDenoiser:
@@ -214,28 +340,9 @@ class Learner(ABC):
         """β at the present step."""
         return self.config.beta(self.step / self.horizon)
 
-    def update(self, batch: TensorDict) -> tuple[Tensor, Tensor]:
-        """One gradient step: the loss of each state (b,) and the gradient's norm before clipping, both on the device."""
-        losses = []
-        self.accelerator.gradient_accumulation_steps = self.config.gradient_accumulation  # accelerate keeps one number a process
-        for part in batch.chunk(self.config.gradient_accumulation):
-            with self.accelerator.accumulate(self.student):
-                loss = self.loss(part)
-                self.accelerator.backward(loss.mean())
-                if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                losses.append(loss.detach())
-        self.last_learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        self.scheduler.step()
-        self.ema.update_parameters(self.accelerator.unwrap_model(self.student))
-        self.step += 1
-        return torch.cat(losses), torch.as_tensor(norm)
-
-    def _warm_up_then_linear(self, step: int) -> float:
-        """Rises over the warm-up, then falls linearly, to reach 0 one step after the last."""
-        return min((step + 1) / (self.config.warmup_updates + 1), max(self.horizon - step, 0) / self.horizon)
+    def clipped(self) -> dict[str, Tensor]:
+        """The fraction of entries that thresholding has moved since the last call, by role; NaN where it met none."""
+        return {role: support.take() for role, support in self.thresholds.items() if isinstance(support, Metered)}
 
     def learn(self, num_updates: int | None = None, out: str | Path | None = None, progress: bool = True) -> Self:
         """Trains for num_updates more gradient steps; learning rate and β run their course over what is then the whole.
@@ -263,8 +370,8 @@ class Learner(ABC):
         if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise ValueError(f"{directory} exists and is not empty; choose another `out`")
         self.horizon = self.step + more
-        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
-            group["lr"] = base * self._warm_up_then_linear(self.step)
+        for name, trainable in self.trainables.items():
+            trainable.extend_to(self.turns(name, self.horizon))
         train(self, out=directory, progress=progress)
         return self
 
@@ -289,35 +396,42 @@ class Learner(ABC):
         return {
             "step": self.step,
             "horizon": self.horizon,
-            "student": self.accelerator.unwrap_model(self.student).state_dict(),
+            "trainables": {name: trainable.state_dict() for name, trainable in self.trainables.items()},
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "scaler": None if scaler is None else scaler.state_dict(),
             "buffer": self.buffer.state_dict(),
             "collector": self.collector.state_dict(),
+            "support": self._calibration(),
             "nfe": {"teacher": self.teacher_nfe, "student": self.student_nfe},
             "random": torch.get_rng_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up where `state_dict` left off."""
+        """Takes up where `state_dict` left off.
+
+        Raises:
+            ValueError: the support was calibrated otherwise.
+        """
+        if state["support"] != self._calibration():
+            raise ValueError("the saved learner's support was calibrated on other samples; pass it as support= (support.json of its run)")
         self.step, self.horizon = state["step"], state["horizon"]
-        self.accelerator.unwrap_model(self.student).load_state_dict(state["student"])
+        for name, trainable in self.trainables.items():
+            trainable.load_state_dict(state["trainables"][name])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.buffer.load_state_dict(state["buffer"])
         self.collector.load_state_dict(state["collector"])
-        self.teacher_nfe, self.accelerator.unwrap_model(self.student).nfe = state["nfe"]["teacher"], state["nfe"]["student"]
+        self.teacher_nfe, self.trainables["student"].bare.nfe = state["nfe"]["teacher"], state["nfe"]["student"]
         torch.set_rng_state(state["random"].cpu())
+
+    def _calibration(self) -> dict[str, Any] | None:
+        return support_to_dict(self.support) if self.config.thresholding.kind == "quantile" else None
 
     @property
     def student_nfe(self) -> int:
         """Student forwards so far, training and rollouts together."""
-        return int(self.accelerator.unwrap_model(self.student).nfe)
+        return int(self.trainables["student"].bare.nfe)
 
     def config_dict(self) -> dict[str, Any]:
         """The config as plain values."""

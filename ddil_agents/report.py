@@ -108,6 +108,7 @@ def save_curves(path: Path, runs: dict[str, list[dict[str, Any]]], results: dict
     figure = Figure(figsize=(12, 7), layout="constrained")
     (loss, cost), (error, shift) = figure.subplots(2, 2)
     for name, rows in runs.items():
+        rows = [row for row in rows if row["loss"] is not None]  # lines without a step of the student have none
         values = [row["loss"] for row in rows]
         loss.plot([row["step"] for row in rows], values, label=name)
         cost.plot([row["teacher_nfe"] for row in rows], values, label=name)
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         judge = judge_of(learners[0], n=20, n_action=1)
         samples = judge.baselines()
         for (name, _), learner in zip(results.items(), learners, strict=True):
-            samples[name] = judge.sample(learner.student_policy, learner.grid)
+            samples[name] = judge.sample(learner.student_policy, learner.grid, learner.kernel)
         save_curves(args.out / "curves.png", metrics, results)
         drawn = ["samples"] if save_pictures(args.out / "samples.png", judge, samples) else []
         text, pictures = table(merged), [*drawn, "curves"]

@@ -1,5 +1,6 @@
 """The training loop, once for every learner, and the run directory's metrics.
 
+support.json      where estimates are projected, if that was calibrated
 metrics.jsonl     one object a line, every `log_every` gradient steps: the source of truth
 tensorboard/      the same numbers
 checkpoints/      whole states, every `checkpoint_every` gradient steps
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 from ddil_agents.buffer import SOURCES
 from ddil_agents.checkpoint import save_checkpoint, write_atomically
+from ddil_env.support import support_to_dict
 
 if TYPE_CHECKING:
     from ddil_agents.learner import Learner
@@ -43,14 +46,14 @@ def train(learner: Learner, out: Path | None = None, *, progress: bool = True, c
     bar = tqdm(total=learner.horizon, initial=learner.step, desc=learner.name, unit="update", disable=not progress)
     with log, bar:
         while learner.step < learner.horizon:
-            if learner.step % config.updates_per_collect == 0:
+            if learner.step % learner.collect_every == 0:
                 learner.collect()
-            batch = learner.buffer.sample(config.batch_size, learner.beta())  # s ~ Σᵢ βᵢ ρᵢ, DDIL Alg. 1
-            losses, norm = learner.update(batch)  # L_Distill, DDIL Eq. 2
-            log.add(batch, losses, norm)
+            batch = learner.draw()  # s ~ Σᵢ βᵢ ρᵢ, DDIL Alg. 1
+            measured = learner.update(batch)  # L_Distill, DDIL Eq. 2
+            log.add(batch, measured)
             if config.prioritised:
                 log.check()  # a priority is a loss, and the buffer would name neither step nor source
-                learner.buffer.update_priority(batch["index"], losses)
+                learner.buffer.update_priority(batch["index"], measured["loss"])
             bar.update()
             last = learner.step == learner.horizon
             if learner.step % log_every == 0 or last:
@@ -68,7 +71,7 @@ class MetricsLog:
 
     def __init__(self, learner: Learner, out: Path | None) -> None:
         self.learner = learner
-        self._pending: list[Tensor] = []
+        self._pending: list[dict[str, Tensor]] = []
         self._since, self._nfe_since = time.monotonic(), self._nfe()
         self._seconds = 0.0
         self._file: Any = None
@@ -80,6 +83,8 @@ class MetricsLog:
             rows = read_metrics(path, learner.step) if path.is_file() else []
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+            if learner.config.thresholding.kind == "quantile":
+                write_atomically(out / "support.json", json.dumps(support_to_dict(learner.support)))
             self._seconds = rows[-1]["seconds"] if rows else 0.0
             self._file = path.open("a")
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=learner.step + 1)
@@ -95,29 +100,45 @@ class MetricsLog:
     def _nfe(self) -> int:
         return self.learner.teacher_nfe + self.learner.student_nfe
 
-    def add(self, batch: TensorDict, losses: Tensor, norm: Tensor) -> None:
-        """Keeps one gradient step: norm, and each source's count and summed loss, (7,) on the device."""
-        one_hot = torch.nn.functional.one_hot(batch["source"].long(), len(SOURCES))  # (b, 3)
-        sums = torch.where(one_hot > 0, losses[:, None], 0).sum(0)  # no product: inf · 0 would blame every source
-        self._pending.append(torch.cat([norm.to(losses.dtype).reshape(1), one_hot.sum(0).to(losses.dtype), sums]))
+    def add(self, batch: TensorDict, measured: dict[str, Tensor]) -> None:
+        """Keeps one gradient step, on the device: each source's count, and what `update` measured.
 
-    def check(self) -> Tensor:
-        """The steps since the last line, (n, 7) on the CPU: the one wait for the device.
+        A (b,) loss is kept as each source's sum. A method that trains a network every R-th step alone measures its loss there alone.
+        """
+        one_hot = torch.nn.functional.one_hot(batch["source"].long(), len(SOURCES))  # (b, 3)
+        kept = {f"drawn/{name}": n for name, n in zip(SOURCES, one_hot.sum(0), strict=True)}
+        for name, value in measured.items():
+            if name == "loss":  # no product: inf · 0 would blame every source
+                sums = torch.where(one_hot > 0, value[:, None], 0).sum(0)
+                kept |= {f"loss/{source}": x for source, x in zip(SOURCES, sums, strict=True)}
+            else:
+                kept[name] = value.mean()
+        self._pending.append(kept)
+
+    def check(self) -> list[dict[str, float]]:
+        """The steps since the last line as numbers: the one wait for the device.
 
         Raises:
             FloatingPointError: a loss or a gradient is not finite; names the step and the sources.
         """
-        steps = torch.stack(self._pending).double().cpu()
+        if not self._pending:
+            return []
+        flat = torch.stack([value.double() for step in self._pending for value in step.values()]).tolist()
+        values = iter(flat)
+        steps = [{name: next(values) for name in step} for step in self._pending]
         scaled = self.learner.accelerator.scaler is not None  # fp16's scaler meets infinite gradients and skips those steps
-        for i, (norm, *counts_and_sums) in enumerate(steps.tolist()):
-            counts, sums = counts_and_sums[:3], counts_and_sums[3:]
-            broken = [f"{name} ({int(n)} states)" for name, n, x in zip(SOURCES, counts, sums, strict=True) if not math.isfinite(x)]
-            if broken or not (scaled or math.isfinite(norm)):
+        for i, step in enumerate(steps):
+            broken = [name for name, x in step.items() if not (math.isfinite(x) or (scaled and name.endswith("grad_norm")))]
+            if broken:
+                at = f"is not finite at step {self.learner.step - len(steps) + i + 1}"
+                sources = [f"{n} ({int(step[f'drawn/{n}'])} states)" for n in SOURCES if f"loss/{n}" in broken]
                 what = (
-                    f"loss is not finite at step {{}}, on states of: {', '.join(broken)}" if broken else "gradient is not finite at step {}"
+                    f"loss {at}, on states of: {', '.join(sources)}"
+                    if sources
+                    else f"{'gradient' if broken == ['grad_norm'] else broken[0]} {at}"
                 )
                 raise FloatingPointError(
-                    f"the {what.format(self.learner.step - len(steps) + i + 1)}. Lower learning_rate, raise warmup_updates, "
+                    f"the {what}. Lower learning_rate, raise warmup_updates, "
                     "or look at the expert's labels; checkpoints are of earlier, finite steps."
                 )
         return steps
@@ -129,19 +150,26 @@ class MetricsLog:
         steps = self.check()
         self._pending = []
         learner = self.learner
-        counts, sums = steps[:, 1:4].sum(0), steps[:, 4:].sum(0)
+        drawn = {n: sum(int(step[f"drawn/{n}"]) for step in steps) for n in SOURCES}
+        # The loss is that of the steps that measured one; so are the counts beside it.
+        with_loss = [step for step in steps if f"loss/{SOURCES[0]}" in step]
+        sums = {n: sum(step[f"loss/{n}"] for step in with_loss) for n in SOURCES}
+        counts = {n: sum(int(step[f"drawn/{n}"]) for step in with_loss) for n in SOURCES}
+        others = sorted({name for step in steps for name in step if "/" not in name})
+        clipped = {role: float(fraction) for role, fraction in learner.clipped().items()}
         now = time.monotonic()
         elapsed, self._since = now - self._since, now
         self._seconds += elapsed
         nfe, self._nfe_since = self._nfe() - self._nfe_since, self._nfe()
         row = {
             "step": learner.step,
-            "loss": float(sums.sum() / counts.sum()),
-            "loss_by_source": {n: float(s / k) if k else None for n, s, k in zip(SOURCES, sums, counts, strict=True)},
-            "grad_norm": float(steps[:, 0].mean()),
-            "learning_rate": learner.last_learning_rate,
+            "loss": sum(sums.values()) / sum(counts.values()) if with_loss else None,
+            "loss_by_source": {n: sums[n] / counts[n] if counts[n] else None for n in SOURCES},
+            **{name: statistics.fmean([step[name] for step in steps if name in step]) for name in others},
+            "clipped": {role: x if math.isfinite(x) else None for role, x in clipped.items()},
+            "learning_rate": learner.trainables["student"].last_learning_rate,
             "beta": dict(zip(SOURCES, learner.beta(), strict=True)),
-            "source_counts": {n: int(k) for n, k in zip(SOURCES, counts, strict=True)},
+            "source_counts": drawn,
             "held": learner.buffer.counts,
             "teacher_nfe": learner.teacher_nfe,
             "student_nfe": learner.student_nfe,
@@ -155,8 +183,8 @@ class MetricsLog:
             for key, value in flatten(row).items():
                 self._board.add_scalar(key, value, learner.step)
         shares = "/".join(f"{b:.2f}" for b in learner.beta())
-        drawn = "/".join(str(int(k)) for k in counts)
-        return f"loss={row['loss']:.4f} β={shares} drawn={drawn} NFE/s={row['nfe_per_second']:.0f}"
+        loss = "" if row["loss"] is None else f"loss={row['loss']:.4f} "
+        return f"{loss}β={shares} drawn={'/'.join(map(str, drawn.values()))} NFE/s={row['nfe_per_second']:.0f}"
 
 
 def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -109,7 +109,7 @@ def test_result_says_what_was_measured_how_and_at_what_cost(runs: dict[str, Path
     assert (result["num_updates"], result["training_seed"]) == (12, 0)
     assert result["settings"]["extractor"] == "identity"
     assert (result["settings"]["n"], result["settings"]["seed"], result["settings"]["n_action"]) == (30, 0, 10)
-    assert result["settings"]["times"] == [999, 749, 500, 250, 0]
+    assert result["times"] == [999, 749, 500, 250, 0]
     assert set(result["models"]) == {"teacher@8", "teacher@4", name}
     own = result["models"][name]
     assert own["nfe_per_sample"] == 4

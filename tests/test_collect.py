@@ -49,7 +49,7 @@ def collector(expert: Expert, p_expert: float = 0.0, seed: int = 0, substeps: in
         torch.manual_seed(7)
         student = Twin(expert) if twin else expert.make_student(width=8, depth=1)
     grid = TimeGrid(expert.schedule, N)
-    return Collector(ExpertPolicy(expert, substeps), StudentPolicy(student, expert), grid, p_expert, seed)
+    return Collector(ExpertPolicy(expert, substeps), StudentPolicy(student, expert), grid, seed, p_expert=p_expert)
 
 
 def stream(name: str, seed: int = 0) -> torch.Generator:
@@ -103,11 +103,10 @@ def test_a_teacher_states_label_is_its_next_state(make: Callable[[], Expert]) ->
     expert = make()
     machine = collector(expert)
     states = machine.collect(3 * N, (0, 1, 0), 0)
-    x, t, s, x_tgt = (trajectories(states, key) for key in ("x_t", "t", "s", "x_tgt"))
-    for i in range(N - 1):
-        torch.testing.assert_close(x_tgt[:, i], invert_ddim(expert.schedule, x[:, i], t[:, i], x[:, i + 1], s[:, i]).x_0)
+    x, x_s = (trajectories(states, key) for key in ("x_t", "x_s"))
+    assert torch.equal(x_s[:, :-1], x[:, 1:])
     sample = unroll(ExpertPolicy(expert, K), machine.grid, x[:, 0], conditions(states))[:, -1]
-    torch.testing.assert_close(x_tgt[:, -1], sample)  # σ_s = 0: the target is the action
+    assert torch.equal(x_s[:, -1], sample)
 
 
 @everywhere
@@ -123,13 +122,13 @@ def test_student_states_are_the_students_trajectory(make: Callable[[], Expert]) 
 
 @everywhere
 @pytest.mark.parametrize("p_expert", [0.0, 0.5])
-def test_one_ddim_step_with_the_target_lands_on_the_experts_action(make: Callable[[], Expert], p_expert: float) -> None:
+def test_the_label_is_the_experts_action_recomputed(make: Callable[[], Expert], p_expert: float) -> None:
     expert = make()
     states = collector(expert, p_expert).collect(12 * N, (0.5, 0.25, 0.25), 0)
-    x_t, t, s, x_tgt, c = (states.get(key, None) for key in ("x_t", "t", "s", "x_tgt", "c"))
-    action = ExpertPolicy(expert, K).act(x_t, t, s, c)
-    torch.testing.assert_close(x_tgt, invert_ddim(expert.schedule, x_t, t, action, s).x_0, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(expert.schedule.prediction(x_tgt, x_t, t, "x_0").latent(s), action, atol=1e-5, rtol=1e-5)
+    x_t, t, s, x_s, c = (states.get(key, None) for key in ("x_t", "t", "s", "x_s", "c"))
+    torch.testing.assert_close(x_s, ExpertPolicy(expert, K).act(x_t, t, s, c), atol=1e-5, rtol=1e-5)
+    x_tgt = invert_ddim(expert.schedule, x_t, t, x_s, s).x_0  # one DDIM step with progressive distillation's target lands there
+    torch.testing.assert_close(expert.schedule.prediction(x_tgt, x_t, t, "x_0").latent(s), x_s, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("make", "pair"), [(plane, 1), (guided, 2)])
@@ -151,14 +150,14 @@ def test_mixing_two_actors_that_agree_changes_nothing(make: Callable[[], Expert]
     for p_expert in (0.0, 0.5, 1.0):
         mixed = collector(expert, p_expert, substeps=1, twin=True).collect(5 * N, (0, 0, 1), 0)
         assert torch.equal(mixed["x_t"], pure["x_t"])
-        assert torch.equal(mixed["x_tgt"], pure["x_tgt"])
+        assert torch.equal(mixed["x_s"], pure["x_s"])
 
 
 @everywhere
 def test_student_rollouts_where_the_expert_always_acts_are_the_teachers(make: Callable[[], Expert]) -> None:
     mixed = collector(make(), p_expert=1.0).collect(3 * N, (0, 0, 1), 0)
     teacher = collector(make()).collect(3 * N, (0, 1, 0), 0)
-    for key in ("x_t", "x_tgt", "t", "s", "actors"):
+    for key in ("x_t", "x_s", "t", "s", "actors"):
         assert torch.equal(mixed[key], teacher[key])
     assert (mixed["source"] == 2).all()
     assert (teacher["source"] == 1).all()
@@ -227,12 +226,12 @@ def test_rollouts_draw_nothing_of_the_forward_streams() -> None:
     alone = collector(guided()).collect(10, (1, 0, 0), 0)
     mixed = collector(guided()).collect(20, (0.5, 0.1, 0.4), 0)
     assert torch.equal(mixed["x_t"][:10], alone["x_t"])
-    assert torch.equal(mixed["x_tgt"][:10], alone["x_tgt"])
+    assert torch.equal(mixed["x_s"][:10], alone["x_s"])
 
 
 def test_the_streams_of_a_seed_and_of_other_seeds_differ() -> None:
     seeds = {stream_seed(seed, name) for seed in range(50) for name in (*STREAMS, "weights", "source")}
-    assert len(seeds) == 50 * 6
+    assert len(seeds) == 50 * (len(STREAMS) + 2)
 
 
 def test_no_gradient_flows_through_a_collection() -> None:

@@ -17,7 +17,7 @@ from ddil_agents import BCConfig, BehaviourCloning, Beta, Dagger, DaggerConfig, 
 from ddil_agents.checkpoint import checkpoints
 from ddil_agents.metrics.distances import sliced_wasserstein
 from ddil_agents.train import read_metrics, train
-from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, Prediction, TimeGrid, unroll
+from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, Prediction, TimeGrid, invert_ddim, unroll
 
 MIXTURE = Beta(0.5, 0.1, 0.4)
 CORNERS = [[-0.8, -0.8], [-0.8, 0.8], [0.8, -0.8], [0.8, 0.8]]
@@ -149,6 +149,11 @@ def test_the_loss_and_its_gradient_vanish_where_the_student_is_the_target(weight
     assert values[0.1][1] > 0.1
 
 
+def target(learner: Learner, batch: TensorDict) -> Tensor:
+    """Progressive distillation's x_tgt, (b, *sample_shape)."""
+    return invert_ddim(learner.expert.schedule, batch["x_t"], batch["t"], batch["x_s"], batch["s"]).x_0
+
+
 @pytest.mark.parametrize("n", [2, 16])  # as many states as the latent is wide, and more
 def test_the_loss_is_one_number_a_state(n: int) -> None:
     learner = bc()
@@ -157,20 +162,21 @@ def test_the_loss_is_one_number_a_state(n: int) -> None:
     x_0 = learner.student(batch["x_t"], batch["t"], None).x_0
     assert loss.shape == (n,)
     for i in range(n):
-        error = (x_0[i] - batch["x_tgt"][i]).square().mean()
+        error = (x_0[i] - target(learner, batch)[i]).square().mean()
         torch.testing.assert_close(loss[i], error * learner.weight(batch["t"][i : i + 1])[0].float())
 
 
 def test_snr_plus_one_is_the_plain_error_in_v() -> None:
     learner = bc(weighting="snr_plus_one")
     batch = collected(learner)
-    x_t, t, x_tgt = (batch[key].double() if key != "t" else batch[key] for key in ("x_t", "t", "x_tgt"))
+    batch["x_t"], batch["x_s"] = batch["x_t"].double(), batch["x_s"].double()
+    x_t, t, x_tgt = batch["x_t"], batch["t"], target(learner, batch)
     learner.student.double()
     alpha, sigma = learner.expert.schedule(t, x_t)
     v_tgt = alpha * (x_t - alpha * x_tgt) / sigma - sigma * x_tgt
     with torch.no_grad():
         plain = (learner.student.network(x_t, t.double(), None) - v_tgt).square().mean(1)  # this student predicts v
-        loss = learner.loss(TensorDict({"x_t": x_t, "t": t.double(), "x_tgt": x_tgt}, batch_size=batch.batch_size))
+        loss = learner.loss(batch.set("t", t.double()).set("s", batch["s"].double()))
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
 
 
@@ -218,9 +224,10 @@ def test_priorities_are_the_last_losses() -> None:
     losses = []
     update = learner.update
 
-    def recorded(batch: TensorDict) -> tuple[Tensor, Tensor]:
-        losses.append((batch["index"], update(batch)[0]))
-        return losses[-1][1], torch.ones(())
+    def recorded(batch: TensorDict) -> dict[str, Tensor]:
+        measured = update(batch)
+        losses.append((batch["index"], measured["loss"]))
+        return measured
 
     learner.update = recorded  # type: ignore[method-assign]
     learn(learner)
@@ -282,7 +289,7 @@ def test_the_average_is_exponential(decay: float) -> None:
 
 def test_the_rate_warms_up_and_falls_to_0() -> None:
     learner = bc(num_updates=10, warmup_updates=3, learning_rate=1.0)
-    rates = [learner._warm_up_then_linear(step) for step in range(11)]
+    rates = [learner.trainables["student"]._warm_up_then_linear(step) for step in range(11)]
     assert rates[:3] == pytest.approx([0.25, 0.5, 0.75])
     assert rates[3:] == pytest.approx([0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
 
@@ -360,7 +367,7 @@ def test_a_single_poisoned_source_is_named_alone() -> None:
     learner = dagger()
     learner.collect()
     states = collected(learner)
-    states["x_tgt"][states["source"] == 1] = torch.inf
+    states["x_s"][states["source"] == 1] = torch.inf
     learner.buffer.extend(states)
     learner.collect = lambda: None  # type: ignore[method-assign]
     with pytest.raises(FloatingPointError) as caught:
@@ -507,7 +514,7 @@ def test_a_manifest_says_what_was_saved(saved: Path) -> None:
         ({"gradient_accumulation": 3}, "batch_size=16 does not divide into gradient_accumulation=3 parts"),
         ({"mixed_precision": "fp8"}, "unknown mixed_precision 'fp8'; choose one of: no, fp16, bf16"),
         ({"weighting": "snr"}, "unknown weighting 'snr'; choose one of: truncated_snr, snr_plus_one"),
-        ({"collect_size": 3, "beta": Beta(0, 0, 1)}, "collect_size=3: its shares .* hold not one rollout of num_steps=4 states"),
+        ({"collect_size": 3, "beta": Beta(0, 0, 1)}, "collect_size=3: its shares .* hold not one rollout of 4 states"),
     ],
 )
 def test_a_bad_setting_is_refused_with_its_value_and_the_rule(changed: dict[str, Any], message: str) -> None:
@@ -537,7 +544,7 @@ def test_the_first_step_of_a_second_learn_has_a_learning_rate() -> None:
     before = agent.step
     agent.learn(1, progress=False)
     assert agent.step == before + 1
-    assert agent.last_learning_rate > 0
+    assert agent.trainables["student"].last_learning_rate > 0
 
 
 def test_the_averaged_student_is_in_eval_mode() -> None:

@@ -1,0 +1,261 @@
+"""Distribution matching distillation (Yin et al. 2024, "DMD2"), on DDIL's mixture of states ("DMD2 + DDIL", DDIL §4.2).
+
+The student's sample x = x̂_0(x_{t_j}, t_j, c) is diffused to τ, and the teacher's and a critic's estimates of it are compared:
+
+    x_τ  = α_τ x + σ_τ ε ,   τ ~ U[20, 980]
+    g    = (x̂_fake(x_τ) − x̂_real(x_τ)) / mean |x − x̂_real|       DMD Eq. 7–8; x̂_real is guided
+    L    = ½ ‖x − sg(x − g)‖²                                     whose gradient in x is g
+    L_φ  = ‖ε̂_φ(x_τ, τ, c) − ε‖² ,   τ ~ U[1, T)                  the critic, on the student's samples (or in the expert's own v, u)
+
+The critic takes a step in every update, the student in each `critic_updates`-th (two time scales), both on the same samples.
+One index j is drawn for each collection; the input x_{t_j} is, by source,
+
+    student:  steps 0 … j−1 of the student with fresh noise in each (DMD2's backward simulation), x̂_0 diffused to t_j anew
+    teacher:  steps 0 … j−1 of the teacher's DDIM; with p_expert the two alternate within a trajectory
+    forward:  data, diffused to t_j
+
+and at j = 0 pure noise, whatever the source. Gradient flows through the last step alone.
+
+    python -m ddil_agents.dmd2 --env digits --beta.teacher .5 --beta.student .5
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from ddil_agents.beta import Beta
+from ddil_agents.collect import Collector
+from ddil_agents.critic import Critic
+from ddil_agents.learner import Learner, LearnerConfig
+from ddil_env import Expert, Prediction, StudentPolicy, Support
+from ddil_env.mdp import Kernel
+from ddil_env.schedule import GridKind, broadcast
+from ddil_env.support import Role
+
+
+@dataclass(frozen=True)
+class DMD2Config(LearnerConfig):
+    """Settings of distribution matching distillation."""
+
+    grid: GridKind = "dmd2"
+    """The N times: dmd2, 999, 749, 499, 249; or linspace, trailing, lcm."""
+    beta: Beta = field(default_factory=lambda: Beta(forward=0.0, student=1.0))
+    """Source priors; (0, 0, 1) is DMD2's backward simulation, (1, 0, 0) its training on diffused data."""
+    noise_level: float | None = None
+    """Unroll to the grid's time nearest to this one, in every collection; null: to a random one."""
+    on_policy: bool = True
+    """Each update trains on its own rollouts; collect_size and updates_per_collect then say nothing. false: states are replayed."""
+    critic_updates: int = 5
+    """R: the student takes a step in each R-th update, the critic in all."""
+    critic_learning_rate: float = 1e-3
+    """AdamW's, of the critic."""
+    gan_weight: float = 0.0
+    """Of the adversarial loss in the student's step; 0 builds no discriminator. Needs data."""
+    discriminator_weight: float = 1e-2
+    """Of the discriminator's loss in the critic's step."""
+    learning_rate: float = 1e-4
+    """AdamW's, of the student."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low in (("critic_updates", 1), ("gan_weight", 0), ("discriminator_weight", 0)):
+            if not low <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: need at least {low}")
+        if not 0 < self.critic_learning_rate < math.inf:
+            raise ValueError(f"critic_learning_rate={self.critic_learning_rate}: need a positive, finite number")
+        if self.guidance_range is not None:
+            raise ValueError(f"guidance_range={self.guidance_range}: DMD2 matches one distribution; set guidance_scale, the real score's")
+        if self.prioritised:
+            raise ValueError("prioritised=true: DMD2's loss says how large a step is, not how wrong a state; leave it false")
+
+    @property
+    def units(self) -> tuple[int, int, int]:
+        return 1, 1, 1
+
+
+class BackwardSimulation(Collector):
+    """States at one time t_j of the student's grid a collection, unlabelled: the feedback depends on the critic.
+
+    Args:
+        noise_level: Of t_j, if it is fixed.
+    """
+
+    def __init__(self, *args: Any, noise_level: float | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        distance = None if noise_level is None else (self.grid.times[:-1] - noise_level).abs()
+        self.fixed = None if distance is None else int(distance.argmin())
+        self.j = 0
+
+    def collect(self, n: int, beta: tuple[float, float, float], version: int) -> TensorDict:
+        drawn = torch.randint(self.grid.num_steps, (1,), generator=self.streams["time"], device=self.expert.device)
+        self.j = int(drawn) if self.fixed is None else self.fixed  # one wait for the device a collection
+        return super().collect(n, beta, version)
+
+    def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:
+        """n states in all, each of source i with probability βᵢ."""
+        shares = torch.tensor(beta, dtype=torch.float64, device=self.expert.device)
+        source = torch.multinomial(shares, n, replacement=True, generator=self.streams["mixture"])
+        return torch.bincount(source, minlength=3).tolist()
+
+    def forward(self, n: int) -> TensorDict:
+        x_0, c = self.expert.sample_data(n, self.streams["data"])
+        eps = torch.randn(x_0.shape, generator=self.streams["noise"], device=x_0.device)
+        t = self.grid.times[self.j].expand(n)
+        # At the first step the sampler meets pure noise, and diffused data still hold some signal (√ᾱ_999 = .068 in Stable Diffusion).
+        x_t = self.expert.schedule.add_noise(x_0, eps, t) if self.j else eps
+        return self._arrived(x_t, c, torch.zeros(n, 0, dtype=torch.bool, device=x_0.device))
+
+    def rollout(self, n: int, p_expert: float) -> TensorDict:
+        stream, device = self.streams["rollout"], self.expert.device
+        x_t = torch.randn(n, *self.expert.sample_shape, generator=stream, device=device)
+        c = self.expert.sample_condition(n, stream)
+        by_expert = torch.rand(n, self.j, generator=stream, device=device) < p_expert
+        for i, (t, s) in enumerate(pairwise(self.grid.times[: self.j + 1])):
+            t, s = t.expand(n), s.expand(n)
+            x_s = self.expert_policy.act(x_t, t, s, c) if p_expert > 0 else None
+            x_t = self.follow(x_t, t, s, c, None, x_s, by_expert[:, i], p_expert)
+        return self._arrived(x_t, c, by_expert)
+
+    def _arrived(self, x_t: Tensor, c: Tensor | None, by_expert: Tensor) -> TensorDict:
+        t = self.grid.times[self.j].repeat(len(x_t))
+        actors = torch.zeros(len(x_t), self.grid.num_steps, dtype=torch.bool, device=x_t.device)
+        actors[:, : by_expert.shape[1]] = by_expert
+        return self.states(x_t=x_t, t=t, s=self.grid.previous(t), c=c, actors=actors, nfe=0)
+
+
+class DistributionMatching(Learner):
+    """DMD2 on the β-mixture of states.
+
+    Raises:
+        ValueError: the GAN loss is asked for and the expert has no data, or names no layer for it.
+    """
+
+    name = "dmd2"
+    Config: ClassVar[type[LearnerConfig]] = DMD2Config
+    config: DMD2Config
+    kernel: ClassVar[Kernel] = "renoise"
+    roles: ClassVar[tuple[Role, ...]] = ("teacher", "student", "critic")
+
+    def __init__(self, expert: Expert | str, config: DMD2Config | None = None, support: Support | None = None) -> None:
+        super().__init__(expert, config, support)
+        twin = copy.deepcopy(self.trainables["student"].bare)
+        if self.config.gan_weight:
+            self.expert.sample_data(1)  # or the error that says that there are none
+            critic = Critic(twin, self.expert.critic_features(twin))
+            critic.build_head(torch.zeros(1, *self.expert.sample_shape, device=self.expert.device), self.grid.times[:1], self.expert)
+        else:
+            critic = Critic(twin)
+        twin.nfe = 0
+        self.trainables["critic"] = self.trainable(critic, self.config.critic_learning_rate, self.horizon)
+
+    def generate(self, batch: TensorDict) -> Tensor:
+        """x, the student's sample from each state, (b, *sample_shape)."""
+        pred = self.student(batch["x_t"], batch["t"], batch.get("c", None))
+        return pred.projected(self.thresholds["student"], straight_through=True).x_0
+
+    def loss(self, batch: TensorDict) -> Tensor:
+        c, schedule, critic = batch.get("c", None), self.expert.schedule, self.trainables["critic"].network
+        x = self.generate(batch)
+        batch["x"] = x.detach()
+        tau, eps = self.diffusion(x, 0.02, 0.98)
+        x_tau = schedule.add_noise(x if self.config.gan_weight else x.detach(), eps, tau)
+        fake, realness = critic(x_tau, tau, c)
+        with torch.no_grad():
+            x_fake = fake.projected(self.thresholds["critic"]).x_0
+            x_real = self.expert.guided(x_tau, tau, c, self.reference.guidance_scale).projected(self.thresholds["teacher"]).x_0
+            scale = (x - x_real).abs().flatten(1).mean(1) + 1e-6  # mean |x − x̂_real|, (b,)
+            g = (x_fake - x_real) / broadcast(scale, x)
+        matching = 0.5 * (x - (x - g).detach()).square().flatten(1).mean(1)  # ½ ‖x − sg(x − g)‖², (b,)
+        return matching + self.config.gan_weight * softplus(-realness)
+
+    def critic_loss(self, batch: TensorDict) -> Tensor:
+        """‖ε̂_φ − ε‖² of each sample, in the critic's own prediction type, and the discriminator's loss, (b,)."""
+        x, c, critic = batch["x"], batch.get("c", None), self.trainables["critic"]
+        tau, eps = self.diffusion(x, 0.0, 1.0)
+        x_tau = self.expert.schedule.add_noise(x, eps, tau)
+        if not self.config.gan_weight:
+            fake, _ = critic.network(x_tau, tau, c)
+            return self._denoising_error(fake, x, eps)
+        real, c_real = self.expert.sample_data(len(x), self.collector.streams["real"])
+        real_eps = torch.randn(x.shape, generator=self.collector.streams["real"], device=x.device)
+        real_tau = self.expert.schedule.add_noise(real, real_eps, tau)
+        both = None if c is None or c_real is None else torch.cat([c, c_real])
+        pred, realness = critic.network(torch.cat([x_tau, real_tau]), torch.cat([tau, tau]), both)  # one forward for both
+        of_fake, of_real = realness.chunk(2)
+        fake = Prediction(pred.x_0[: len(x)], pred.eps[: len(x)], tau, self.expert.schedule)
+        return self._denoising_error(fake, x, eps) + self.config.discriminator_weight * (softplus(of_fake) + softplus(-of_real))
+
+    def _denoising_error(self, pred: Prediction, x: Tensor, eps: Tensor) -> Tensor:
+        kind = self.trainables["critic"].bare.denoiser.prediction_type
+        truth = Prediction(x, eps, pred.t, self.expert.schedule)
+        return (pred.output(kind) - truth.output(kind)).square().flatten(1).mean(1)
+
+    def diffusion(self, x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+        """τ ~ U[low, high] of the chain, above 0, (b,) and ε of x's shape."""
+        schedule, stream = self.expert.schedule, self.collector.streams["loss"]
+        u = torch.rand(len(x), generator=stream, device=x.device)
+        tau = (low + (high - low) * u) * schedule.num_train_steps
+        tau = tau.floor().clamp(1, schedule.t_max) if schedule.discrete else tau.clamp(min=1)
+        return tau, torch.randn(x.shape, generator=stream, device=x.device)
+
+    def update(self, batch: TensorDict) -> dict[str, Tensor]:
+        """The student's step where it is due, and the critic's on the same samples."""
+        before, parts, measured = self.expert.nfe, self.parts(batch), {}
+        student, critic = self.trainables["student"], self.trainables["critic"]
+        if self.step % self.config.critic_updates == 0:
+            critic.bare.requires_grad_(False)
+            measured["loss"], measured["grad_norm"] = student.minimise(self.loss, parts)
+            critic.bare.requires_grad_(True)
+            self.ema.update_parameters(student.bare)
+        else:
+            with torch.no_grad():
+                for part in parts:
+                    part["x"] = self.generate(part)
+        measured["critic_loss"], measured["critic_grad_norm"] = critic.minimise(self.critic_loss, parts)
+        self.step += 1
+        self.teacher_nfe += self.expert.nfe - before
+        return measured
+
+    def collect(self) -> TensorDict:
+        self.fresh = super().collect()
+        return self.fresh
+
+    def draw(self) -> TensorDict:
+        return self.fresh if self.config.on_policy else super().draw()
+
+    def collection(self) -> tuple[int, int]:
+        return (self.config.batch_size, 1) if self.config.on_policy else super().collection()
+
+    def turns(self, network: str, updates: int) -> int:
+        return -(-updates // self.config.critic_updates) if network == "student" else updates
+
+    def make_collector(self, student_policy: StudentPolicy) -> BackwardSimulation:
+        config = self.config
+        return BackwardSimulation(
+            self.expert_policy,
+            student_policy,
+            self.grid,
+            config.seed,
+            kernel=self.kernel,
+            p_expert=config.p_expert,
+            noise_level=config.noise_level,
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    from ddil_agents.cli import run
+
+    run(DistributionMatching, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Latent consistency distillation (Luo et al. 2023), on DDIL's mixture of states ("LCM + DDIL", DDIL §4.2).
+
+The student is a consistency function: whatever the time, it names the end of the ODE's trajectory.
+
+    f(x, t) = c_skip(t) x + c_out(t) x̂_0(x, t) ,   f(x, 0) = x
+    c_skip  = σ_d²/((10 t)² + σ_d²) ,  c_out = 10 t/√((10 t)² + σ_d²) ,  σ_d = 0.5
+    L       = d(f_θ(x_t, t, c, w), f_θ⁻(x̂_s, s, c, w)) ,   d = √(e² + h²) − h         Alg. 1; θ⁻ the average
+
+x̂_s is one guided DDIM step of the teacher over 50 solver times, s = max(t − 20, 0). It does not depend on the student, so
+the buffer holds it. Forward states lie on the solver's times; the student is unrolled in 3, 4 or 5 inference steps, with fresh noise
+in each. The teacher's own trajectories (data-free) are those of its solver.
+
+    python -m ddil_agents.lcm --env digits --beta.forward .5 --beta.student .5
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from ddil_agents.collect import Collector
+from ddil_agents.learner import Learner, LearnerConfig
+from ddil_env import ExpertPolicy, NetworkDenoiser, Prediction, StudentPolicy, TimeGrid
+from ddil_env.mdp import Kernel
+from ddil_env.schedule import LCM_SOLVER_STEPS, GridKind, broadcast, lcm_times
+
+Distance = Literal["huber", "l2"]
+SIGMA_DATA = 0.5
+TIME_SCALE = 10.0
+
+
+@dataclass(frozen=True)
+class LCMConfig(LearnerConfig):
+    """Settings of latent consistency distillation."""
+
+    grid: GridKind = "lcm"
+    """The N times: lcm, on which the student was trained; or linspace, dmd2, trailing."""
+    ema: float = 0.95
+    """Decay of the averaged student: the target, and the one that is evaluated and saved."""
+    solver_steps: int = LCM_SOLVER_STEPS
+    """Teacher times that consistency is asked between."""
+    inference_steps: tuple[int, ...] = (3, 4, 5)
+    """A student rollout takes one of these numbers of steps, drawn anew for each collection."""
+    distance: Distance = "huber"
+    """huber, √(e² + h²) − h; or l2, e²."""
+    huber_h: float = 1e-3
+    """h of the Huber distance."""
+
+    def __post_init__(self) -> None:
+        if not self.inference_steps or not all(1 <= n <= self.solver_steps for n in self.inference_steps):
+            raise ValueError(f"inference_steps={self.inference_steps}: need whole numbers from 1 to solver_steps={self.solver_steps}")
+        super().__post_init__()
+        if self.distance not in get_args(Distance):
+            raise ValueError(f"unknown distance {self.distance!r}; choose one of: {', '.join(get_args(Distance))}")
+        if not self.huber_h > 0:
+            raise ValueError(f"huber_h={self.huber_h}: need a positive number")
+        if self.p_expert:
+            raise ValueError(f"p_expert={self.p_expert}: the expert takes no consistency steps, so LCM has no mixed rollouts; use 0")
+
+    @property
+    def units(self) -> tuple[int, int, int]:
+        return 1, self.solver_steps, max(self.inference_steps)
+
+
+class ConsistencyDenoiser(NetworkDenoiser):
+    """A denoiser read as a consistency function: its x̂_0 is f(x_t, t), and its ε̂ goes with it."""
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
+        pred = super().forward(x_t, t, c, w)
+        scaled = TIME_SCALE * t.double()
+        c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
+        c_out = scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
+        f = broadcast(c_skip.to(pred.x_0.dtype), x_t) * x_t + broadcast(c_out.to(pred.x_0.dtype), x_t) * pred.x_0
+        alpha, sigma = self.schedule(t, f)
+        return Prediction(f, pred.eps + alpha / sigma * (pred.x_0 - f), t, self.schedule)
+
+
+class LCMCollector(Collector):
+    """Teacher rollouts over the solver's times, student rollouts over a few of them.
+
+    Args:
+        inference_steps: A student rollout takes one of these numbers of steps.
+    """
+
+    def __init__(self, *args: Any, inference_steps: tuple[int, ...], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.inference_steps = inference_steps
+        self.n = inference_steps[0]
+
+    def units(self) -> tuple[int, int, int]:
+        drawn = torch.randint(len(self.inference_steps), (1,), generator=self.streams["rollout"], device=self.expert.device)
+        self.n = self.inference_steps[int(drawn)]  # one wait for the device a collection
+        return 1, self.grid.num_steps, self.n
+
+    def visited(self, p_expert: float) -> Tensor:
+        return self.grid.times if p_expert >= 1 else lcm_times(self.grid, self.n)
+
+
+class LatentConsistency(Learner):
+    """Consistency distillation on the β-mixture of states; β = (1, 0, 0) is LCM."""
+
+    name = "lcm"
+    Config: ClassVar[type[LearnerConfig]] = LCMConfig
+    config: LCMConfig
+    kernel: ClassVar[Kernel] = "renoise"
+
+    def loss(self, batch: TensorDict) -> Tensor:
+        x_t, t, x_s, s, c, w = (batch.get(key, None) for key in ("x_t", "t", "x_s", "s", "c", "w"))
+        with torch.no_grad():
+            target = self.thresholds["target"].project(self.average(x_s, s, c, w).x_0)  # f_θ⁻(x̂_s, s, c, w)
+        pred = self.student(x_t, t, c, w).projected(self.thresholds["student"], straight_through=True)
+        return self.distance(pred.x_0 - target).flatten(1).mean(1)  # d(f_θ(x_t, t, c, w), f_θ⁻), (b,)
+
+    def distance(self, error: Tensor) -> Tensor:
+        """d of each entry."""
+        h = self.config.huber_h
+        return (error.square() + h**2).sqrt() - h if self.config.distance == "huber" else error.square()
+
+    def make_student(self, **options: Any) -> NetworkDenoiser:
+        student = super().make_student(**options)
+        return ConsistencyDenoiser(student.network, student.schedule, student.prediction_type, student.guidance_embedding)
+
+    def labeller(self) -> ExpertPolicy:
+        """One DDIM step of the solver, whose last time is level ᾱ_0 and not the data, where f is the identity all the same."""
+        return ExpertPolicy(
+            self.expert,
+            1,
+            self.config.guidance_scale,
+            project="teacher" in self.config.thresholding.roles,
+            support=self.thresholds["teacher"],
+            schedule=self.expert.schedule.ending_at_alpha_0(),
+        )
+
+    def make_collector(self, student_policy: StudentPolicy) -> LCMCollector:
+        config = self.config
+        solver = TimeGrid(self.expert.schedule, config.solver_steps, "trailing").to(self.expert.device)
+        return LCMCollector(
+            self.expert_policy,
+            student_policy,
+            solver,
+            config.seed,
+            kernel=self.kernel,
+            guidance_range=config.guidance_range,
+            inference_steps=config.inference_steps,
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    from ddil_agents.cli import run
+
+    run(LatentConsistency, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Stages: a chain of runs in one command, each student starting from the last one's weights.
+
+    stages:                                              # progressive distillation, Salimans & Ho 2021, Alg. 2
+      - {num_steps: 16, num_updates: 5000}               # 32 → 16; its teacher is the expert
+      - {num_steps: 8, num_updates: 6000}                # 16 → 8; its teacher is the last stage's student
+      - {num_steps: 8, num_updates: 4000, expert: same}  # the same teacher again, with a new warm-up (DDIL §5)
+
+Conversion and guidance conditioning are stages too, with as many student steps as teacher steps: one step of the student is
+then one of the teacher, and the target is the teacher's own x̂_0. Each stage is an ordinary run in `stage_N/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from ddil_agents.checkpoint import checkpoints, read_support
+from ddil_agents.collect import stream_seed
+from ddil_agents.learner import Learner, LearnerConfig
+from ddil_env import Expert
+from ddil_env.experts.distilled import Distilled
+
+TEACHERS = ("last", "same", "original")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One run of the chain.
+
+    Attributes:
+        config: Its settings.
+        teacher: last, same or original.
+        directory: Its place below the run's, `.` where it is the only one.
+    """
+
+    config: LearnerConfig
+    teacher: str
+    directory: str
+
+
+def plan(config: LearnerConfig) -> list[Stage]:
+    """Every stage's settings, checked before the first begins.
+
+    `teacher_steps` of a stage defaults to the steps of its teacher: of the last student, or of the last stage's teacher.
+
+    Raises:
+        ValueError: a setting that does not exist or does not fit, an unknown teacher; names the stage.
+    """
+    if not config.stages:
+        return [Stage(config, "original", ".")]
+    stages: list[Stage] = []
+    absorbed = False  # whether the teacher's guidance is built into its weights
+    for number, changes in enumerate(config.stages, 1):
+        changes = dict(changes)
+        teacher = changes.pop("expert", "last" if stages else "original")
+        try:
+            if teacher not in TEACHERS or (not stages and teacher != "original"):
+                raise ValueError(f"expert={teacher!r}: choose one of {', '.join(TEACHERS)}; the first stage's is the original")
+            if "stages" in changes:
+                raise ValueError("a stage has no stages of its own")
+            last = stages[-1].config if stages else config
+            steps = {"last": last.num_steps, "same": last.teacher_steps, "original": config.teacher_steps}[teacher]
+            absorbed = {"last": last.guidance_range is None, "same": absorbed, "original": False}[teacher]
+            own = {"teacher_steps": steps, "seed": stream_seed(config.seed, f"stage {number}") % 2**31} | changes
+            if absorbed:
+                own |= {"guidance_scale": None, "guidance_range": None}
+            made = _changed(config, own)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"stage {number} of {len(config.stages)}: {error}") from error
+        stages.append(Stage(made, teacher, f"stage_{number}"))
+    return stages
+
+
+def _changed(config: LearnerConfig, changes: dict[str, Any]) -> LearnerConfig:
+    """The config with some settings changed, of nested ones those that are given; types are checked as in a YAML file."""
+    settings = dataclasses.asdict(config) | {"stages": []}
+    for key, value in changes.items():
+        nested = isinstance(value, dict) and dataclasses.is_dataclass(getattr(config, key, None))
+        settings[key] = settings[key] | value if nested else value
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(type(config), None)
+    try:
+        made = parser.instantiate(parser.parse_object(settings))
+    except Exception as error:  # jsonargparse raises its own, argparse's and the config's
+        raise ValueError(str(error)) from error
+    return type(config)(**{f.name: getattr(made, f.name) for f in dataclasses.fields(config)})
+
+
+def learners(agent: type[Learner], expert: Expert, stages: list[Stage], out: Path | None = None) -> Iterator[tuple[Stage, Learner]]:
+    """Each stage's learner, when the one before it has been trained; one that an earlier run finished or began is taken up.
+
+    Args:
+        agent: The learner's class.
+        expert: The original teacher.
+        stages: From `plan`.
+        out: The run directory to take up, if any.
+    """
+    teacher = expert
+    last: Learner | None = None
+    for stage in stages:
+        if last is not None and stage.teacher == "last":
+            told = None if last.config.guidance_range is None else last.reference.guidance_scale
+            teacher = Distilled(expert, last.average, told)
+        elif stage.teacher == "original":
+            teacher = expert
+        place = None if out is None else out / stage.directory
+        support = None if place is None else read_support(place)
+        if support is None and last is not None and last.config.thresholding == stage.config.thresholding:
+            support = last.support
+        learner = agent(teacher, stage.config, support)
+        if last is not None:
+            learner.start_from(last.average)
+        if place is not None and checkpoints(place / "checkpoints"):
+            learner.load(place / "checkpoints")
+        yield stage, learner
+        last = learner
+
+
+def judged(config: LearnerConfig, stage: LearnerConfig) -> LearnerConfig:
+    """A stage's settings as its student is judged: against the original teacher, at the run's own teacher_steps.
+
+    Where those are no multiple of the stage's steps, against the teacher in as many steps as the student.
+    """
+    steps = config.teacher_steps if config.teacher_steps % stage.num_steps == 0 else stage.num_steps
+    return dataclasses.replace(stage, teacher_steps=steps, guidance_scale=config.guidance_scale, stages=())

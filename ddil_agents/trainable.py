@@ -1,0 +1,88 @@
+"""A network that learns: its optimiser, warm-up, clipping and accumulation. A learner has one for each of its networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ddil_agents.learner import LearnerConfig
+
+Loss = Callable[[TensorDict], Tensor]
+
+
+class Trainable:
+    """AdamW on one network, its rate rising over the warm-up and then falling linearly to 0 at the horizon.
+
+    Args:
+        network: What learns.
+        config: Momenta, weight decay, warm-up and clipping.
+        accelerator: Places, casts and scales.
+        learning_rate: After warm-up.
+        horizon: Gradient steps of this network over the run.
+    """
+
+    def __init__(self, network: nn.Module, config: LearnerConfig, accelerator: Accelerator, learning_rate: float, horizon: int) -> None:
+        optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay)
+        self.config, self.accelerator, self.horizon = config, accelerator, horizon
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._warm_up_then_linear)
+        self.network, self.optimizer = accelerator.prepare(network, optimizer)
+        self.last_learning_rate = 0.0
+
+    @property
+    def bare(self) -> Any:
+        """The network itself, out of whatever the accelerator wrapped it in."""
+        return self.accelerator.unwrap_model(self.network)
+
+    def minimise(self, loss: Loss, parts: Sequence[TensorDict]) -> tuple[Tensor, Tensor]:
+        """One gradient step.
+
+        Args:
+            loss: The loss of each state of a part, (b,).
+            parts: The batch in `gradient_accumulation` parts of equal size.
+
+        Returns:
+            The loss of each state (b,) and the gradient's norm before clipping, both on the device.
+        """
+        losses = []
+        self.accelerator.gradient_accumulation_steps = len(parts)  # accelerate keeps one number a process
+        for part in parts:
+            with self.accelerator.accumulate(self.network):
+                each = loss(part)
+                self.accelerator.backward(each.mean())
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                losses.append(each.detach())
+        self.last_learning_rate = float(self.optimizer.param_groups[0]["lr"])
+        self.scheduler.step()
+        return torch.cat(losses), torch.as_tensor(norm)
+
+    def extend_to(self, horizon: int) -> None:
+        """Moves the horizon; the rate of the next step is that of the new course."""
+        self.horizon = horizon
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * self._warm_up_then_linear(self.scheduler.last_epoch)
+
+    def _warm_up_then_linear(self, step: int) -> float:
+        """Rises over the warm-up, then falls linearly, to reach 0 one step after the last."""
+        return min((step + 1) / (self.config.warmup_updates + 1), max(self.horizon - step, 0) / self.horizon)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "network": self.bare.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "last_epoch": self.scheduler.last_epoch,
+            "horizon": self.horizon,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bare.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.last_epoch, self.horizon = state["last_epoch"], state["horizon"]
