@@ -5,9 +5,11 @@ The student at (x_t, t) learns the one x̂_0 whose DDIM step t → s lands where
     x_tgt = (x_s − r x_t)/(α_s − r α_t) ,  r = σ_s/σ_t          App. G
     L     = w_t ‖x̂_θ(x_t, t, c) − x_tgt‖²                        §4; w_t = max(α²/σ², 1) or 1 + α²/σ²
 
-on states of forward-diffused data alone, β = (1, 0, 0), or data-free on the teacher's own trajectories.
+on states of forward-diffused data alone, β = (1, 0, 0), or data-free on the teacher's own trajectories. The whole method
+is a chain of such runs, 32 → 16 → 8 → 4 → 2, and before it a change of the prediction type and guidance conditioning (stages.py).
 
     python -m ddil_agents.bc --env digits --num_steps 4
+    python -m ddil_agents.bc --env digits --config staged
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class BehaviourCloning(Learner):
         super().__init__(expert, config, support)
 
     def loss(self, batch: TensorDict) -> Tensor:
-        x_t, t, x_s, s, c, w = (batch.get(key, None) for key in ("x_t", "t", "x_s", "s", "c", "w"))
+        x_t, t, x_s, s, c, w = (batch.get(key, None) for key in ("x_t", "t", "x_s", "s", "c", "w"))  # x_s: k teacher steps from x_t
         x_tgt = invert_ddim(self.expert.schedule, x_t, t, x_s, s).projected(self.thresholds["target"]).x_0
         x_hat = self.student(x_t, t, c, w).projected(self.thresholds["student"], straight_through=True).x_0
         return self.weight(t).to(x_hat.dtype) * (x_hat - x_tgt).square().flatten(1).mean(1)  # ‖x̂_θ − x_tgt‖² per entry, (b,)

@@ -39,7 +39,7 @@ from ddil_agents.learner import Learner, LearnerConfig
 from ddil_env import Expert, Prediction, StudentPolicy, Support
 from ddil_env.mdp import Kernel
 from ddil_env.schedule import GridKind, broadcast
-from ddil_env.support import Role
+from ddil_env.support import Role, Thresholding
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ class DMD2Config(LearnerConfig):
     """The N times: dmd2, 999, 749, 499, 249; or linspace, trailing, lcm."""
     beta: Beta = field(default_factory=lambda: Beta(forward=0.0, student=1.0))
     """Source priors; (0, 0, 1) is DMD2's backward simulation, (1, 0, 0) its training on diffused data."""
+    thresholding: Thresholding = field(default_factory=lambda: Thresholding(roles=("teacher", "student", "critic")))
+    """Reflected diffusion: which estimates are projected onto the data's support, and how. All three or none: a teacher that is
+    projected and a critic that is not differ at the support's edge even where they match."""
     noise_level: float | None = None
     """Unroll to the grid's time nearest to this one, in every collection; null: to a random one."""
     on_policy: bool = True

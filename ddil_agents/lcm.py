@@ -15,7 +15,7 @@ in each. The teacher's own trajectories (data-free) are those of its solver.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -27,6 +27,7 @@ from ddil_agents.learner import Learner, LearnerConfig
 from ddil_env import ExpertPolicy, NetworkDenoiser, Prediction, StudentPolicy, TimeGrid
 from ddil_env.mdp import Kernel
 from ddil_env.schedule import LCM_SOLVER_STEPS, GridKind, broadcast, lcm_times
+from ddil_env.support import Thresholding
 
 Distance = Literal["huber", "l2"]
 SIGMA_DATA = 0.5
@@ -39,6 +40,8 @@ class LCMConfig(LearnerConfig):
 
     grid: GridKind = "lcm"
     """The N times: lcm, on which the student was trained; or linspace, dmd2, trailing."""
+    thresholding: Thresholding = field(default_factory=lambda: Thresholding(roles=("teacher", "target")))
+    """Reflected diffusion: which estimates are projected onto the data's support, and how; the paper's are teacher and target."""
     ema: float = 0.95
     """Decay of the averaged student: the target, and the one that is evaluated and saved."""
     solver_steps: int = LCM_SOLVER_STEPS
@@ -91,9 +94,13 @@ class LCMCollector(Collector):
         self.inference_steps = inference_steps
         self.n = inference_steps[0]
 
+    def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:
+        if beta[2] > 0:
+            drawn = torch.randint(len(self.inference_steps), (1,), generator=self.streams["rollout"], device=self.expert.device)
+            self.n = self.inference_steps[int(drawn)]  # one wait for the device a collection
+        return super().counts(n, beta)
+
     def units(self) -> tuple[int, int, int]:
-        drawn = torch.randint(len(self.inference_steps), (1,), generator=self.streams["rollout"], device=self.expert.device)
-        self.n = self.inference_steps[int(drawn)]  # one wait for the device a collection
         return 1, self.grid.num_steps, self.n
 
     def visited(self, p_expert: float) -> Tensor:

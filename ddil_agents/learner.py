@@ -318,12 +318,12 @@ class Learner(ABC):
         """
         own = self.trainables["student"].bare
         try:
-            missing, _ = own.load_state_dict(student.state_dict(), strict=False)
+            missing, strange = own.load_state_dict(student.state_dict(), strict=False)
         except RuntimeError as error:
             raise ValueError(f"the student cannot start from the last one's weights: {error}") from error
-        fresh = self.config.guidance_range is not None and not student.guidance_embedding
-        if missing and not (fresh and len(missing) == 1):
-            raise ValueError(f"the student cannot start from the last one's weights, which lack {', '.join(missing)}")
+        embedding = len(missing) == 1 and self.config.guidance_range is not None and not student.guidance_embedding
+        if strange or (missing and not embedding):
+            raise ValueError(f"the student cannot start from the last one's weights: {[*missing, *strange][0]!r} is in one of them alone")
         self.average.load_state_dict(own.state_dict())
 
     @property

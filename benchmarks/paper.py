@@ -1,0 +1,269 @@
+"""Every method of the paper on the digits expert: baseline, + DDIL, + reflected + DDIL, over seeds.
+
+    python benchmarks/paper.py --jobs 2                # hours on two cores; goes on where it stopped
+    python benchmarks/paper.py --report_only           # the table, from the runs that are there
+
+PD is one staged run of 32 → 8 → 4 → 2 → 1 steps a seed, whose students are judged at their own steps. LCM is one student, sampled in
+1, 2, 4 and 8. DMD2 has a student for each number of steps. Within a method all variants take the same gradient steps,
+batches, initial weights and data; teacher and student forwards, rollouts included, are counted and shown. At batch 7 the
+paper's claim of stability is put to the test, unguided and with a guided real score, with the norms of the gradients.
+
+Every student of a seed starts from the same noise and conditions; distances are to the same data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ddil_agents.checkpoint import write_atomically
+from ddil_agents.cli import load_run
+from ddil_agents.evaluate import Evaluation, Judge, provenance
+from ddil_agents.train import read_metrics
+from ddil_env import Expert, ExpertPolicy, StudentPolicy, TimeGrid, load_expert
+from ddil_env.schedule import GridKind
+
+STEPS = (1, 2, 4, 8)
+METRICS = (
+    "frechet",
+    "coverage",
+    "recall",
+    "accuracy",
+    "frechet_to_expert",
+    "teacher_nfe",
+    "student_nfe",
+    "minutes",
+    "grad_norm",
+    "grad_norm_max",
+)
+# Two-sided 95 % points of Student's t by degrees of freedom.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+MIXED = "--beta.forward .5 --beta.teacher .1 --beta.student .4"
+PRIORS = {  # the baseline's and DDIL's, by method
+    "pd": ("--beta.forward 1 --beta.teacher 0 --beta.student 0", MIXED),
+    "lcm": ("--beta.forward 1 --beta.teacher 0 --beta.student 0", "--beta.forward .5 --beta.teacher 0 --beta.student .5"),
+    "dmd2": ("--beta.forward 0 --beta.teacher 0 --beta.student 1", "--beta.forward 0 --beta.teacher .5 --beta.student .5"),
+}
+ROLES = {"pd": "[teacher]", "lcm": "[teacher,target]", "dmd2": "[teacher,student,critic]"}  # who is thresholded, DDIL §4.1
+VARIANTS = ("baseline", "+ DDIL", "+ Reflected + DDIL")
+
+
+class Run(NamedTuple):
+    """One training run: its method, variant, seed and what else names it."""
+
+    method: str
+    variant: str
+    seed: int
+    num_steps: int = 4
+    batch: int | None = None
+    guidance: float = 1.0
+
+    @property
+    def row(self) -> str:
+        """The row that it belongs to."""
+        small = "" if self.batch is None else f", batch {self.batch}, guidance {self.guidance:g}"
+        return f"{self.method} {self.variant}{small}"
+
+    @property
+    def folder(self) -> str:
+        tag = self.row.replace(" ", "").replace(",", "-").replace("+", "-")
+        return f"{tag}-{self.num_steps}-s{self.seed}" if self.method == "dmd2" else f"{tag}-s{self.seed}"
+
+    def command(self, out: Path) -> list[str]:
+        """The command line that trains it."""
+        ddil, reflected = "DDIL" in self.variant, "Reflected" in self.variant
+        agent = {"pd": "dagger" if ddil else "bc"}.get(self.method, self.method)
+        settings = ["--config", "staged" if self.method == "pd" else "demo", *PRIORS[self.method][ddil].split()]
+        settings += ["--thresholding.roles", ROLES[self.method] if reflected else "[]"]
+        if self.method == "dmd2":
+            settings += ["--num_steps", str(self.num_steps)]
+        if self.batch is not None:
+            settings += ["--batch_size", str(self.batch), "--guidance_scale", str(self.guidance)]
+        settings += "--evaluate.n 20 --evaluate.n_action 1 --evaluate.also_steps [] --checkpoint_every 10000".split()
+        return [sys.executable, "-m", f"ddil_agents.{agent}", "--env", "digits", "--seed", str(self.seed), "--out", str(out), *settings]
+
+
+def plan(methods: list[str], seeds: list[int]) -> list[Run]:
+    """Every run, in the order of seeds, so that an interrupted benchmark has whole seeds."""
+    runs = []
+    for seed in seeds:
+        for method in ("pd", "lcm", "dmd2"):
+            steps = STEPS if method == "dmd2" else (4,)
+            runs += [Run(method, variant, seed, n) for n in steps for variant in VARIANTS if method in methods]
+        if "small" in methods:
+            small = ("baseline", "+ Reflected", "+ Reflected + DDIL")
+            runs += [Run("dmd2", variant, seed, 4, 7, w) for w in (1.0, 3.0) for variant in small]
+    return runs
+
+
+def train(run: Run, runs: Path) -> None:
+    """Trains a run if it is not there; resumes one that was cut short."""
+    out = runs / run.folder
+    if (out / "result.json").is_file():
+        return
+    command = run.command(out)
+    if (out / "config.yaml").is_file():
+        command = [*command[:3], "--resume", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # one run a core; more threads a run than cores would fight
+    with (runs / f"{run.folder}.log").open("w") as log:
+        if subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
+            print(f"{run.folder} failed: see {runs / run.folder}.log", flush=True)  # a diverged run is a result, and the rest goes on
+            return
+    print(f"{run.folder}: done", flush=True)
+
+
+def students(run: Run, out: Path, expert: Expert) -> dict[int, tuple[StudentPolicy, GridKind, str]]:
+    """The run's students by number of steps, each with its grid and kernel."""
+    learner = load_run(out)
+    kind, kernel = learner.config.grid, learner.kernel
+    if run.method == "pd":
+        found = {}
+        for stage in sorted(out.glob("stage_*")):
+            n = len(json.loads((stage / "result.json").read_text())["times"]) - 1
+            found[n] = StudentPolicy(expert.load_student(stage / "student"), expert, learner.student_policy.support), kind, kernel
+        return found
+    return {n: (learner.student_policy, kind, kernel) for n in (STEPS if run.method == "lcm" else (run.num_steps,))}
+
+
+def cost(run: Run, out: Path, steps: int) -> dict[str, float]:
+    """Forwards, minutes and gradient norms of the training up to the student of so many steps."""
+    rows = read_metrics(out / "metrics.jsonl")
+    if run.method == "pd":
+        stages = sorted(out.glob("stage_*"))
+        results = [json.loads((stage / "result.json").read_text()) for stage in stages]
+        needed = [i for i, result in enumerate(results) if len(result["times"]) - 1 >= steps]
+        nfe = {key: float(sum(results[i][key] for i in needed)) for key in ("teacher_nfe", "student_nfe")}
+        seconds = sum(read_metrics(stages[i] / "metrics.jsonl")[-1]["seconds"] for i in needed)
+    else:
+        nfe = {key: float(rows[-1][key]) for key in ("teacher_nfe", "student_nfe")}
+        seconds = rows[-1]["seconds"]
+    norms = [row["grad_norm"] for row in rows if row.get("grad_norm") is not None]
+    return nfe | {"minutes": seconds / 60, "grad_norm": statistics.fmean(norms), "grad_norm_max": max(norms)}
+
+
+def evaluate(runs: list[Run], root: Path, seed: int, n: int) -> dict[str, dict[str, float]]:
+    """Every model of one seed, by `row @steps`, against the same data from the same noise."""
+    path = root / f"evaluation-s{seed}-n{n}.json"
+    models: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+    judges: dict[float, Judge] = {}
+
+    def judge(guidance: float) -> tuple[Judge, Expert]:
+        if guidance not in judges:
+            expert = load_expert("digits", guidance_scale=guidance)
+            grid = TimeGrid(expert.schedule, 4)
+            judges[guidance] = Judge(ExpertPolicy(expert, 8), grid, Evaluation(n=n, seed=seed))
+        return judges[guidance], judges[guidance].expert
+
+    for guidance in sorted({run.guidance for run in runs}):
+        tag = "" if guidance == 1 else f", guidance {guidance:g}"
+        if f"teacher{tag} @32" not in models:
+            the, expert = judge(guidance)
+            for steps in (32, *STEPS):
+                models[f"teacher{tag} @{steps}"] = the.judge(ExpertPolicy(expert), TimeGrid(expert.schedule, steps))
+            models[f"held-out real{tag}"] = the.floors()["held_out_real"]
+            write_atomically(path, json.dumps(models, indent=1))
+    for run in runs:
+        out = root / run.folder
+        names = {steps: f"{run.row} @{steps}" for steps in ((run.num_steps,) if run.method == "dmd2" else STEPS)}
+        if all(name in models for name in names.values()) or not (out / "result.json").is_file():
+            continue
+        the, expert = judge(run.guidance)
+        for steps, (policy, kind, kernel) in students(run, out, expert).items():
+            grid = TimeGrid(expert.schedule, steps, kind)
+            models[names[steps]] = the.judge(policy, grid, kernel) | cost(run, out, steps)
+        write_atomically(path, json.dumps(models, indent=1))
+    return models
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % t-interval; NaN where there is one seed."""
+    half = T95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.fmean(values), half
+
+
+def summary(by_seed: dict[int, dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """Each model's metrics over seeds, and each variant's differences from its baseline, paired by seed."""
+    names = list(dict.fromkeys(name for models in by_seed.values() for name in models))
+    rows: dict[str, Any] = {}
+    for name in names:
+        there = [models[name] for models in by_seed.values() if name in models]
+        rows[name] = {key: (*interval(v), v) for key in METRICS if (v := [m[key] for m in there if m.get(key) is not None])}
+    paired: dict[str, Any] = {}
+    for name in names:
+        for variant in ("+ Reflected + DDIL", "+ DDIL", "+ Reflected"):
+            base = name.replace(variant, "baseline", 1)
+            if variant in name and base in names:
+                pairs = [(models[name], models[base]) for models in by_seed.values() if name in models and base in models]
+                paired[f"{name} − baseline"] = {
+                    key: (*interval(d), d) for key in METRICS if (d := [a[key] - b[key] for a, b in pairs if key in a and key in b])
+                }
+                break
+    return {"models": rows, "paired": paired}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The summary as Markdown tables."""
+    columns = {
+        "frechet": ("Fréchet ↓", 2), "coverage": ("coverage ↑", 3), "recall": ("recall ↑", 3), "accuracy": ("accuracy ↑", 3),
+        "frechet_to_expert": ("Fréchet to teacher ↓", 2), "teacher_nfe": ("teacher NFE", 0), "student_nfe": ("student NFE", 0),
+        "minutes": ("minutes", 1), "grad_norm": ("gradient norm", 3), "grad_norm_max": ("largest", 3),
+    }  # fmt: skip
+    lines = [f"| model | seeds | {' | '.join(heading for heading, _ in columns.values())} |", "|---|---|" + "---|" * len(columns)]
+
+    def order(name: str) -> tuple[int, str]:
+        return int(name.rpartition("@")[2]) if "@" in name else 99, name
+
+    for name in sorted(result["models"], key=order):
+        row = result["models"][name]
+        cells = [
+            f"{row[k][0]:,.{digits}f}" + (f" ± {row[k][1]:.{digits}f}" if digits else "") if k in row else "–"
+            for k, (_, digits) in columns.items()
+        ]
+        lines.append(f"| {name} | {len(row['frechet'][2])} | {' | '.join(cells)} |")
+    lines += ["", "| paired difference | Fréchet | coverage | recall | accuracy | gradient norm |", "|---|---|---|---|---|---|"]
+    for name in sorted(result["paired"], key=lambda n: order(n.removesuffix(" − baseline"))):
+        row = result["paired"][name]
+        keys = (("frechet", 2), ("coverage", 3), ("recall", 3), ("accuracy", 3), ("grad_norm", 3))
+        lines.append(f"| {name} | {' | '.join(f'{row[k][0]:+.{d}f} ± {row[k][1]:.{d}f}' if k in row else '–' for k, d in keys)} |")
+    lines += [
+        "",
+        f"n = {result['n']}, {result['extractor']}; {result['hardware']}, torch {result['torch']}, {result['date']}; mean ± 95 % over seeds.",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/paper-benchmark"), help="where the runs are kept")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/paper.json"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", default=["pd", "lcm", "dmd2", "small"], choices=["pd", "lcm", "dmd2", "small"])
+    parser.add_argument("--n", type=int, default=500, help="samples of an evaluation")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--report_only", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    runs = plan(args.methods, list(range(args.seeds)))
+    if not args.report_only:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda run: train(run, args.runs), runs))
+    by_seed = {seed: evaluate([r for r in runs if r.seed == seed], args.runs, seed, args.n) for seed in range(args.seeds)}
+    result = summary(by_seed) | {"n": args.n, "extractor": load_expert("digits").extractor, **provenance(torch.device("cpu"))}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1))
+    print(markdown(result))
+
+
+if __name__ == "__main__":
+    main()
