@@ -57,6 +57,10 @@ class LCMConfig(LearnerConfig):
         if not self.inference_steps or not all(1 <= n <= self.solver_steps for n in self.inference_steps):
             raise ValueError(f"inference_steps={self.inference_steps}: need whole numbers from 1 to solver_steps={self.solver_steps}")
         super().__post_init__()
+        if self.grid == "lcm" and self.solver_steps != LCM_SOLVER_STEPS:
+            raise ValueError(
+                f"solver_steps={self.solver_steps}: the grid lcm picks from {LCM_SOLVER_STEPS} times; set grid to one of linspace, trailing, dmd2"
+            )
         if self.distance not in get_args(Distance):
             raise ValueError(f"unknown distance {self.distance!r}; choose one of: {', '.join(get_args(Distance))}")
         if not self.huber_h > 0:
@@ -119,13 +123,15 @@ class LatentConsistency(Learner):
         x_t, t, x_s, s, c, w = (batch.get(key, None) for key in ("x_t", "t", "x_s", "s", "c", "w"))
         with torch.no_grad():
             target = self.thresholds["target"].project(self.average(x_s, s, c, w).x_0)  # f_θ⁻(x̂_s, s, c, w)
+        self.trainables["student"].bare.nfe += len(x_s)  # the average's forwards are the student's cost
         pred = self.student(x_t, t, c, w).projected(self.thresholds["student"], straight_through=True)
         return self.distance(pred.x_0 - target).flatten(1).mean(1)  # d(f_θ(x_t, t, c, w), f_θ⁻), (b,)
 
     def distance(self, error: Tensor) -> Tensor:
         """d of each entry."""
         h = self.config.huber_h
-        return (error.square() + h**2).sqrt() - h if self.config.distance == "huber" else error.square()
+        squared = error.square()  # √(e² + h²) − h, written so that nothing cancels as e → 0
+        return squared / ((squared + h**2).sqrt() + h) if self.config.distance == "huber" else squared
 
     def make_student(self, **options: Any) -> NetworkDenoiser:
         student = super().make_student(**options)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddil_env.expert import Denoiser, Expert, NoDataError
+from ddil_env.expert import Denoiser, Expert, NetworkDenoiser, NoDataError
 from ddil_env.schedule import NoiseSchedule, Prediction, TimeGrid
 
 
@@ -118,7 +118,8 @@ def _check_data(expert: Expert, generator: torch.Generator) -> None:
 
 def _check_student(expert: Expert, student: Denoiser, x_t: Tensor, t: Tensor, c: Tensor | None) -> None:
     before = student.nfe
-    pred = _tried(expert, "the student", lambda: student.predict(x_t, t, c))
+    told = (torch.full_like(t, expert.guidance_scale),) if isinstance(student, NetworkDenoiser) and student.guidance_embedding else ()
+    pred = _tried(expert, "the student", lambda: student.predict(x_t, t, c, *told))
     for name, value in (("x_0", pred.x_0), ("eps", pred.eps)):
         _require(value.shape == x_t.shape, expert, f"the student gave {name} of shape {tuple(value.shape)}; need {tuple(x_t.shape)}")
     _require(student.nfe - before == len(x_t), expert, f"the student counted {student.nfe - before} forwards for {len(x_t)} samples")

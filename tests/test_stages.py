@@ -223,6 +223,16 @@ def test_a_stage_costs_as_many_forwards_as_its_own_teacher_takes() -> None:
     assert costs == [2 * 32 * k for k in (2, 2, 4)]  # two collections
 
 
+def test_stages_that_threshold_alike_calibrate_once() -> None:
+    calibrated = {"kind": "quantile", "calibrate_on": "teacher", "samples": 20}
+    stages = chain(corners(), cloning({"thresholding": calibrated}, {"thresholding": calibrated}, {"thresholding": {"kind": "quantile"}}))
+    (_, first), (_, second), (_, third) = stages
+    assert first.teacher_nfe == 20 * 8
+    assert second.support is first.support
+    assert second.teacher_nfe == 0
+    assert third.support != first.support
+
+
 def test_a_second_part_warms_up_again() -> None:
     courses = []
     for _, learner in chain(corners(), cloning({"num_steps": 4}, {"num_steps": 2}, {"num_steps": 2, "expert": "same"}, learning_rate=4e-3)):
@@ -334,7 +344,7 @@ def test_a_told_student_stays_told_and_teaches_what_it_is_told() -> None:
     second = next(stages)[1]
     assert torch.equal(weights(second.student), weights(first.average))
     assert second.student.guidance_embedding
-    assert second.reference.guidance_scale == 2.0
+    assert second.expert.guidance_scale == second.reference.guidance_scale == 2.0
     batch = second.collector.collect(32, (1, 0, 0), 0)
     x_t, t, c, w, s = (batch[key] for key in ("x_t", "t", "c", "w", "s"))
     middle = (t + s) / 2

@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {
     "student": {"width": 16, "depth": 2},
 }
 OWN: dict[str, dict[str, Any]] = {
-    "lcm": {"solver_steps": 10, "inference_steps": (3,), "num_steps": 2},
+    "lcm": {"solver_steps": 10, "grid": "trailing", "inference_steps": (3,), "num_steps": 2},
     "dmd2": {"critic_updates": 2, "critic_learning_rate": 1e-2, "num_updates": 8},
 }
 each_agent = pytest.mark.parametrize("agent", AGENTS)
