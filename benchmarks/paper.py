@@ -87,9 +87,12 @@ class Run(NamedTuple):
         settings += ["--thresholding.roles", ROLES[self.method] if reflected else "[]"]
         if self.method == "dmd2":
             settings += ["--num_steps", str(self.num_steps)]
+        if "on policy" in self.variant:
+            settings += ["--on_policy", "true"]
         if self.batch is not None:
-            settings += ["--batch_size", str(self.batch), "--guidance_scale", str(self.guidance)]
-        settings += "--evaluate.n 20 --evaluate.n_action 1 --evaluate.also_steps [] --checkpoint_every 10000".split()
+            settings += ["--batch_size", str(self.batch), "--collect_size", str(2 * self.batch), "--guidance_scale", str(self.guidance)]
+            settings += ["--critic_updates", "5", "--num_updates", "1000"]
+        settings += ["--evaluate.n", "20", "--evaluate.n_action", "1", "--evaluate.also_steps", "[]", "--checkpoint_every", "10000"]
         return [sys.executable, "-m", f"ddil_agents.{agent}", "--env", "digits", "--seed", str(self.seed), "--out", str(out), *settings]
 
 
@@ -103,6 +106,8 @@ def plan(methods: list[str], seeds: list[int]) -> list[Run]:
         if "small" in methods:
             small = ("baseline", "+ Reflected", "+ Reflected + DDIL")
             runs += [Run("dmd2", variant, seed, 4, 7, w) for w in (1.0, 3.0) for variant in small]
+        if "dmd2" in methods:
+            runs.append(Run("dmd2", "baseline, on policy", seed))
     return runs
 
 
@@ -132,7 +137,7 @@ def students(run: Run, out: Path, expert: Expert) -> dict[int, tuple[StudentPoli
             n = len(json.loads((stage / "result.json").read_text())["times"]) - 1
             found[n] = StudentPolicy(expert.load_student(stage / "student"), expert, learner.student_policy.support), kind, kernel
         return found
-    return {n: (learner.student_policy, kind, kernel) for n in (STEPS if run.method == "lcm" else (run.num_steps,))}
+    return dict.fromkeys(STEPS if run.method == "lcm" else (run.num_steps,), (learner.student_policy, kind, kernel))
 
 
 def cost(run: Run, out: Path, steps: int) -> dict[str, float]:

@@ -59,7 +59,7 @@ class DMD2Config(LearnerConfig):
     """Each update trains on its own rollouts; collect_size and updates_per_collect then say nothing. false: states are replayed."""
     critic_updates: int = 5
     """R: the student takes a step in each R-th update, the critic in all."""
-    critic_learning_rate: float = 1e-3
+    critic_learning_rate: float = 3e-4
     """AdamW's, of the critic."""
     gan_weight: float = 0.0
     """Of the adversarial loss in the student's step; 0 builds no discriminator. Needs data."""

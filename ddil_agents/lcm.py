@@ -58,9 +58,7 @@ class LCMConfig(LearnerConfig):
             raise ValueError(f"inference_steps={self.inference_steps}: need whole numbers from 1 to solver_steps={self.solver_steps}")
         super().__post_init__()
         if self.grid == "lcm" and self.solver_steps != LCM_SOLVER_STEPS:
-            raise ValueError(
-                f"solver_steps={self.solver_steps}: the grid lcm picks from {LCM_SOLVER_STEPS} times; set grid to one of linspace, trailing, dmd2"
-            )
+            raise ValueError(f"solver_steps={self.solver_steps}: the grid lcm picks from {LCM_SOLVER_STEPS} times; set grid to another")
         if self.distance not in get_args(Distance):
             raise ValueError(f"unknown distance {self.distance!r}; choose one of: {', '.join(get_args(Distance))}")
         if not self.huber_h > 0:

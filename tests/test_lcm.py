@@ -454,7 +454,10 @@ def test_with_a_forward_share_they_are() -> None:
         ({"inference_steps": ()}, r"inference_steps=\(\): need whole numbers from 1 to solver_steps=50"),
         ({"inference_steps": (0, 4)}, r"inference_steps=\(0, 4\): need whole numbers from 1 to solver_steps=50"),
         ({"inference_steps": (4, 51)}, r"inference_steps=\(4, 51\): need whole numbers from 1 to solver_steps=50"),
-        ({"inference_steps": (4,), "solver_steps": 3, "grid": "trailing"}, r"inference_steps=\(4,\): need whole numbers from 1 to solver_steps=3"),
+        (
+            {"inference_steps": (4,), "solver_steps": 3, "grid": "trailing"},
+            r"inference_steps=\(4,\): need whole numbers from 1 to solver_steps=3",
+        ),
         ({"solver_steps": 25}, r"solver_steps=25: the grid lcm picks from 50 times"),
         ({"distance": "l1"}, r"unknown distance 'l1'; choose one of: huber, l2"),
         ({"huber_h": 0.0}, r"huber_h=0.0: need a positive number"),
