@@ -240,10 +240,8 @@ def markdown(result: dict[str, Any]) -> str:
         row = result["paired"][name]
         keys = (("frechet", 2), ("coverage", 3), ("recall", 3), ("accuracy", 3), ("grad_norm", 3))
         lines.append(f"| {name} | {' | '.join(f'{row[k][0]:+.{d}f} ± {row[k][1]:.{d}f}' if k in row else '–' for k, d in keys)} |")
-    lines += [
-        "",
-        f"n = {result['n']}, {result['extractor']}; {result['hardware']}, torch {result['torch']}, {result['date']}; mean ± 95 % over seeds.",
-    ]
+    how = f"n = {result['n']}, {result['extractor']}; {result['hardware']}, torch {result['torch']}, {result['date']}"
+    lines += ["", f"{how}; mean ± 95 % over seeds."]
     return "\n".join(lines)
 
 

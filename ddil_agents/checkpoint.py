@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ddil_env.support import Support, support_from_dict
+from ddil_env.support import Support, support_from_dict, support_to_dict
 
 if TYPE_CHECKING:
     from ddil_agents.learner import Learner
@@ -105,16 +105,23 @@ def load_checkpoint(learner: Learner, directory: Path) -> None:
     learner.load_state_dict(state)
 
 
-def read_support(directory: Path) -> Support | None:
-    """The support that a run calibrated, from its support.json; None where there is none.
+def write_support(directory: Path, support: Support, teacher_nfe: int) -> None:
+    """Writes support.json: a calibrated support, and the expert forwards that the calibration took."""
+    write_atomically(directory / "support.json", json.dumps({**support_to_dict(support), "teacher_nfe": teacher_nfe}))
+
+
+def read_support(directory: Path) -> tuple[Support | None, int]:
+    """What `write_support` wrote; None and 0 where there is none.
 
     Raises:
         ValueError: the file is damaged.
     """
     path = directory / "support.json"
     if not path.is_file():
-        return None
+        return None, 0
     try:
-        return support_from_dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, AttributeError) as error:
+        stored = json.loads(path.read_text())
+        nfe = int(stored.pop("teacher_nfe"))
+        return support_from_dict(stored), nfe
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"cannot read {path} ({error}); remove it, and the support is calibrated anew") from error

@@ -159,15 +159,17 @@ def gather(out: Path, stages: list[Path]) -> None:
     results = [read_result(stage / "result.json") for stage in stages]
     rows: list[dict[str, Any]] = []
     for number, stage in enumerate(stages, 1):
-        steps, seconds = (rows[-1]["step"], rows[-1]["seconds"]) if rows else (0, 0.0)
+        running = ("step", "seconds", "teacher_nfe", "student_nfe")
+        before = {key: rows[-1][key] if rows else 0 for key in running}
         for row in read_metrics(stage / "metrics.jsonl"):
-            rows.append({**row, "step": steps + row["step"], "seconds": seconds + row["seconds"], "stage": number})
+            rows.append({**row, **{key: before[key] + row[key] for key in running}, "stage": number})
     models: dict[str, Any] = {}
     for result in results:
         models |= result["models"]  # of two stages with as many steps, the later one's student
     last = results[-1]
     total = {key: sum(result[key] for result in results) for key in ("num_updates", "teacher_nfe", "student_nfe")}
-    models[last["student"]] = models[last["student"]] | {"teacher_nfe": total["teacher_nfe"], "train_seconds": rows[-1]["seconds"]}
+    whole = {"teacher_nfe": total["teacher_nfe"], "student_nfe": total["student_nfe"], "train_seconds": rows[-1]["seconds"]}
+    models[last["student"]] = models[last["student"]] | whole
     shutil.copytree(stages[-1] / "student", out / "student", dirs_exist_ok=True)
     for name in ("samples.png", "support.json"):
         if (stages[-1] / name).is_file():
@@ -191,7 +193,7 @@ def load_run(directory: Path) -> Learner:
         cfg.env.device = device
     expert, config = _expert_and_config(agent, parser, cfg)
     last = plan(config)[-1].config
-    learner = agent(expert, judged(config, last), read_support(directory))
+    learner = agent(expert, judged(config, last), read_support(directory)[0])
     student = expert.load_student(directory / "student", **learner.student_options)
     learner.average.load_state_dict(student.state_dict())
     return learner

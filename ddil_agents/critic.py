@@ -1,4 +1,4 @@
-"""The fake critic of distribution matching, and the discriminator that reads one of its layers (Yin et al. 2024, §4.3)."""
+"""The fake critic of distribution matching, and the discriminator that reads one of its layers (Yin et al. 2024, "DMD2")."""
 
 from __future__ import annotations
 
@@ -11,30 +11,36 @@ from ddil_env import Expert, NetworkDenoiser, Prediction
 
 
 class Critic(nn.Module):
-    """The score of the student's samples and, on the features of one layer, the discriminator's head.
+    """The score of the student's samples and, once added, a discriminator's head on the features of one layer.
 
     Args:
         denoiser: A twin of the student.
-        layer: Of the denoiser, whose output (b, channels, *any) the head reads; None: no head.
     """
 
-    def __init__(self, denoiser: NetworkDenoiser, layer: nn.Module | None = None) -> None:
+    def __init__(self, denoiser: NetworkDenoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.head: nn.Module | None = None
         self._features: Tensor | None = None
-        if layer is not None:
-            layer.register_forward_hook(self._keep)
 
     def _keep(self, layer: nn.Module, given: object, output: Tensor) -> None:
         self._features = output
 
     @torch.no_grad()
-    def build_head(self, x_t: Tensor, t: Tensor, expert: Expert) -> None:
-        """GroupNorm, SiLU and convolutions to one map, for features of the shape that one forward shows."""
-        self.denoiser.predict(x_t, t, expert.sample_condition(len(x_t)))
+    def add_head(self, expert: Expert, t: Tensor) -> None:
+        """The discriminator: GroupNorm, SiLU and convolutions to one map, on the layer that the expert names.
+
+        Args:
+            expert: Whose `critic_features` is read; one forward at t (1,) shows the shape of its output.
+
+        Raises:
+            ValueError: the expert names no layer.
+        """
+        expert.critic_features(self.denoiser).register_forward_hook(self._keep)
+        self.denoiser.predict(torch.zeros(1, *expert.sample_shape, device=expert.device), t, expert.sample_condition(1))
         channels, axes = self._read().shape[1], self._read().ndim - 2
-        conv, norm = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1], (math.gcd(channels, 8), channels)
+        groups = math.gcd(channels, 8) if channels >= 32 else 1  # a group of one entry would leave a constant, of two a sign
+        conv, norm = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1], (groups, channels)
         layers = [nn.GroupNorm(*norm), nn.SiLU(), conv(channels, channels, 3, padding=1)]
         self.head = nn.Sequential(*layers, nn.GroupNorm(*norm), nn.SiLU(), conv(channels, 1, 1)).to(expert.device)
 

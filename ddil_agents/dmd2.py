@@ -3,18 +3,12 @@
 The student's sample x = x̂_0(x_{t_j}, t_j, c) is diffused to τ, and the teacher's and a critic's estimates of it are compared:
 
     x_τ  = α_τ x + σ_τ ε ,   τ ~ U[20, 980]
-    g    = (x̂_fake(x_τ) − x̂_real(x_τ)) / mean |x − x̂_real|       DMD Eq. 7–8; x̂_real is guided
+    g    = (x̂_fake(x_τ) − x̂_real(x_τ)) / mean |x − x̂_real|       Yin et al. 2023; x̂_real is guided
     L    = ½ ‖x − sg(x − g)‖²                                     whose gradient in x is g
     L_φ  = ‖ε̂_φ(x_τ, τ, c) − ε‖² ,   τ ~ U[1, T)                  the critic, on the student's samples (or in the expert's own v, u)
 
 The critic takes a step in every update, the student in each `critic_updates`-th (two time scales), both on the same samples.
-One index j is drawn for each collection; the input x_{t_j} is, by source,
-
-    student:  steps 0 … j−1 of the student with fresh noise in each (DMD2's backward simulation), x̂_0 diffused to t_j anew
-    teacher:  steps 0 … j−1 of the teacher's DDIM; with p_expert the two alternate within a trajectory
-    forward:  data, diffused to t_j
-
-and at j = 0 pure noise, whatever the source. Gradient flows through the last step alone.
+The inputs x_{t_j} come from the student's own steps, the teacher's or data (simulation.py); gradient flows through the last step alone.
 
     python -m ddil_agents.dmd2 --env digits --beta.teacher .5 --beta.student .5
 """
@@ -24,8 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from tensordict import TensorDict
@@ -33,10 +26,11 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ddil_agents.beta import Beta
-from ddil_agents.collect import Collector
+from ddil_agents.collect import stream_seed
 from ddil_agents.critic import Critic
 from ddil_agents.learner import Learner, LearnerConfig
-from ddil_env import Expert, Prediction, StudentPolicy, Support
+from ddil_agents.simulation import BackwardSimulation
+from ddil_env import Expert, NetworkDenoiser, NoDataError, Prediction, StudentPolicy, Support
 from ddil_env.mdp import Kernel
 from ddil_env.schedule import GridKind, broadcast
 from ddil_env.support import Role, Thresholding
@@ -68,6 +62,8 @@ class DMD2Config(LearnerConfig):
     learning_rate: float = 1e-4
     """AdamW's, of the student."""
 
+    next_teacher: ClassVar[str] = "original"  # a few-step student is no score to match
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, low in (("critic_updates", 1), ("gan_weight", 0), ("discriminator_weight", 0)):
@@ -75,6 +71,8 @@ class DMD2Config(LearnerConfig):
                 raise ValueError(f"{name}={getattr(self, name)}: need at least {low}")
         if not 0 < self.critic_learning_rate < math.inf:
             raise ValueError(f"critic_learning_rate={self.critic_learning_rate}: need a positive, finite number")
+        if self.noise_level is not None and not 0 <= self.noise_level < math.inf:
+            raise ValueError(f"noise_level={self.noise_level}: need a time of the teacher's chain, such as 500")
         if self.guidance_range is not None:
             raise ValueError(f"guidance_range={self.guidance_range}: DMD2 matches one distribution; set guidance_scale, the real score's")
         if self.prioritised:
@@ -83,56 +81,6 @@ class DMD2Config(LearnerConfig):
     @property
     def units(self) -> tuple[int, int, int]:
         return 1, 1, 1
-
-
-class BackwardSimulation(Collector):
-    """States at one time t_j of the student's grid a collection, unlabelled: the feedback depends on the critic.
-
-    Args:
-        noise_level: Of t_j, if it is fixed.
-    """
-
-    def __init__(self, *args: Any, noise_level: float | None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        distance = None if noise_level is None else (self.grid.times[:-1] - noise_level).abs()
-        self.fixed = None if distance is None else int(distance.argmin())
-        self.j = 0
-
-    def collect(self, n: int, beta: tuple[float, float, float], version: int) -> TensorDict:
-        drawn = torch.randint(self.grid.num_steps, (1,), generator=self.streams["time"], device=self.expert.device)
-        self.j = int(drawn) if self.fixed is None else self.fixed  # one wait for the device a collection
-        return super().collect(n, beta, version)
-
-    def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:
-        """n states in all, each of source i with probability βᵢ."""
-        shares = torch.tensor(beta, dtype=torch.float64, device=self.expert.device)
-        source = torch.multinomial(shares, n, replacement=True, generator=self.streams["mixture"])
-        return torch.bincount(source, minlength=3).tolist()
-
-    def forward(self, n: int) -> TensorDict:
-        x_0, c = self.expert.sample_data(n, self.streams["data"])
-        eps = torch.randn(x_0.shape, generator=self.streams["noise"], device=x_0.device)
-        t = self.grid.times[self.j].expand(n)
-        # At the first step the sampler meets pure noise, and diffused data still hold some signal (√ᾱ_999 = .068 in Stable Diffusion).
-        x_t = self.expert.schedule.add_noise(x_0, eps, t) if self.j else eps
-        return self._arrived(x_t, c, torch.zeros(n, 0, dtype=torch.bool, device=x_0.device))
-
-    def rollout(self, n: int, p_expert: float) -> TensorDict:
-        stream, device = self.streams["rollout"], self.expert.device
-        x_t = torch.randn(n, *self.expert.sample_shape, generator=stream, device=device)
-        c = self.expert.sample_condition(n, stream)
-        by_expert = torch.rand(n, self.j, generator=stream, device=device) < p_expert
-        for i, (t, s) in enumerate(pairwise(self.grid.times[: self.j + 1])):
-            t, s = t.expand(n), s.expand(n)
-            x_s = self.expert_policy.act(x_t, t, s, c) if p_expert > 0 else None
-            x_t = self.follow(x_t, t, s, c, None, x_s, by_expert[:, i], p_expert)
-        return self._arrived(x_t, c, by_expert)
-
-    def _arrived(self, x_t: Tensor, c: Tensor | None, by_expert: Tensor) -> TensorDict:
-        t = self.grid.times[self.j].repeat(len(x_t))
-        actors = torch.zeros(len(x_t), self.grid.num_steps, dtype=torch.bool, device=x_t.device)
-        actors[:, : by_expert.shape[1]] = by_expert
-        return self.states(x_t=x_t, t=t, s=self.grid.previous(t), c=c, actors=actors, nfe=0)
 
 
 class DistributionMatching(Learner):
@@ -151,14 +99,23 @@ class DistributionMatching(Learner):
     def __init__(self, expert: Expert | str, config: DMD2Config | None = None, support: Support | None = None) -> None:
         super().__init__(expert, config, support)
         twin = copy.deepcopy(self.trainables["student"].bare)
+        critic = Critic(twin)
         if self.config.gan_weight:
-            self.expert.sample_data(1)  # or the error that says that there are none
-            critic = Critic(twin, self.expert.critic_features(twin))
-            critic.build_head(torch.zeros(1, *self.expert.sample_shape, device=self.expert.device), self.grid.times[:1], self.expert)
-        else:
-            critic = Critic(twin)
+            try:
+                self.expert.sample_data(1, torch.Generator(self.expert.device))
+            except NoDataError as error:
+                raise NoDataError(
+                    f"gan_weight={self.config.gan_weight}: a discriminator needs data ({error}); set gan_weight to 0"
+                ) from error
+            with torch.random.fork_rng():  # seeded, and the caller's generator left alone
+                torch.manual_seed(stream_seed(self.config.seed, "head"))
+                critic.add_head(self.expert, self.grid.times[:1])
         twin.nfe = 0
         self.trainables["critic"] = self.trainable(critic, self.config.critic_learning_rate, self.horizon)
+
+    def start_from(self, student: NetworkDenoiser) -> None:
+        super().start_from(student)
+        self.trainables["critic"].bare.denoiser.load_state_dict(student.state_dict())
 
     def generate(self, batch: TensorDict) -> Tensor:
         """x, the student's sample from each state, (b, *sample_shape)."""

@@ -89,6 +89,8 @@ class LearnerConfig:
     """A chain of runs in one: for each, the settings that differ, and `expert`, its teacher: last (the last stage's student),
     same (as the last stage's) or original. Each student starts from the last one's weights."""
 
+    next_teacher: ClassVar[str] = "last"  # a stage's teacher where it does not say
+
     def __post_init__(self) -> None:
         positive = (
             "num_updates",

@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser
 from ddil_agents.checkpoint import checkpoints, read_support
 from ddil_agents.collect import stream_seed
 from ddil_agents.learner import Learner, LearnerConfig
-from ddil_env import Expert
+from ddil_env import Expert, Support
 from ddil_env.experts.distilled import Distilled
 
 TEACHERS = ("last", "same", "original")
@@ -56,7 +56,7 @@ def plan(config: LearnerConfig) -> list[Stage]:
     absorbed = False  # whether the teacher's guidance is built into its weights
     for number, changes in enumerate(config.stages, 1):
         changes = dict(changes)
-        teacher = changes.pop("expert", "last" if stages else "original")
+        teacher = changes.pop("expert", config.next_teacher if stages else "original")
         try:
             if teacher not in TEACHERS or (not stages and teacher != "original"):
                 raise ValueError(f"expert={teacher!r}: choose one of {', '.join(TEACHERS)}; the first stage's is the original")
@@ -67,6 +67,10 @@ def plan(config: LearnerConfig) -> list[Stage]:
             absorbed = {"last": last.guidance_range is None, "same": absorbed, "original": False}[teacher]
             own = {"teacher_steps": steps, "seed": stream_seed(config.seed, f"stage {number}") % 2**31} | changes
             if absorbed:
+                if given := sorted({"guidance_scale", "guidance_range"} & {k for k, v in changes.items() if v is not None}):
+                    raise ValueError(
+                        f"{given[0]}={changes[given[0]]}: its teacher is a student with one guidance built in; use expert: original"
+                    )
                 own |= {"guidance_scale": None, "guidance_range": None}
             made = _changed(config, own)
         except (ValueError, TypeError) as error:
@@ -108,16 +112,32 @@ def learners(agent: type[Learner], expert: Expert, stages: list[Stage], out: Pat
         elif stage.teacher == "original":
             teacher = expert
         place = None if out is None else out / stage.directory
-        support = None if place is None else read_support(place)
+        support, nfe = (None, 0) if place is None else read_support(place)
         if support is None and last is not None and last.config.thresholding == stage.config.thresholding:
             support = last.support
         learner = agent(teacher, stage.config, support)
+        learner.teacher_nfe += nfe
         if last is not None:
             learner.start_from(last.average)
         if place is not None and checkpoints(place / "checkpoints"):
             learner.load(place / "checkpoints")
+        if last is None:
+            _rehearse(agent, expert, stages[1:], learner.support)
         yield stage, learner
         last = learner
+
+
+def _rehearse(agent: type[Learner], expert: Expert, later: list[Stage], support: Support) -> None:
+    """Builds each later stage's learner once, on the original expert, so that what it refuses is refused before any training.
+
+    Raises:
+        ValueError: so; names the stage.
+    """
+    for number, stage in enumerate(later, 2):
+        try:
+            agent(expert, stage.config, support)
+        except ValueError as error:
+            raise ValueError(f"stage {number} of {len(later) + 1}: {error}") from error
 
 
 def judged(config: LearnerConfig, stage: LearnerConfig) -> LearnerConfig:
@@ -126,4 +146,5 @@ def judged(config: LearnerConfig, stage: LearnerConfig) -> LearnerConfig:
     Where those are no multiple of the stage's steps, against the teacher in as many steps as the student.
     """
     steps = config.teacher_steps if config.teacher_steps % stage.num_steps == 0 else stage.num_steps
-    return dataclasses.replace(stage, teacher_steps=steps, guidance_scale=config.guidance_scale, stages=())
+    scale = config.guidance_scale if stage.guidance_range is None else stage.guidance_scale
+    return dataclasses.replace(stage, teacher_steps=steps, guidance_scale=scale, stages=())

@@ -21,8 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddil_agents.buffer import SOURCES
-from ddil_agents.checkpoint import save_checkpoint, write_atomically
-from ddil_env.support import support_to_dict
+from ddil_agents.checkpoint import save_checkpoint, write_atomically, write_support
 
 if TYPE_CHECKING:
     from ddil_agents.learner import Learner
@@ -83,8 +82,8 @@ class MetricsLog:
             rows = read_metrics(path, learner.step) if path.is_file() else []
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-            if learner.config.thresholding.kind == "quantile":
-                write_atomically(out / "support.json", json.dumps(support_to_dict(learner.support)))
+            if learner.config.thresholding.kind == "quantile" and not (out / "support.json").is_file():
+                write_support(out, learner.support, learner.teacher_nfe)
             self._seconds = rows[-1]["seconds"] if rows else 0.0
             self._file = path.open("a")
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=learner.step + 1)

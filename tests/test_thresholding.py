@@ -395,9 +395,7 @@ def test_the_cost_of_a_run_holds_its_calibration(unbroken: dict[str, Path]) -> N
 @pytest.mark.parametrize(
     "die_at",
     [
-        pytest.param(
-            2, marks=pytest.mark.xfail(reason="support.json is there already, and the calibration is counted nowhere", strict=True)
-        ),
+        2,
         6,
     ],
     ids=["before the first checkpoint", "after it"],
