@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddil_agents import BCConfig, BehaviourCloning, Dagger, DaggerConfig, DistributionMatching, DMD2Config, Learner, bc, dagger, report
+from ddil_agents.checkpoint import read_support
 from ddil_agents.cli import load_run
 from ddil_agents.metrics.distances import sliced_wasserstein
 from ddil_agents.stages import Stage, judged, learners, plan
