@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import itertools
 import json
 import re
 import shutil
@@ -82,28 +83,25 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
         expert, config = _expert_and_config(agent, parser, cfg)
         stages = plan(config)
         chain = learners(agent, expert, stages, None if resume is None else Path(resume))
-        stage, learner = next(chain)
-        check_expert(expert, student=learner.student)
+        first = next(chain)
+        check_expert(expert, student=first[1].student)
         evaluation = Evaluation(**vars(cfg.evaluate))
         _evaluable(expert, stages, evaluation)
         out = Path(resume) if resume is not None else _new_directory(cfg, agent)
         if resume is None:
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(out / "config.yaml", parser.dump(Namespace({**vars(cfg.clone()), "out": None, "config": None})))
-        elif learner.step:
-            print(f"resuming {out} at step {learner.step} of {learner.horizon}", file=sys.stderr)
         env = {"env": _env_name(cfg), "env_config": {k: v for k, v in vars(cfg.env).items() if k != "device"}}
-        while True:
+        for stage, learner in itertools.chain([first], chain):
             directory = out / stage.directory
-            if len(stages) == 1 or not (directory / "result.json").is_file():
-                if len(stages) > 1:
-                    print(f"{stage.directory} of {len(stages)}: {stage.config.num_steps} steps, teacher: {stage.teacher}", file=sys.stderr)
-                train(learner, directory, checkpoint_every=cfg.checkpoint_every, log_every=cfg.log_every)
-                finish(learner, directory, evaluation, env, judged(config, stage.config), expert)
-            try:
-                stage, learner = next(chain)
-            except StopIteration:
-                break
+            if len(stages) > 1 and (directory / "result.json").is_file():
+                continue
+            if len(stages) > 1:
+                print(f"{directory}: {stage.config.num_steps} steps, teacher: {stage.teacher}", file=sys.stderr)
+            if learner.step:
+                print(f"resuming {directory} at step {learner.step} of {learner.horizon}", file=sys.stderr)
+            train(learner, directory, checkpoint_every=cfg.checkpoint_every, log_every=cfg.log_every)
+            finish(learner, directory, evaluation, env, judged(config, stage.config), expert)
         if len(stages) > 1:
             gather(out, [out / stage.directory for stage in stages])
         print(table(read_result(out / "result.json")))

@@ -143,7 +143,6 @@ class LatentConsistency(Learner):
             self.expert,
             1,
             self.config.guidance_scale,
-            project="teacher" in self.config.thresholding.roles,
             support=self.thresholds["teacher"],
             schedule=self.expert.schedule.ending_at_alpha_0(),
         )

@@ -186,9 +186,9 @@ class Learner(ABC):
                     f"the expert's guidance_scale={self.reference.guidance_scale:g} lies outside guidance_range={config.guidance_range}; "
                     "set guidance_scale to one inside, at which the student is judged"
                 )
-        student = self._seeded_student("weights")
+        student = self._seeded_student()
         before = self.expert.nfe
-        self.support = support or build_support(config.thresholding, self.expert, self._sample_teacher)
+        self.support = build_support(config.thresholding, self.expert, self._sample_teacher) if support is None else support
         self.thresholds = {role: Metered(self.support) if role in config.thresholding.roles else Unbounded() for role in self.roles}
         self.ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.ema.module.eval()
@@ -225,10 +225,7 @@ class Learner(ABC):
 
     def labeller(self) -> ExpertPolicy:
         """The expert as it labels states and unrolls the teacher."""
-        threshold = "teacher" in self.config.thresholding.roles
-        return ExpertPolicy(
-            self.expert, self.config.substeps, self.config.guidance_scale, project=threshold, support=self.thresholds["teacher"]
-        )
+        return ExpertPolicy(self.expert, self.config.substeps, self.config.guidance_scale, support=self.thresholds["teacher"])
 
     def make_collector(self, student_policy: StudentPolicy) -> Collector:
         """Where the states come from."""
@@ -286,7 +283,7 @@ class Learner(ABC):
         """The batch as gradient accumulation takes it."""
         return list(batch.chunk(self.config.gradient_accumulation))
 
-    def _seeded_student(self, stream: str) -> NetworkDenoiser:
+    def _seeded_student(self) -> NetworkDenoiser:
         """A student whose random weights, if it has any, are seeded; the caller's generator is left alone."""
         options = self.student_options
         takes = inspect.signature(self.expert.make_student)
@@ -295,7 +292,7 @@ class Learner(ABC):
         except TypeError as error:
             raise ValueError(f"student={options}: {error}; this expert's students take {', '.join(takes.parameters)}") from error
         with torch.random.fork_rng():
-            torch.manual_seed(stream_seed(self.config.seed, stream))
+            torch.manual_seed(stream_seed(self.config.seed, "weights"))
             try:
                 return self.make_student(**options)
             except (TypeError, RuntimeError) as error:

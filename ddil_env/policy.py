@@ -49,7 +49,7 @@ class DdimPolicy(TensorDictModuleBase):
         self.predict = predict
         self.schedule = schedule
         self.substeps = substeps
-        self.support = support or Unbounded()
+        self.support = Unbounded() if support is None else support
         self.max_batch = max_batch
         self.nfe_per_action = substeps
 
@@ -106,9 +106,9 @@ class ExpertPolicy(DdimPolicy):
 
         super().__init__(
             predict,
-            schedule or expert.schedule,
+            expert.schedule if schedule is None else schedule,
             substeps=substeps,
-            support=(support or expert.support) if project else None,
+            support=(expert.support if support is None else support) if project else None,
             conditional=expert.num_conditions > 0,
             max_batch=expert.max_batch,
         )
