@@ -148,7 +148,8 @@ def cost(run: Run, out: Path, steps: int) -> dict[str, float]:
         results = [json.loads((stage / "result.json").read_text()) for stage in stages]
         needed = [i for i, result in enumerate(results) if len(result["times"]) - 1 >= steps]
         nfe = {key: float(sum(results[i][key] for i in needed)) for key in ("teacher_nfe", "student_nfe")}
-        seconds = sum(read_metrics(stages[i] / "metrics.jsonl")[-1]["seconds"] for i in needed)
+        by_stage = [read_metrics(stages[i] / "metrics.jsonl") for i in needed]
+        seconds, rows = sum(rows[-1]["seconds"] for rows in by_stage), [row for rows in by_stage for row in rows]
     else:
         nfe = {key: float(rows[-1][key]) for key in ("teacher_nfe", "student_nfe")}
         seconds = rows[-1]["seconds"]
@@ -255,6 +256,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--report_only", action="store_true", help="train nothing")
     args = parser.parse_args()
+    if not 2 <= args.seeds <= 10:
+        parser.error(f"--seeds {args.seeds}: need 2 … 10, of which the table of t holds the quantiles")
     torch.set_num_threads(1)
     args.runs.mkdir(parents=True, exist_ok=True)
     runs = plan(args.methods, list(range(args.seeds)))

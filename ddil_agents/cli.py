@@ -63,6 +63,8 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
     with clear_errors(outer):
         resume = _take(argv, "--resume")
         if resume is not None:
+            if any(word == "--config" or word.startswith("--config=") for word in argv):
+                raise ValueError("--resume goes on with the run's own config.yaml; leave --config out")
             saved = Path(resume) / "config.yaml"
             if not saved.is_file():
                 raise ValueError(f"nothing to resume in {resume}: no config.yaml there")
@@ -92,18 +94,21 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(out / "config.yaml", parser.dump(Namespace({**vars(cfg.clone()), "out": None, "config": None})))
         env = {"env": _env_name(cfg), "env_config": {k: v for k, v in vars(cfg.env).items() if k != "device"}}
-        for stage, learner in itertools.chain([first], chain):
+        chain = itertools.chain([first], chain)
+        del first  # so that each learner goes before the next one is built
+        for stage, learner in chain:
             directory = out / stage.directory
-            if len(stages) > 1 and (directory / "result.json").is_file():
+            if config.stages and (directory / "result.json").is_file():
                 continue
-            if len(stages) > 1:
+            if config.stages:
                 print(f"{directory}: {stage.config.num_steps} steps, teacher: {stage.teacher}", file=sys.stderr)
             if learner.step:
                 print(f"resuming {directory} at step {learner.step} of {learner.horizon}", file=sys.stderr)
             train(learner, directory, checkpoint_every=cfg.checkpoint_every, log_every=cfg.log_every)
             finish(learner, directory, evaluation, env, judged(config, stage.config), expert)
-        if len(stages) > 1:
-            gather(out, [out / stage.directory for stage in stages])
+            del learner
+        if config.stages:
+            gather(out, [out / stage.directory for stage in stages], config.seed)
         print(table(read_result(out / "result.json")))
         print(f"\n{out}: config.yaml, metrics.jsonl, result.json, student/{', samples.png' if (out / 'samples.png').is_file() else ''}")
 
@@ -138,6 +143,7 @@ def finish(learner: Learner, out: Path, evaluation: Evaluation, env: dict[str, A
         "student": name,
         "training_seed": learner.config.seed,
         "num_updates": learner.step,
+        "grid": judged.grid,
         "times": learner.grid.times.tolist(),
         "teacher_nfe": learner.teacher_nfe,
         "student_nfe": learner.student_nfe,
@@ -152,28 +158,27 @@ def finish(learner: Learner, out: Path, evaluation: Evaluation, env: dict[str, A
     write_atomically(out / "result.json", json.dumps(result, indent=1))
 
 
-def gather(out: Path, stages: list[Path]) -> None:
-    """Makes one run of its stages: the last one's student and pictures, everyone's metrics and results."""
-    results = [read_result(stage / "result.json") for stage in stages]
+def gather(out: Path, stages: list[Path], seed: int) -> None:
+    """Makes one run of its stages: the last one's student and pictures, everyone's metrics and results, costs summed up from the first."""
     rows: list[dict[str, Any]] = []
+    models: dict[str, Any] = {}
+    total = {"num_updates": 0, "teacher_nfe": 0, "student_nfe": 0}
+    running = ("step", "seconds", "teacher_nfe", "student_nfe")
     for number, stage in enumerate(stages, 1):
-        running = ("step", "seconds", "teacher_nfe", "student_nfe")
         before = {key: rows[-1][key] if rows else 0 for key in running}
         for row in read_metrics(stage / "metrics.jsonl"):
             rows.append({**row, **{key: before[key] + row[key] for key in running}, "stage": number})
-    models: dict[str, Any] = {}
-    for result in results:
-        models |= result["models"]  # of two stages with as many steps, the later one's student
-    last = results[-1]
-    total = {key: sum(result[key] for result in results) for key in ("num_updates", "teacher_nfe", "student_nfe")}
-    whole = {"teacher_nfe": total["teacher_nfe"], "student_nfe": total["student_nfe"], "train_seconds": rows[-1]["seconds"]}
-    models[last["student"]] = models[last["student"]] | whole
+        result = read_result(stage / "result.json")
+        total = {key: total[key] + result[key] for key in total}
+        own = result["models"][result["student"]]
+        cost = {"teacher_nfe": total["teacher_nfe"], "student_nfe": total["student_nfe"], "train_seconds": rows[-1]["seconds"]}
+        models |= result["models"] | {result["student"]: own | cost}  # of two stages with as many steps, the later one's student
     shutil.copytree(stages[-1] / "student", out / "student", dirs_exist_ok=True)
     for name in ("samples.png", "support.json"):
         if (stages[-1] / name).is_file():
             shutil.copy(stages[-1] / name, out / name)
     write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_atomically(out / "result.json", json.dumps({**last, **total, "models": models}, indent=1))
+    write_atomically(out / "result.json", json.dumps({**result, **total, "training_seed": seed, "models": models}, indent=1))
 
 
 def load_run(directory: Path) -> Learner:
@@ -184,6 +189,8 @@ def load_run(directory: Path) -> Learner:
     """
     if not (directory / "result.json").is_file():
         raise ValueError(f"{directory} holds no finished run (no result.json); finish it with --resume {directory}")
+    if not (directory / "config.yaml").is_file():
+        raise ValueError(f"{directory} has no config.yaml; a stage of a run is loaded through the run's own directory, {directory.parent}")
     agent = _find_agent(str(read_yaml(directory / "config.yaml").get("agent")))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser, cfg = _parse(agent, ["--config", str(directory / "config.yaml")])

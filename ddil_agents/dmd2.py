@@ -62,7 +62,7 @@ class DMD2Config(LearnerConfig):
     learning_rate: float = 1e-4
     """AdamW's, of the student."""
 
-    next_teacher: ClassVar[str] = "original"  # a few-step student is no score to match
+    teachers: ClassVar[tuple[str, ...]] = ("original", "same")  # a few-step student is no score to match
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,8 +186,12 @@ class DistributionMatching(Learner):
         return measured
 
     def collect(self) -> TensorDict:
-        self.fresh = super().collect()
+        self.fresh = self.fresh_states() if self.config.on_policy else super().collect()
         return self.fresh
+
+    @property
+    def student_nfe(self) -> int:
+        return super().student_nfe + int(self.trainables["critic"].bare.denoiser.nfe)
 
     def draw(self) -> TensorDict:
         return self.fresh if self.config.on_policy else super().draw()

@@ -53,10 +53,10 @@ class LCMConfig(LearnerConfig):
     huber_h: float = 1e-3
     """h of the Huber distance."""
 
-    next_teacher: ClassVar[str] = "original"  # a consistency function is no ODE to step along
+    teachers: ClassVar[tuple[str, ...]] = ("original", "same")  # a consistency function is no ODE to step along
 
     def __post_init__(self) -> None:
-        if not self.inference_steps or not all(1 <= n <= self.solver_steps for n in self.inference_steps):
+        if not self.inference_steps or not all(isinstance(n, int) and 1 <= n <= self.solver_steps for n in self.inference_steps):
             raise ValueError(f"inference_steps={self.inference_steps}: need whole numbers from 1 to solver_steps={self.solver_steps}")
         super().__post_init__()
         if self.grid == "lcm" and self.solver_steps != LCM_SOLVER_STEPS:

@@ -42,7 +42,7 @@ class LearnerConfig:
     num_steps: int = 4
     """N, steps of the student's sampler."""
     grid: GridKind = "linspace"
-    """The N times: linspace (the paper's), dmd2 or trailing."""
+    """The N times: linspace (the paper's), dmd2, trailing or lcm."""
     teacher_steps: int = 32
     """Steps of the teacher's sampler: a label takes teacher_steps / num_steps expert forwards."""
     guidance_scale: float | None = None
@@ -68,7 +68,7 @@ class LearnerConfig:
     learning_rate: float = 1e-3
     """AdamW's, after warm-up; falls linearly to 0."""
     warmup_updates: int = 50
-    """Gradient steps of linear warm-up."""
+    """Gradient steps of linear warm-up, of each network in its own steps."""
     weight_decay: float = 0.0
     """AdamW's."""
     adam_betas: tuple[float, float] = (0.9, 0.99)
@@ -89,7 +89,7 @@ class LearnerConfig:
     """A chain of runs in one: for each, the settings that differ, and `expert`, its teacher: last (the last stage's student),
     same (as the last stage's) or original. Each student starts from the last one's weights."""
 
-    next_teacher: ClassVar[str] = "last"  # a stage's teacher where it does not say
+    teachers: ClassVar[tuple[str, ...]] = ("last", "same", "original")  # that a stage can have; the first is the default
 
     def __post_init__(self) -> None:
         positive = (
@@ -124,8 +124,8 @@ class LearnerConfig:
             )
         if self.guidance_range is not None:
             least, most = self.guidance_range
-            if not -math.inf < least <= most < math.inf:
-                raise ValueError(f"guidance_range={self.guidance_range}: need two finite numbers, the lower first")
+            if not -math.inf < least < most < math.inf:
+                raise ValueError(f"guidance_range={self.guidance_range}: need two different, finite numbers, the lower first")
             if self.guidance_scale is not None and not least <= self.guidance_scale <= most:
                 raise ValueError(
                     f"guidance_scale={self.guidance_scale} lies outside guidance_range={self.guidance_range}, which is trained on"
@@ -171,6 +171,10 @@ class Learner(ABC):
         self.config = self.Config() if config is None else config
         self.expert = load_expert(expert)
         config = self.config
+        if config.stages:
+            raise ValueError(
+                "a learner trains one stage; iterate over ddil_agents.stages.learners(agent, expert, plan(config)), or use the command"
+            )
         if config.mixed_precision == "fp16" and self.expert.device.type == "cpu":
             raise ValueError("mixed_precision=fp16 scales its losses on a GPU alone; on a CPU use bf16 or no")
         if strange := [role for role in config.thresholding.roles if role not in self.roles]:
@@ -178,7 +182,9 @@ class Learner(ABC):
                 f"thresholding.roles={config.thresholding.roles}: {self.name} has no {strange[0]}; it has {', '.join(self.roles)}"
             )
         self.grid = TimeGrid(self.expert.schedule, config.num_steps, config.grid).to(self.expert.device)
-        self.reference = ExpertPolicy(self.expert, config.substeps, config.guidance_scale)  # what a student is judged against
+        self.reference = ExpertPolicy(
+            self.expert, config.substeps, config.guidance_scale
+        )  # what a student is judged against: the expert on its own support
         if config.guidance_range is not None:
             low, high = map(self.expert.check_guidance, config.guidance_range)
             if not low <= self.reference.guidance_scale <= high:
@@ -193,7 +199,7 @@ class Learner(ABC):
         self.ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.ema.module.eval()
         self.horizon = config.num_updates
-        AcceleratorState._reset_state(reset_partial_state=True)  # several learners may live in one process, each with its own precision
+        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision a process: that of the last learner built
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation,
@@ -241,11 +247,8 @@ class Learner(ABC):
         )
 
     def collect(self) -> TensorDict:
-        """Adds freshly labelled states to the buffer, counts the expert forwards that they took, and returns them."""
-        before = self.expert.nfe
-        states = self.collector.collect(self.collect_size, self.beta(), self.step)
-        self.teacher_nfe += self.expert.nfe - before
-        if len(states):
+        """Adds freshly labelled states to the buffer, and returns them."""
+        if len(states := self.fresh_states()):
             self.buffer.extend(states)
         return states
 
@@ -278,6 +281,13 @@ class Learner(ABC):
         """A student of this learner as a policy; one with a guidance embedding is told the guidance that it is judged at."""
         w = None if self.config.guidance_range is None else self.reference.guidance_scale
         return StudentPolicy(student, self.expert, support, w)
+
+    def fresh_states(self) -> TensorDict:
+        """Labelled states of the present β; counts the expert forwards that they take."""
+        before = self.expert.nfe
+        states = self.collector.collect(self.collect_size, self.beta(), self.step)
+        self.teacher_nfe += self.expert.nfe - before
+        return states
 
     def parts(self, batch: TensorDict) -> list[TensorDict]:
         """The batch as gradient accumulation takes it."""
@@ -429,7 +439,7 @@ class Learner(ABC):
 
     @property
     def student_nfe(self) -> int:
-        """Student forwards so far, training and rollouts together."""
+        """Student forwards so far, training and rollouts together, with those of networks beside it (LCM's target, DMD2's critic)."""
         return int(self.trainables["student"].bare.nfe)
 
     def config_dict(self) -> dict[str, Any]:

@@ -165,8 +165,12 @@ def merge(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
                     f"{first_name} has {key} {first[key]}, {name} {result[key]}; compare runs of one expert, judged in one way"
                 )
     models: dict[str, Any] = {}
-    for result in results.values():
-        models |= {key: value for key, value in result["models"].items() if key not in models}
+    several = len({result.get("grid") for result in results.values()}) > 1
+    for name, result in results.items():
+        for key, value in result["models"].items():
+            if key == name or key not in results:  # a student's row is its own run's
+                shown = f"{key}, {result.get('grid')} times" if several and key.startswith("teacher@") else key
+                models.setdefault(shown, value)
     return {**first, "models": models}
 
 

@@ -26,10 +26,15 @@ class BackwardSimulation(Collector):
 
     Args:
         noise_level: Of t_j, if it is fixed.
+
+    Raises:
+        ValueError: a noise_level beyond the chain.
     """
 
     def __init__(self, *args: Any, noise_level: float | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if noise_level is not None and noise_level > self.expert.schedule.num_train_steps:
+            raise ValueError(f"noise_level={noise_level:g} lies beyond the teacher's chain of {self.expert.schedule.num_train_steps} steps")
         distance = None if noise_level is None else (self.grid.times[:-1] - noise_level).abs()
         self.fixed = None if distance is None else int(distance.argmin())
         self.j = 0

@@ -6,7 +6,8 @@
       - {num_steps: 8, num_updates: 4000, expert: same}  # the same teacher again, with a new warm-up (DDIL §5)
 
 Conversion and guidance conditioning are stages too, with as many student steps as teacher steps: one step of the student is
-then one of the teacher, and the target is the teacher's own x̂_0. Each stage is an ordinary run in `stage_N/`.
+then one of the teacher, and the target is the teacher's own x̂_0. Each stage leaves a run's files in `stage_N/`; what is resumed,
+reported and loaded is the whole.
 """
 
 from __future__ import annotations
@@ -21,10 +22,8 @@ from jsonargparse import ArgumentParser
 from ddil_agents.checkpoint import checkpoints, read_support
 from ddil_agents.collect import stream_seed
 from ddil_agents.learner import Learner, LearnerConfig
-from ddil_env import Expert, Support
+from ddil_env import Expert, NetworkDenoiser, Support, Unbounded
 from ddil_env.experts.distilled import Distilled
-
-TEACHERS = ("last", "same", "original")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +55,22 @@ def plan(config: LearnerConfig) -> list[Stage]:
     absorbed = False  # whether the teacher's guidance is built into its weights
     for number, changes in enumerate(config.stages, 1):
         changes = dict(changes)
-        teacher = changes.pop("expert", config.next_teacher if stages else "original")
+        teacher = changes.pop("expert", config.teachers[0] if stages else "original")
         try:
-            if teacher not in TEACHERS or (not stages and teacher != "original"):
-                raise ValueError(f"expert={teacher!r}: choose one of {', '.join(TEACHERS)}; the first stage's is the original")
-            if "stages" in changes:
-                raise ValueError("a stage has no stages of its own")
+            if teacher not in config.teachers or (not stages and teacher != "original"):
+                raise ValueError(f"expert={teacher!r}: choose one of {', '.join(config.teachers)}; the first stage's is the original")
+            for key, why in (("stages", "a stage has none of its own"), ("mixed_precision", "it holds for the whole process")):
+                if key in changes:
+                    raise ValueError(f"{key} cannot be set for one stage: {why}")
             last = stages[-1].config if stages else config
             steps = {"last": last.num_steps, "same": last.teacher_steps, "original": config.teacher_steps}[teacher]
             absorbed = {"last": last.guidance_range is None, "same": absorbed, "original": False}[teacher]
             own = {"teacher_steps": steps, "seed": stream_seed(config.seed, f"stage {number}") % 2**31} | changes
             if absorbed:
-                if given := sorted({"guidance_scale", "guidance_range"} & {k for k, v in changes.items() if v is not None}):
+                asked = {key: changes.get(key, getattr(config, key)) for key in ("guidance_range", "guidance_scale")}
+                if asked["guidance_range"] is not None or changes.get("guidance_scale") is not None:
                     raise ValueError(
-                        f"{given[0]}={changes[given[0]]}: its teacher is a student with one guidance built in; use expert: original"
+                        f"{asked}: its teacher is a student with one guidance built in; use expert: original, or set both to null"
                     )
                 own |= {"guidance_scale": None, "guidance_range": None}
             made = _changed(config, own)
@@ -83,7 +84,9 @@ def _changed(config: LearnerConfig, changes: dict[str, Any]) -> LearnerConfig:
     """The config with some settings changed, of nested ones those that are given; types are checked as in a YAML file."""
     settings = dataclasses.asdict(config) | {"stages": []}
     for key, value in changes.items():
-        nested = isinstance(value, dict) and dataclasses.is_dataclass(getattr(config, key, None))
+        nested = dataclasses.is_dataclass(getattr(config, key, None))
+        if nested and not isinstance(value, dict):
+            raise ValueError(f"{key}={value!r}: need a mapping of {', '.join(settings[key])}")
         settings[key] = settings[key] | value if nested else value
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(type(config), None)
@@ -103,41 +106,49 @@ def learners(agent: type[Learner], expert: Expert, stages: list[Stage], out: Pat
         stages: From `plan`.
         out: The run directory to take up, if any.
     """
+    if len(stages) > 1:
+        _rehearse(agent, expert, stages)
     teacher = expert
-    last: Learner | None = None
+    last: NetworkDenoiser | None = None  # of the last stage, no more than this: its optimiser and its buffer may go
+    told: float | None = None  # the guidance that it answers for, if it has an embedding
+    before = stages[0].config
+    support: Support | None = None
     for stage in stages:
         if last is not None and stage.teacher == "last":
-            told = None if last.config.guidance_range is None else last.reference.guidance_scale
-            teacher = Distilled(expert, last.average, told)
+            teacher = Distilled(expert, last, told)
         elif stage.teacher == "original":
             teacher = expert
         place = None if out is None else out / stage.directory
-        support, nfe = (None, 0) if place is None else read_support(place)
-        if support is None and last is not None and last.config.thresholding == stage.config.thresholding:
-            support = last.support
+        stored, nfe = (None, 0) if place is None else read_support(place)
+        if stored is not None or before.thresholding != stage.config.thresholding:
+            support = stored
         learner = agent(teacher, stage.config, support)
         learner.teacher_nfe += nfe
         if last is not None:
-            learner.start_from(last.average)
+            learner.start_from(last)
         if place is not None and checkpoints(place / "checkpoints"):
             learner.load(place / "checkpoints")
-        if last is None:
-            _rehearse(agent, expert, stages[1:], learner.support)
         yield stage, learner
-        last = learner
+        last, before, support = learner.average, stage.config, learner.support
+        told = None if before.guidance_range is None else learner.reference.guidance_scale
+        del learner
 
 
-def _rehearse(agent: type[Learner], expert: Expert, later: list[Stage], support: Support) -> None:
-    """Builds each later stage's learner once, on the original expert, so that what it refuses is refused before any training.
+def _rehearse(agent: type[Learner], expert: Expert, stages: list[Stage]) -> None:
+    """Builds each stage's learner once, on the original expert, so that what it refuses is refused before any training.
 
     Raises:
         ValueError: so; names the stage.
     """
-    for number, stage in enumerate(later, 2):
+    last: NetworkDenoiser | None = None
+    for number, stage in enumerate(stages, 1):
         try:
-            agent(expert, stage.config, support)
+            learner = agent(expert, stage.config, Unbounded())  # no calibration
+            if last is not None:
+                learner.start_from(last)
         except ValueError as error:
-            raise ValueError(f"stage {number} of {len(later) + 1}: {error}") from error
+            raise ValueError(f"stage {number} of {len(stages)}: {error}") from error
+        last = learner.average
 
 
 def judged(config: LearnerConfig, stage: LearnerConfig) -> LearnerConfig:

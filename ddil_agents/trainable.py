@@ -80,9 +80,11 @@ class Trainable:
             "optimizer": self.optimizer.state_dict(),
             "last_epoch": self.scheduler.last_epoch,
             "horizon": self.horizon,
+            "last_learning_rate": self.last_learning_rate,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.bare.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.last_epoch, self.horizon = state["last_epoch"], state["horizon"]
+        self.last_learning_rate = state["last_learning_rate"]

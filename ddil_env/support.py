@@ -209,7 +209,7 @@ class Thresholding:
     """expert (the support that the expert states), none, static (clamp to the bound), dynamic (Imagen's percentile, for pixels),
     quantile (clamp each channel to its quantiles, for latents), or reflection (fold back at the bound)."""
     roles: tuple[Role, ...] = ("teacher",)
-    """Whose estimates: teacher, target (what a learner derives from its averaged student), student, critic."""
+    """Whose estimates: teacher, target (what the student is pulled to: PD's x_tgt, LCM's averaged student), student, critic."""
     bound: float = 1.0
     """Half-width of static, dynamic and reflection."""
     quantile: float = 0.995
@@ -229,8 +229,8 @@ class Thresholding:
         _check_bound(self.bound, "thresholding.bound")
         if not 0.5 < self.quantile <= 1:
             raise ValueError(f"thresholding.quantile={self.quantile}: need 0.5 < quantile ≤ 1, the upper of a pair around the median")
-        if self.samples < 2:
-            raise ValueError(f"thresholding.samples={self.samples}: need at least 2 to take quantiles of")
+        if not 2 <= self.samples <= 1_000_000:
+            raise ValueError(f"thresholding.samples={self.samples}: need 2 … 1,000,000 to take quantiles of")
 
 
 def build_support(config: Thresholding, expert: Expert, sample: Callable[[int], Tensor] | None = None, seed: int = 0) -> Support:

@@ -479,8 +479,9 @@ def test_the_teacher_is_asked_for_real_scores_and_for_its_own_rollouts(
 ) -> None:
     learner = learn(matching(make(), beta=beta, noise_level=499.0, num_updates=7, critic_updates=3))  # 2 steps of 2 substeps
     assert learner.teacher_nfe == learner.expert.nfe == (3 * 8 + 7 * 8 * steps) * pair
-    assert learner.student_nfe == 7 * 8 * (3 if beta.student else 1)  # 2 steps of a rollout, and the last
-    assert not learner.buffer.sample(50, learner.beta())["nfe"].any()
+    # 2 steps of a rollout, and the last; of the critic, one in each update and one in each of the student's 3 turns
+    assert learner.student_nfe == 7 * 8 * (3 if beta.student else 1) + (7 + 3) * 8
+    assert not learner.draw()["nfe"].any()
 
 
 class Hidden(GaussianMixtureExpert):
@@ -959,3 +960,13 @@ def test_a_role_that_dmd2_has_not_is_refused() -> None:
 def test_guidance_that_the_expert_cannot_follow_is_refused() -> None:
     with pytest.raises(ValueError, match="has no null condition to guide against"):
         matching(guidance_scale=3.0)
+
+
+def test_a_noise_level_beyond_the_chain_is_refused() -> None:
+    with pytest.raises(ValueError, match="noise_level=5000 lies beyond the teacher's chain of 1000 steps"):
+        matching(space(), noise_level=5000.0)
+
+
+def test_on_policy_states_are_not_kept() -> None:
+    learner = learn(matching(space(), num_updates=4))
+    assert len(learner.buffer) == 0

@@ -159,7 +159,7 @@ def test_guidance_of_a_stage_whose_teacher_has_it_built_in_is_refused(changes: d
         (({}, {"expert": "first"}), "stage 2 of 2: expert='first': choose one of last, same, original"),
         (({"expert": "last"},), "stage 1 of 1: expert='last': .*the first stage's is the original"),
         (({"expert": "same"},), "stage 1 of 1: expert='same': .*the first stage's is the original"),
-        (({}, {"stages": []}), "stage 2 of 2: a stage has no stages of its own"),
+        (({}, {"stages": []}), "stage 2 of 2: stages cannot be set for one stage"),
         (({"num_steps": 4}, {"num_steps": 3}), "stage 2 of 2: teacher_steps=4 is no multiple of num_steps=3"),
         (({"num_steps": 2}, {"num_steps": 4}), "stage 2 of 2: teacher_steps=2 is no multiple of num_steps=4"),
         (({"weighting": "snr"},), r"stage 1 of 1: .*weighting"),
@@ -249,9 +249,8 @@ def test_a_second_part_warms_up_again() -> None:
 def test_a_student_of_another_architecture_is_refused() -> None:
     for second in ({"student": {"width": 8, "depth": 2}}, {"student": {"width": 16, "depth": 3}}):
         stages = chain(corners(), cloning({"num_steps": 4}, second))
-        next(stages)
-        with pytest.raises(ValueError, match="the student cannot start from the last one's weights"):
-            next(stages)
+        with pytest.raises(ValueError, match="stage 2 of 2: the student cannot start from the last one's weights"):
+            next(stages)  # before the first is trained
 
 
 def test_a_critic_starts_as_the_students_twin_in_every_stage() -> None:
@@ -354,8 +353,7 @@ def test_a_told_student_stays_told_and_teaches_what_it_is_told() -> None:
 
 def test_a_told_student_cannot_become_one_that_is_not() -> None:
     stages = chain(labelled(), cloning({"num_steps": 4, "guidance_range": [1.0, 4.0]}, {"num_steps": 2}))
-    next(stages)
-    with pytest.raises(ValueError, match=r"the student cannot start from the last one's weights: .*cond_proj"):
+    with pytest.raises(ValueError, match=r"stage 2 of 2: the student cannot start from the last one's weights: .*cond_proj"):
         next(stages)
 
 
@@ -691,3 +689,51 @@ def test_a_run_with_a_guidance_range_can_be_started(tmp_path: Path, monkeypatch:
         raise AssertionError("refused") from stop
     assert Path("run/result.json").is_file()
     load_run(Path("run"))
+
+
+# What a fresh pair of eyes broke
+
+
+def test_a_chain_of_one_stage_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["--num_updates", "2", "--batch_size", "8", "--collect_size", "32", "--evaluate.n", "10", "--evaluate.n_action", "2"]
+    dagger.main(["--env", "digits8", *small, "--out", "run", "--stages", "[{num_steps: 4}]"])
+    assert load_run(tmp_path / "run").config.num_steps == 4
+    assert (tmp_path / "run" / "stage_1" / "result.json").is_file()
+    with pytest.raises(ValueError, match="a stage of a run is loaded through the run's own directory"):
+        load_run(tmp_path / "run" / "stage_1")
+
+
+def test_guidance_of_the_whole_run_is_not_dropped_for_a_student_teacher() -> None:
+    config = BCConfig(guidance_range=(1.0, 4.0), stages=({"num_steps": 8, "guidance_range": None}, {"num_steps": 4}))
+    with pytest.raises(ValueError, match=r"stage 2 of 2: .*one guidance built in"):
+        plan(config)
+
+
+def test_a_learner_by_itself_refuses_stages() -> None:
+    with pytest.raises(ValueError, match="a learner trains one stage"):
+        Dagger("digits8", DaggerConfig(stages=({"num_steps": 4},)))
+
+
+def test_a_few_step_student_is_no_score_for_dmd2() -> None:
+    with pytest.raises(ValueError, match="stage 2 of 2: expert='last': choose one of original, same"):
+        plan(DMD2Config(stages=({"num_steps": 4}, {"num_steps": 2, "expert": "last"})))
+
+
+@pytest.mark.parametrize("beta", [3, None])
+def test_a_nested_setting_that_is_no_mapping_is_refused(beta: object) -> None:
+    with pytest.raises(ValueError, match=r"stage 1 of 1: beta=.*need a mapping of forward, teacher, student"):
+        plan(BCConfig(stages=({"num_steps": 4, "beta": beta},)))
+
+
+def test_precision_is_the_whole_runs() -> None:
+    with pytest.raises(ValueError, match="stage 1 of 1: mixed_precision cannot be set for one stage"):
+        plan(BCConfig(stages=({"num_steps": 4, "mixed_precision": "bf16"},)))
+
+
+def test_the_costs_of_a_gathered_run_rise_from_stage_to_stage(unbroken: Path) -> None:
+    result = json.loads((unbroken / "result.json").read_text())
+    own = [model["teacher_nfe"] for name, model in result["models"].items() if name.startswith("dagger@")]
+    assert own == sorted(own)
+    assert own[-1] == result["teacher_nfe"]
+    assert result["training_seed"] == 0
