@@ -15,7 +15,6 @@ The inputs x_{t_j} come from the student's own steps, the teacher's or data (sim
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -98,7 +97,7 @@ class DistributionMatching(Learner):
 
     def __init__(self, expert: Expert | str, config: DMD2Config | None = None, support: Support | None = None) -> None:
         super().__init__(expert, config, support)
-        twin = copy.deepcopy(self.trainables["student"].bare)
+        twin = self._seeded_student()  # of the expert's weights, whatever the student starts from
         critic = Critic(twin)
         if self.config.gan_weight:
             try:

@@ -85,6 +85,8 @@ class LearnerConfig:
     """Of weights, data, noise, times, rollouts and draws, each its own stream."""
     student: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the expert's make_student."""
+    init: str | None = None
+    """A run directory whose student to start from, such as an LCM's for DMD2; null: what make_student gives, the expert's weights."""
     stages: tuple[dict[str, Any], ...] = ()
     """A chain of runs in one: for each, the settings that differ, and `expert`, its teacher: last (the last stage's student),
     same (as the last stage's) or original. Each student starts from the last one's weights."""
@@ -193,6 +195,9 @@ class Learner(ABC):
                     "set guidance_scale to one inside, at which the student is judged"
                 )
         student = self._seeded_student()
+        if config.init is not None:
+            other = self.expert.load_student(Path(config.init) / "student", **self.student_options)
+            student.load_state_dict(other.state_dict())
         before = self.expert.nfe
         self.support = build_support(config.thresholding, self.expert, self._sample_teacher) if support is None else support
         self.thresholds = {role: Metered(self.support) if role in config.thresholding.roles else Unbounded() for role in self.roles}

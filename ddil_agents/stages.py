@@ -65,7 +65,11 @@ def plan(config: LearnerConfig) -> list[Stage]:
             last = stages[-1].config if stages else config
             steps = {"last": last.num_steps, "same": last.teacher_steps, "original": config.teacher_steps}[teacher]
             absorbed = {"last": last.guidance_range is None, "same": absorbed, "original": False}[teacher]
-            own = {"teacher_steps": steps, "seed": stream_seed(config.seed, f"stage {number}") % 2**31} | changes
+            own = {
+                "init": config.init if not stages else None,
+                "teacher_steps": steps,
+                "seed": stream_seed(config.seed, f"stage {number}") % 2**31,
+            } | changes
             if absorbed:
                 asked = {key: changes.get(key, getattr(config, key)) for key in ("guidance_range", "guidance_scale")}
                 if asked["guidance_range"] is not None or changes.get("guidance_scale") is not None:

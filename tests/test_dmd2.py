@@ -25,7 +25,7 @@ from ddil_agents.collect import stream_seed
 from ddil_agents.critic import Critic
 from ddil_agents.metrics.distances import sliced_wasserstein
 from ddil_agents.train import read_metrics, train
-from ddil_env import Expert, GaussianMixtureExpert, NetworkDenoiser, NoDataError, TimeGrid, unroll
+from ddil_env import Expert, GaussianMixtureExpert, NetworkDenoiser, NoDataError, TimeGrid, load_expert, unroll
 from ddil_env.experts.digits import Digits
 
 FORWARD, TEACHER, STUDENT = Beta(1, 0, 0), Beta(0, 1, 0), Beta(0, 0, 1)
@@ -970,3 +970,19 @@ def test_a_noise_level_beyond_the_chain_is_refused() -> None:
 def test_on_policy_states_are_not_kept() -> None:
     learner = learn(matching(space(), num_updates=4))
     assert len(learner.buffer) == 0
+
+
+def test_a_student_can_start_from_another_runs_and_the_critic_from_the_expert(tmp_path: Path) -> None:
+    expert = load_expert("digits8")
+    other = expert.make_student()
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(0.9)
+    (tmp_path / "student").mkdir()
+    expert.save_student(other, tmp_path / "student", 4)
+    learner = DistributionMatching(expert, DMD2Config(init=str(tmp_path)))
+    assert torch.equal(weights(learner.student), weights(other))
+    assert torch.equal(weights(learner.average), weights(other))
+    assert torch.equal(weights(learner.trainables["critic"].bare), weights(expert.make_student()))
+    with pytest.raises(ValueError, match="student"):
+        DistributionMatching(expert, DMD2Config(init=str(tmp_path / "nowhere")))

@@ -528,7 +528,7 @@ def test_samples_of_another_number_of_channels_are_refused() -> None:
         ({"quantile": 0.5}, r"thresholding.quantile=0.5: need 0.5 < quantile ≤ 1"),
         ({"quantile": 1.01}, r"thresholding.quantile=1.01: need 0.5 < quantile ≤ 1"),
         ({"quantile": math.nan}, r"thresholding.quantile=nan: need 0.5 < quantile ≤ 1"),
-        ({"samples": 1}, r"thresholding.samples=1: need at least 2"),
+        ({"samples": 1}, r"thresholding.samples=1: need 2 … 1,000,000"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
