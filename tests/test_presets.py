@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from diffusers import StableDiffusionPipeline
 from tiny_sd import write_tiny_sd
 
-from ddil_agents import BehaviourCloning, Dagger, DistributionMatching, LatentConsistency, Learner
-from ddil_agents.cli import _expert_and_config, _parse
+from ddil_agents import BehaviourCloning, Dagger, DistributionMatching, LatentConsistency, Learner, dagger, dmd2, lcm
+from ddil_agents.cli import _expert_and_config, _parse, load_run
 from ddil_agents.stages import Stage, plan
 from ddil_env import Expert
 from ddil_env.presets import config_dir, preset_names
@@ -79,3 +83,25 @@ def test_dmd2s_small_batch_is_the_papers(run: Any) -> None:
 def test_lcm_trains_8k_updates_with_the_papers_guidance(run: Any) -> None:
     _, (stage,) = run(LatentConsistency, "sd15")
     assert (stage.config.num_updates, stage.config.guidance_range, stage.config.ema) == (8000, (6, 16), 0.95)
+
+
+@pytest.mark.parametrize(("main", "agent", "steps"), [(dagger.main, "dagger", 2), (lcm.main, "lcm", 4), (dmd2.main, "dmd2", 4)])
+def test_the_papers_run_reaches_a_pipeline_when_it_is_shrunk(
+    main: Callable[[list[str]], None], agent: str, steps: int, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The whole of configs/AGENT/sd15.yaml, every stage of it, in two updates each on a tiny pipeline."""
+    config = yaml.safe_load((config_dir() / agent / "sd15.yaml").read_text())
+    for stage in config.get("stages", []):
+        stage["num_updates"] = 2
+    config |= {"num_updates": 2, "batch_size": 4, "gradient_accumulation": 1, "collect_size": 64, "capacity": 128, "mixed_precision": "no"}
+    config["thresholding"]["samples"], config["evaluate"] = 4, {"n": 10, "n_action": 2}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    run = tmp_path / "run"
+    main(["--env", "sd15", "--env.model", str(tiny_folder), "--config", str(tmp_path / "small.yaml"), "--out", str(run)])
+    result = json.loads((run / "result.json").read_text())
+    assert result["student"] == f"{agent}@{steps}"
+    assert result["num_updates"] == 2 * max(len(config.get("stages", [])), 1)
+    assert json.loads((run / "support.json").read_text())["kind"] == "quantile"
+    pipeline = StableDiffusionPipeline.from_pretrained(run / "student", use_safetensors=True)
+    assert pipeline.unet.config.time_cond_proj_dim == (None if agent == "dmd2" else 256)
+    assert load_run(run).config.num_steps == steps
