@@ -30,8 +30,9 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % t-interval."""
-    return statistics.mean(values), T95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    """Mean and half-width of its 95 % t-interval; NaN where there is one value."""
+    half = T95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.mean(values), half
 
 
 def run(agent: str, num_steps: int, seed: int, runs: Path, settings: str) -> dict[str, Any]:

@@ -4,10 +4,11 @@
     python benchmarks/paper.py --report_only           # the table, from the runs that are there
 
 PD is one staged run of 32 → 8 → 4 → 2 → 1 steps a seed, whose students are judged at their own steps. LCM is one student, sampled in
-1, 2, 4 and 8. DMD2 has a student for each number of steps, each starting from that seed's plain LCM, as the paper's did from one
-distilled for SSD-1B (caption of Table 3); its costs are on top of the LCM's. Within a method all variants take the same gradient
-steps, batches, initial weights and data; teacher and student forwards, rollouts and critics included, are counted and shown. At batch
-7 the paper's claim of stability is put to the test, unguided and with a guided real score, with the norms of the gradients.
+1, 2, 4 and 8. DMD2 has a student for each number of steps, each starting from that seed's plain LCM (so the caption of the paper's
+Table 3 can be read: "adopting latent consistency distillation retrained for SSD1B"); its costs are on top of the LCM's. Within a
+method all variants take the same gradient steps, batches, initial weights and data; teacher and student forwards, rollouts and
+critics included, are counted and shown. At batch 7 the paper's claim of stability is put to the test, unguided and with a guided
+real score, with the norms of the gradients.
 
 Every student of a seed starts from the same noise and conditions; distances are to the same data.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from digits import interval
 
 from ddil_agents.checkpoint import write_atomically
 from ddil_agents.cli import load_run
@@ -46,9 +48,6 @@ METRICS = (
     "grad_norm",
     "grad_norm_max",
 )
-# Two-sided 95 % points of Student's t by degrees of freedom.
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
 MIXED = "--beta.forward .5 --beta.teacher .1 --beta.student .4"
 PRIORS = {  # the baseline's and DDIL's, by method
     "pd": ("--beta.forward 1 --beta.teacher 0 --beta.student 0", MIXED),
@@ -191,12 +190,6 @@ def evaluate(runs: list[Run], root: Path, seed: int, n: int) -> dict[str, dict[s
             models[names[steps]] = the.judge(policy, grid, kernel) | cost(run, out, steps)
         write_atomically(path, json.dumps(models, indent=1))
     return models
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % t-interval; NaN where there is one seed."""
-    half = T95[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return statistics.fmean(values), half
 
 
 def summary(by_seed: dict[int, dict[str, dict[str, float]]]) -> dict[str, Any]:

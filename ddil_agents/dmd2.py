@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ddil_agents.beta import Beta
-from ddil_agents.collect import stream_seed
+from ddil_agents.collect import Collector, stream_seed
 from ddil_agents.critic import Critic
 from ddil_agents.learner import Learner, LearnerConfig
 from ddil_agents.simulation import BackwardSimulation
@@ -201,17 +201,8 @@ class DistributionMatching(Learner):
     def turns(self, network: str, updates: int) -> int:
         return -(-updates // self.config.critic_updates) if network == "student" else updates
 
-    def make_collector(self, student_policy: StudentPolicy) -> BackwardSimulation:
-        config = self.config
-        return BackwardSimulation(
-            self.expert_policy,
-            student_policy,
-            self.grid,
-            config.seed,
-            kernel=self.kernel,
-            p_expert=config.p_expert,
-            noise_level=config.noise_level,
-        )
+    def make_collector(self, student_policy: StudentPolicy, *args: Any, **own: Any) -> Collector:
+        return super().make_collector(student_policy, BackwardSimulation, noise_level=self.config.noise_level)
 
 
 def main(argv: list[str] | None = None) -> None:

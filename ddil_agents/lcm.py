@@ -147,18 +147,9 @@ class LatentConsistency(Learner):
             schedule=self.expert.schedule.ending_at_alpha_0(),
         )
 
-    def make_collector(self, student_policy: StudentPolicy) -> LCMCollector:
-        config = self.config
-        solver = TimeGrid(self.expert.schedule, config.solver_steps, "trailing").to(self.expert.device)
-        return LCMCollector(
-            self.expert_policy,
-            student_policy,
-            solver,
-            config.seed,
-            kernel=self.kernel,
-            guidance_range=config.guidance_range,
-            inference_steps=config.inference_steps,
-        )
+    def make_collector(self, student_policy: StudentPolicy, *args: Any, **own: Any) -> Collector:
+        solver = TimeGrid(self.expert.schedule, self.config.solver_steps, "trailing").to(self.expert.device)
+        return super().make_collector(student_policy, LCMCollector, solver, inference_steps=self.config.inference_steps)
 
 
 def main(argv: list[str] | None = None) -> None:

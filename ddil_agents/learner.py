@@ -184,9 +184,8 @@ class Learner(ABC):
                 f"thresholding.roles={config.thresholding.roles}: {self.name} has no {strange[0]}; it has {', '.join(self.roles)}"
             )
         self.grid = TimeGrid(self.expert.schedule, config.num_steps, config.grid).to(self.expert.device)
-        self.reference = ExpertPolicy(
-            self.expert, config.substeps, config.guidance_scale
-        )  # what a student is judged against: the expert on its own support
+        # What a student is judged against: the expert on its own support, whatever is thresholded in training.
+        self.reference = ExpertPolicy(self.expert, config.substeps, config.guidance_scale)
         if config.guidance_range is not None:
             low, high = map(self.expert.check_guidance, config.guidance_range)
             if not low <= self.reference.guidance_scale <= high:
@@ -238,17 +237,19 @@ class Learner(ABC):
         """The expert as it labels states and unrolls the teacher."""
         return ExpertPolicy(self.expert, self.config.substeps, self.config.guidance_scale, support=self.thresholds["teacher"])
 
-    def make_collector(self, student_policy: StudentPolicy) -> Collector:
-        """Where the states come from."""
-        config = self.config
-        return Collector(
+    def make_collector(
+        self, student_policy: StudentPolicy, kind: type[Collector] = Collector, grid: TimeGrid | None = None, **own: Any
+    ) -> Collector:
+        """Where the states come from: `kind`, over the times of `grid` (default: the student's), with settings of its own."""
+        return kind(
             self.expert_policy,
             student_policy,
-            self.grid,
-            config.seed,
+            self.grid if grid is None else grid,
+            self.config.seed,
             kernel=self.kernel,
-            p_expert=config.p_expert,
-            guidance_range=config.guidance_range,
+            p_expert=self.config.p_expert,
+            guidance_range=self.config.guidance_range,
+            **own,
         )
 
     def collect(self) -> TensorDict:

@@ -737,3 +737,8 @@ def test_the_costs_of_a_gathered_run_rise_from_stage_to_stage(unbroken: Path) ->
     assert own == sorted(own)
     assert own[-1] == result["teacher_nfe"]
     assert result["training_seed"] == 0
+
+
+def test_a_student_is_judged_without_the_run_that_it_started_from() -> None:
+    config = BCConfig(init="long/gone")
+    assert judged(config, plan(config)[0].config).init is None
