@@ -4,6 +4,7 @@
 `latent_pool8`    latent pictures averaged over an 8×8 grid: a coarse, always available judge of latent diffusion models.
 `fd_mnist16_clf`  a small classifier of 16×16 MNIST; 97.4 % right on the 700 held-out test pictures.
 `fd_digits8_clf`  the same for scikit-learn's 8×8 digits; 99.8 % right on 497 test pictures.
+`inception_v3_2015`  of decoded pictures, the features of FID; its weights are fetched or given (inception.py).
 
 The classifiers are fitted on the `fit` split alone: one that had seen the teacher's data would favour what the teacher
 remembers of it. Fit them again by
@@ -23,12 +24,13 @@ from collections.abc import Callable
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddil_agents.metrics.frechet import FID_EXTRACTOR
 from ddil_env.experts.digits import NUM_CLASSES, load_digits, spec_of
 from ddil_env.weights import load_weights
 
@@ -42,9 +44,11 @@ class Extractor(ABC):
 
     Attributes:
         name: What results call it.
+        of_pictures: Whether it reads uint8 pictures (n, height, width, 3) in place of samples.
     """
 
     name: str
+    of_pictures: ClassVar[bool] = False
 
     @abstractmethod
     def features(self, samples: Tensor) -> Tensor:
@@ -150,14 +154,23 @@ EXTRACTORS: dict[str, Callable[[], Extractor]] = {
 }
 
 
-def load_extractor(name: str) -> Extractor:
+def load_extractor(name: str, weights_dir: Path | None = None, device: torch.device | str = "cpu") -> Extractor:
     """The extractor of that name.
 
+    Args:
+        name: A key of EXTRACTORS, or `inception_v3_2015`.
+        weights_dir: Where Inception's weights are; None downloads them.
+        device: Where Inception runs; the others follow their samples.
+
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or no weights.
     """
+    if name == FID_EXTRACTOR:
+        from ddil_agents.metrics.inception import Inception
+
+        return Inception(weights_dir, device)
     if name not in EXTRACTORS:
-        raise ValueError(f"unknown extractor {name!r}; choose one of: {', '.join(EXTRACTORS)}")
+        raise ValueError(f"unknown extractor {name!r}; choose one of: {', '.join([*EXTRACTORS, FID_EXTRACTOR])}")
     return EXTRACTORS[name]()
 
 

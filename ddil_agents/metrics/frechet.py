@@ -1,7 +1,7 @@
 """Fréchet distance between two sets of features, each taken for a Gaussian.
 
-Its name is never FID: that one is of Inception-v3 features. A result names its extractor, its n and the floor that real
-data reach at the same n, since with few samples even real against real is far from 0.
+Its name is FID only of Inception-v3 features; `frechet_name` says it. A result names its extractor, its n and the floor that
+real data reach at the same n, since with few samples even real against real is far from 0.
 """
 
 from __future__ import annotations
@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from ddil_agents.metrics.distances import as_pair
+from ddil_agents.metrics.features import Features
+
+FID_EXTRACTOR = "inception_v3_2015"
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
+def frechet_name(extractor_name: str) -> str:
+    """What a report may call the Fréchet distance between features of that extractor."""
+    return "FID" if extractor_name == FID_EXTRACTOR else f"Fréchet distance ({extractor_name})"
+
+
+def frechet_distance(a: Tensor | Features, b: Tensor | Features) -> float:
     """Squared 2-Wasserstein distance between the Gaussians fitted to two sets of features.
 
         d² = ‖μ_a − μ_b‖² + tr(C_a + C_b − 2 (C_a C_b)^{1/2})      Dowson & Landau 1982; Heusel et al. 2017
@@ -24,7 +32,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         a, b: Features, (n, d) and (m, d); n ≠ m is allowed.
 
     Raises:
-        ValueError: fewer than 2 samples, widths that differ, non-finite features.
+        ValueError: fewer than 2 samples, widths or extractors that differ, non-finite features.
     """
     a, b = as_pair(a, b)
     if min(len(a), len(b)) < 2:
@@ -35,3 +43,17 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     root_trace = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
     squared = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root_trace
     return float(squared.clamp(min=0))
+
+
+def gaussian_w2(a: Tensor | Features, b: Tensor | Features) -> float:
+    """2-Wasserstein distance between the Gaussians fitted to two sets of samples, in the samples' own units.
+
+        W_2 = √d² ,   d² of `frechet_distance`
+
+    Args:
+        a, b: Samples, (n, *shape) and (m, *shape).
+
+    Raises:
+        ValueError: as `frechet_distance`.
+    """
+    return frechet_distance(a, b) ** 0.5

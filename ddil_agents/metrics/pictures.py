@@ -1,0 +1,168 @@
+"""What every picture metric shares: the way a picture is resized, read from a file and checked, and where weights come from.
+
+Pictures are uint8 (n, height, width, 3), as `Expert.decode` gives them. A result names `RESIZE`: the filter alone moves FID.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ddil_env.weights import read_tensors
+
+RESIZE = "centre_crop_lanczos_256"
+SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+
+
+def check_pictures(pictures: Tensor) -> None:
+    """Refuses what is no set of pictures.
+
+    Raises:
+        ValueError: not uint8 (n, height, width, 3), or no picture at all.
+    """
+    if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3 or pictures.numel() == 0:
+        got = f"{str(pictures.dtype).removeprefix('torch.')} {tuple(pictures.shape)}"
+        raise ValueError(f"pictures must be uint8 (n, height, width, 3), n ≥ 1, as Expert.decode gives them; got {got}")
+
+
+def _resized(image: Image.Image, size: int) -> Tensor:
+    width, height = image.size
+    side = min(width, height)
+    left, top = round((width - side) / 2), round((height - side) / 2)  # torchvision's center_crop rounds so too
+    square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(square))  # (size, size, 3)
+
+
+def resize(pictures: Tensor, size: int = 256) -> Tensor:
+    """Crops pictures (n, height, width, 3) to the middle square and resizes them with Pillow's Lanczos, to (n, size, size, 3).
+
+    At 256 this is the protocol named `RESIZE`, the one of DMD2's COCO evaluation. Squares of that size are left as they are.
+
+    Raises:
+        ValueError: not pictures, or size < 1.
+    """
+    check_pictures(pictures)
+    if size < 1:
+        raise ValueError(f"size={size}: need at least 1 pixel")
+    return torch.stack([_resized(Image.fromarray(picture.numpy()), size) for picture in pictures.cpu()])
+
+
+def _read_picture(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I") or image.mode == "F":  # convert() would clip these to white
+                raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's plug-ins raise whatever a damaged file makes them
+        raise ValueError(f"{path} is no picture that can be read ({error}); mend it or leave it out of the paths") from error
+
+
+def load_pictures(paths: Path | Iterable[Path], size: int = 256, batch_size: int = 64) -> Iterator[Tensor]:
+    """Reads pictures, resized as by `resize`, a batch (b, size, size, 3) at a time.
+
+    Args:
+        paths: Files in order; or a folder, whose .jpeg, .jpg, .png and .webp files are read in order of name.
+        size: Side of what comes back.
+        batch_size: Pictures a batch; the last may have fewer.
+
+    Raises:
+        ValueError: no pictures, or one that cannot be read: none is skipped, since the others would be another data set.
+    """
+    files = sorted(p for p in paths.iterdir() if p.suffix.lower() in SUFFIXES) if isinstance(paths, Path) and paths.is_dir() else paths
+    files = [files] if isinstance(files, Path) else list(files)
+    if not files or size < 1 or batch_size < 1:
+        raise ValueError(f"{len(files)} pictures in {paths} with size={size}, batch_size={batch_size}: need at least 1 of each")
+    for start in range(0, len(files), batch_size):
+        yield torch.stack([_resized(_read_picture(path), size) for path in files[start : start + batch_size]])
+
+
+def require(module: str) -> Any:
+    """A module of the `eval` extra.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f'{module} is missing ({error}): pip install "ddil[eval]"') from error
+
+
+def find_weights(weights_dir: Path, *names: str, cure: str) -> Path:
+    """The first file of these names in a folder, each before its suffix is changed to .safetensors; or the file that was named itself.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if weights_dir.is_file():
+        return weights_dir
+    candidates = [weights_dir / name for given in names for name in (given, f"{given.rpartition('.')[0]}.safetensors")]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise ValueError(f"no {' or '.join(dict.fromkeys(path.name for path in candidates))} in {weights_dir}: {cure}")
+
+
+def read_pretrained(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a pickle, in which torch accepts nothing but tensors.
+
+    Raises:
+        ValueError: the file is damaged, or holds more than tensors.
+    """
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or holds more than tensors ({error}); fetch it again") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path} is no state dict, names to tensors; fetch it again")
+    return tensors
+
+
+def pretrained_tensors(weights_dir: Path | None, url: str, *other_names: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors of the file that a URL ends in, from a folder or, without one, through torch's own downloader; and what to call them.
+
+    Args:
+        weights_dir: A folder, a file, or None.
+        url: Where the file is from.
+        other_names: By which the same file also goes.
+
+    Raises:
+        ValueError: the file is absent, cannot be downloaded, is damaged, or holds more than tensors.
+    """
+    name = url.rpartition("/")[2]
+    if weights_dir is not None:
+        path = find_weights(weights_dir, name, *other_names, cure=f"download {url} into it")
+        return read_pretrained(path), str(path)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the downloader prints
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True, progress=False), name
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"cannot download {name} ({error}); fetch {url} elsewhere and pass its folder as weights_dir") from error
+
+
+def load_pretrained(module: nn.Module, weights_dir: Path | None, url: str, source: Callable[[str], str] = str) -> None:
+    """Loads a published state dict into a module.
+
+    Args:
+        source: Name of a tensor of the module → its name in the file; what else the file holds is not read.
+
+    Raises:
+        ValueError: as `pretrained_tensors`, or names or shapes do not fit the module.
+    """
+    tensors, where = pretrained_tensors(weights_dir, url)
+    try:
+        module.load_state_dict({name: tensors[source(name)] for name in module.state_dict()})
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{where} does not fit {type(module).__name__}: {error}") from error
