@@ -26,7 +26,7 @@ KEEP = 2  # checkpoints of a run that stay on the disk
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file in whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two runs may write one file
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     _flush(partial)
     os.replace(partial, path)

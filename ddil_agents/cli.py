@@ -32,7 +32,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 
 from ddil_agents.checkpoint import read_support, write_atomically
-from ddil_agents.evaluate import Evaluation, Judge, provenance
+from ddil_agents.evaluate import Evaluation, Judge, extractor_for, judge_student, provenance
 from ddil_agents.learner import Learner, LearnerConfig
 from ddil_agents.report import read_result, save_pictures, table
 from ddil_agents.stages import Stage, judged, learners, plan
@@ -127,16 +127,13 @@ def finish(learner: Learner, out: Path, evaluation: Evaluation, env: dict[str, A
     n, name = judged.num_steps, f"{learner.name}@{judged.num_steps}"
     (out / "student").mkdir(exist_ok=True)
     expert.save_student(learner.average, out / "student", n, judged.grid, learner.kernel)
-    judge = Judge(ExpertPolicy(expert, judged.substeps, judged.guidance_scale), learner.grid, evaluation)
+    store = out / "evaluation" if evaluation.n > evaluation.batch_size else None  # long ones go on where a kill stopped them
+    judge = Judge(ExpertPolicy(expert, judged.substeps, judged.guidance_scale), learner.grid, evaluation, store)
     rows = read_metrics(out / "metrics.jsonl")
     cost: dict[str, Any] = {"teacher_nfe": learner.teacher_nfe, "student_nfe": learner.student_nfe}
     cost["train_seconds"] = rows[-1]["seconds"] if rows else None
-    models = judge.judge_baselines()
-    models[name] = cost | judge.judge(learner.student_policy, kernel=learner.kernel)
-    for more in evaluation.also_steps:
-        grid = TimeGrid(expert.schedule, more, judged.grid).to(expert.device)
-        models.setdefault(f"teacher@{more}", judge.judge(judge.few_steps, grid))
-        models.setdefault(f"{learner.name}@{more}", judge.judge(learner.student_policy, grid, learner.kernel))
+    models = judge_student(judge, learner.name, learner.student_policy, learner.kernel, judged.grid)
+    models[name] = cost | models[name]
     result = {
         "agent": learner.name,
         **env,
@@ -156,6 +153,8 @@ def finish(learner: Learner, out: Path, evaluation: Evaluation, env: dict[str, A
         out / "samples.png", judge, {**judge.baselines(), name: judge.sample(learner.student_policy, learner.grid, learner.kernel)}
     )
     write_atomically(out / "result.json", json.dumps(result, indent=1))
+    if store is not None:
+        shutil.rmtree(store)
 
 
 def gather(out: Path, stages: list[Path], seed: int) -> None:
@@ -181,8 +180,12 @@ def gather(out: Path, stages: list[Path], seed: int) -> None:
     write_atomically(out / "result.json", json.dumps({**result, **total, "training_seed": seed, "models": models}, indent=1))
 
 
-def load_run(directory: Path) -> Learner:
+def load_run(directory: Path, **env: Any) -> Learner:
     """A learner of a finished run's config with its saved student, on whatever device is here.
+
+    Args:
+        directory: The run's.
+        env: Arguments of the expert that differ from the run's, such as other prompts.
 
     Raises:
         ValueError: no finished run there, or a damaged one.
@@ -191,11 +194,14 @@ def load_run(directory: Path) -> Learner:
         raise ValueError(f"{directory} holds no finished run (no result.json); finish it with --resume {directory}")
     if not (directory / "config.yaml").is_file():
         raise ValueError(f"{directory} has no config.yaml; a stage of a run is loaded through the run's own directory, {directory.parent}")
-    agent = _find_agent(str(read_yaml(directory / "config.yaml").get("agent")))
+    agent = find_agent(str(read_yaml(directory / "config.yaml").get("agent")))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser, cfg = _parse(agent, ["--config", str(directory / "config.yaml")])
     if "device" in vars(cfg.env):
         cfg.env.device = device
+    if unknown := sorted(env.keys() - vars(cfg.env).keys()):
+        raise ValueError(f"{cfg.env.expert}, the expert of {directory}, takes no {', '.join(unknown)}; leave it out")
+    vars(cfg.env).update(env)
     expert, config = _expert_and_config(agent, parser, cfg)
     last = plan(config)[-1].config
     learner = agent(expert, judged(config, last), read_support(directory)[0])
@@ -204,7 +210,7 @@ def load_run(directory: Path) -> Learner:
     return learner
 
 
-def _find_agent(name: str) -> type[Learner]:
+def find_agent(name: str) -> type[Learner]:
     """The learner of ddil_agents/<name>.py: a new one is one file, entered nowhere else.
 
     Raises:
@@ -217,7 +223,30 @@ def _find_agent(name: str) -> type[Learner]:
     for value in found:
         if isinstance(value, type) and issubclass(value, Learner) and vars(value).get("name") == name:
             return value
-    raise ValueError(f"a run's config.yaml names the agent {name!r}, but ddil_agents/{name}.py holds no such learner")
+    raise ValueError(f"unknown agent {name!r}: ddil_agents/{name}.py holds no learner of that name")
+
+
+def refuse_early(agent: type[Learner], arguments: list[str], expert: Expert | None = None) -> Expert:
+    """Builds all that a command line describes and trains nothing, so that what is wrong with it is said before any long work.
+
+    Args:
+        agent: Its learner.
+        arguments: As `run` takes them.
+        expert: One that an earlier call returned, if it serves again.
+
+    Raises:
+        ValueError: what the config, the expert, the learner or the judge refuse.
+    """
+    parser, cfg = _parse(agent, arguments)
+    if expert is None:
+        expert, config = _expert_and_config(agent, parser, cfg)
+        check_expert(expert)
+    else:
+        config = _config(agent, parser, cfg)
+    stages = plan(config)
+    next(learners(agent, expert, stages))
+    _evaluable(expert, stages, Evaluation(**vars(cfg.evaluate)))
+    return expert
 
 
 def judge_of(learner: Learner, **settings: Any) -> Judge:
@@ -250,9 +279,11 @@ def _parse(agent: type[Learner], argv: list[str]) -> tuple[ArgumentParser, Names
     env_name, config, device = _take(argv, "--env"), _take(argv, "--config"), _take(argv, "--device")
     expert_name = _take(argv, "--env.expert")
     config_path = None if config is None else find_preset(agent.name, config)
-    in_config = {} if config_path is None else read_yaml(config_path).get("env") or {}
+    given = {} if config_path is None else read_yaml(config_path)
+    in_config, from_config = given.get("env") or {}, [] if config_path is None else ["--config", str(config_path)]
     if isinstance(in_config, str):  # `env: digits` in a config names the preset
         env_name, in_config = env_name or in_config, {}
+        from_config = ["--config", json.dumps({key: value for key, value in given.items() if key != "env"})]
     preset: dict[str, Any] = {}
     own_settings: Path | None = None
     if env_name is not None:
@@ -295,7 +326,7 @@ def _parse(agent: type[Learner], argv: list[str]) -> tuple[ArgumentParser, Names
     from_preset = [
         f"--env.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in preset.items() if key != "expert"
     ]
-    argv = from_preset + ([] if config_path is None else ["--config", str(config_path)]) + argv
+    argv = from_preset + from_config + argv
     if device is not None:
         argv += ["--env.device", device]
     parser.exit_on_error = False
@@ -315,18 +346,19 @@ def _suggestion(parser: ArgumentParser, message: str) -> str:
 
 def _expert_and_config(agent: type[Learner], parser: ArgumentParser, cfg: Namespace) -> tuple[Expert, LearnerConfig]:
     """What a parsed command line describes."""
-    made = parser.instantiate(cfg)
+    config = _config(agent, parser, cfg)
     env = dict(vars(cfg.env))
-    expert = make_expert(env.pop("expert"), **env)
-    return expert, agent.Config(**{f.name: getattr(made, f.name) for f in fields(agent.Config)})
+    return make_expert(env.pop("expert"), **env), config
+
+
+def _config(agent: type[Learner], parser: ArgumentParser, cfg: Namespace) -> LearnerConfig:
+    made = parser.instantiate(cfg)
+    return agent.Config(**{f.name: getattr(made, f.name) for f in fields(agent.Config)})
 
 
 def _evaluable(expert: Expert, stages: list[Stage], evaluation: Evaluation) -> None:
     """Refuses before training what would fail after it: an extractor that does not fit, or absent data for the forward source."""
-    from ddil_agents.metrics.extractors import default_extractor, load_extractor
-
-    extractor = load_extractor(evaluation.extractor or default_extractor(expert))
-    extractor.features(torch.zeros(1, *expert.sample_shape, device=expert.device))
+    extractor_for(expert, evaluation)
     with suppress(NoDataError):
         for held_out in (False, True):
             if (m := len(expert.reference_data(evaluation.n, held_out)[0])) < 10:

@@ -1,34 +1,61 @@
 """Judging a policy: its samples against data, and its trajectories against the expert's from the same noise.
 
     python -m ddil_agents.evaluate --env digits --steps 32 8 4 2 1        # the expert itself, by number of steps
+    python -m ddil_agents.evaluate --run runs/mine --n 5000               # a student, beside its teacher
+    python -m ddil_agents.evaluate --run runs/sd --config coco2017_5k --captions captions.json --images val2017 --weights_dir DIR
 
 Every result names its extractor, the number of samples and the seed. Real data are judged beside the models: no number
-means anything without its floor.
+means anything without its floor. Samples are drawn a batch at a time and only their features kept; with --out, a killed
+evaluation goes on at its last batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import math
 import platform
+import shutil
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
+from jsonargparse import ArgumentParser
+from safetensors.torch import save
 from torch import Tensor
+from tqdm import tqdm
 
 from ddil_agents.checkpoint import write_atomically
 from ddil_agents.metrics.coverage import precision_recall_density_coverage
-from ddil_agents.metrics.distances import sliced_wasserstein
-from ddil_agents.metrics.extractors import default_extractor, load_extractor
-from ddil_agents.metrics.frechet import frechet_distance
+from ddil_agents.metrics.distances import mmd2, sliced_wasserstein, split_half
+from ddil_agents.metrics.diversity import group_diversity, lpips_distance, pairwise_distance
+from ddil_agents.metrics.extractors import Extractor, default_extractor, load_extractor
+from ddil_agents.metrics.features import Features
+from ddil_agents.metrics.frechet import frechet_distance, frechet_name, gaussian_w2
+from ddil_agents.metrics.kid import kernel_distance
+from ddil_agents.metrics.pictures import RESIZE, load_pictures, resize
+from ddil_agents.metrics.vendi import vendi_score
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, NoDataError, TimeGrid, load_expert, unroll
 from ddil_env.mdp import Kernel
+from ddil_env.presets import find_preset, preset_names
+from ddil_env.schedule import GridKind
+from ddil_env.weights import read_tensors
+
+if TYPE_CHECKING:
+    from ddil_agents.learner import Learner
+
+Score = Literal["clip_score", "hpsv2"]
+LONGEST = 4096  # entries of a sample up to which a covariance of samples is taken: 134 MB, a minute
+GROUPS, IN_GROUP = 50, 10  # prompts and samples of each, in the diversity of DDIL, Section 5
 
 
 @dataclass(frozen=True)
@@ -41,20 +68,81 @@ class Evaluation:
     """Of the noise that every model starts from."""
     extractor: str | None = None
     """Whose features are compared; null: the expert's own."""
+    n_paths: int = 500
+    """How many of the trajectories are kept and compared step by step."""
     n_action: int = 200
-    """How many of the trajectories are labelled by the expert, for the action errors."""
+    """How many of those are labelled by the expert, for the action errors."""
     also_steps: tuple[int, ...] = ()
     """More numbers of steps at which the student's and the teacher's samples are judged."""
+    batch_size: int = 500
+    """Samples drawn at once."""
+    scores: tuple[Score, ...] = ()
+    """Of pictures and their captions: clip_score, hpsv2."""
+    lpips: bool = False
+    """Diversity among 10 pictures of each of 50 conditions, by LPIPS."""
+    weights_dir: str | None = None
+    """Folder of the weights that picture metrics need; null: each library's own download."""
+    store: str | None = None
+    """Folder in which the expert's samples are kept, for other evaluations of the same expert; null keeps none."""
+    images: str | None = None
+    """Folder of real pictures to compare with, for an extractor of pictures; null: the expert's own data."""
+
+    @property
+    def weights(self) -> Path | None:
+        """weights_dir as a path."""
+        return None if self.weights_dir is None else Path(self.weights_dir)
 
     def __post_init__(self) -> None:
         if self.n < 10:
             raise ValueError(f"n={self.n}: the metrics need at least 10 samples")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: need a whole number from 0 to 2^63 − 1")
-        if self.n_action < 1:
-            raise ValueError(f"n_action={self.n_action}: need at least 1")
+        for name in ("n_action", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
+        if self.n_paths < 2:
+            raise ValueError(f"n_paths={self.n_paths}: need at least 2")
         if not all(steps >= 1 for steps in self.also_steps):
             raise ValueError(f"also_steps={self.also_steps}: need whole numbers ≥ 1")
+        if strange := set(self.scores) - set(get_args(Score)):
+            raise ValueError(f"unknown score {strange.pop()!r}; choose of: {', '.join(get_args(Score))}")
+        for name in ("weights_dir", "images"):
+            if (folder := getattr(self, name)) is not None and not Path(folder).is_dir():
+                raise ValueError(f"{name}={folder}: no such folder")
+
+
+def extractor_for(expert: Expert, settings: Evaluation) -> Extractor:
+    """The extractor of an evaluation, tried on one sample.
+
+    Raises:
+        ValueError: an unknown one, one that does not fit the samples, or pictures or captions asked of an expert that has none.
+    """
+    extractor = load_extractor(settings.extractor or default_extractor(expert), settings.weights, expert.device)
+    if settings.images is not None and not extractor.of_pictures:
+        raise ValueError(f"images={settings.images}: {extractor.name} does not read pictures; choose extractor=inception_v3_2015")
+    sample = torch.zeros(1, *expert.sample_shape, device=expert.device)
+    if (extractor.of_pictures or settings.scores or settings.lpips) and expert.decode(sample) is None:
+        raise ValueError(f"{type(expert).__name__} decodes no pictures, which {extractor.name}, scores and lpips read")
+    if not extractor.of_pictures:
+        extractor.features(sample)
+    if settings.scores:
+        expert.captions(torch.zeros(1, dtype=torch.int64))
+    return extractor
+
+
+class Drawn(NamedTuple):
+    """What is kept of n samples of one model."""
+
+    features: Features
+    """(n, d)."""
+    classes: Tensor | None
+    """(n,), where the extractor is a classifier."""
+    scores: dict[str, float]
+    """Mean of each score."""
+    path: Tensor
+    """The first trajectories, (n_paths, N + 1, *sample_shape)."""
+    seconds: float
+    """Of sampling."""
 
 
 class Judge:
@@ -64,116 +152,267 @@ class Judge:
         expert_policy: The expert as the models are to imitate it, on the grid below.
         grid: The N steps of the models.
         settings: How many, which seed, which extractor.
+        store: Folder in which finished batches are kept, so that a killed evaluation goes on; None keeps none. The expert's
+            are kept in the settings' own store, if there is one.
 
     Raises:
-        ValueError: an unknown extractor.
+        ValueError: an unknown extractor, pictures or captions asked of an expert that has none, or a store of other settings.
     """
 
-    def __init__(self, expert_policy: ExpertPolicy, grid: TimeGrid, settings: Evaluation | None = None) -> None:
+    def __init__(self, expert_policy: ExpertPolicy, grid: TimeGrid, settings: Evaluation | None = None, store: Path | None = None) -> None:
         self.settings = settings or Evaluation()
         self.expert_policy, self.grid = expert_policy, grid
         self.expert = expert = expert_policy.expert
         self.few_steps = ExpertPolicy(expert, 1, expert_policy.guidance_scale, expert_policy.project)
-        self.extractor = load_extractor(self.settings.extractor or default_extractor(expert))
-        generator = torch.Generator(expert.device).manual_seed(self.settings.seed)
-        self.real, (self.held_out, self.held_out_c), self.c = self._data(generator)
-        n = self.settings.n if self.real is None else len(self.real)
-        self.x_T = torch.randn(n, *expert.sample_shape, generator=generator, device=expert.device)
-        self.expert_path = unroll(expert_policy, grid, self.x_T, self.c)  # (n, N + 1, *sample_shape)
-        self.expert_features = self.extractor.features(self.expert_path[:, -1])
-        if self.real is not None:
-            self.real_features = self.extractor.features(self.real)
+        self.extractor = extractor_for(expert, self.settings)
+        self.real, (self.held_out, self.held_out_c), self.c = self._data()
+        self.n = self.settings.n if self.real is None else len(self.real)
+        self.store = None if store is None else self._open(store)
+        self.shared = self.store if self.settings.store is None else self._open(Path(self.settings.store) / f"seed{self.settings.seed}")
+        drawn = self._draw(expert_policy, grid, "ddim", self._baseline_names()[0])
+        self.expert_path, self.expert_features, self.expert_classes = drawn.path, drawn.features, drawn.classes
+        self.real_features = self._real_features()
+        if self.real is not None and self.held_out is not None:
+            generator = self._generator(0)
+            torch.randn(self._noise_shape(0), generator=generator, device=expert.device)  # x_T of the first batch
             self.real_noised = self._noised(self.real, generator)
-            assert self.held_out is not None
             self.held_out_noised = self._noised(self.held_out, generator)
 
-    def _data(self, generator: torch.Generator) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None], Tensor | None]:
+    def _data(self) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None], Tensor | None]:
         """Real samples, held-out samples and their conditions, and the conditions of every model."""
         try:
             real, c = self.expert.reference_data(self.settings.n)
-        except NoDataError:  # data-free: no distance to data, the rest holds
-            return None, (None, None), self.expert.sample_condition(self.settings.n, generator)
+        except NoDataError:  # data-free: each condition in turn
+            ids = torch.arange(self.settings.n, device=self.expert.device)
+            return None, (None, None), ids % self.expert.num_conditions if self.expert.num_conditions else None
         return real, self.expert.reference_data(self.settings.n, held_out=True), c
 
+    def _real_features(self) -> Features | None:
+        """Of the folder of pictures, or else of the expert's own data."""
+        if self.settings.images is not None:
+            batches = load_pictures(Path(self.settings.images))
+            values = [self.extractor.features(pictures) for pictures in tqdm(batches, desc="real pictures", unit="batch")]
+            return Features(self.extractor.name, torch.cat(values))
+        return None if self.real is None else self._features(self.real)
+
+    def _features(self, samples: Tensor) -> Features:
+        return Features(self.extractor.name, self.extractor.features(self.pictures(samples) if self.extractor.of_pictures else samples))
+
+    def pictures(self, samples: Tensor) -> Tensor:
+        """Samples (n, *sample_shape) as picture metrics see them, uint8 (n, 256, 256, 3)."""
+        pictures = self.expert.decode(samples)
+        assert pictures is not None  # checked at the start
+        return resize(pictures)
+
+    def _generator(self, batch: int, offset: int = 0) -> torch.Generator:
+        """Of a batch's noise, whatever was drawn before it."""
+        return torch.Generator(self.expert.device).manual_seed((self.settings.seed + offset + 1_000_003 * batch) % 2**63)
+
+    def _noise_shape(self, batch: int) -> tuple[int, ...]:
+        b = self.settings.batch_size
+        return min(b, self.n - b * batch), *self.expert.sample_shape
+
+    def noise(self, batch: int = 0) -> Tensor:
+        """x_T of a batch, (b, *sample_shape)."""
+        return torch.randn(self._noise_shape(batch), generator=self._generator(batch), device=self.expert.device)
+
     def _noised(self, x_0: Tensor, generator: torch.Generator) -> Tensor:
-        """The forward marginals at the times of the grid, (N, n, *sample_shape)."""
-        draws = []
+        """The forward marginals at the times of the grid, (N, m, *sample_shape), m ≤ n_paths."""
+        x_0, draws = x_0[: self.settings.n_paths], []
         for t in self.grid.times[:-1]:
             eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
             draws.append(self.expert.schedule.add_noise(x_0, eps, t.expand(len(x_0))))
         return torch.stack(draws)
 
-    def to_data(self, samples: Tensor, c: Tensor | None) -> dict[str, Any]:
-        """Fréchet distance, precision, recall, density, coverage and class accuracy of samples (n, *sample_shape) of conditions c (n,)."""
-        if self.real is None:
-            return {}
-        features = self.extractor.features(samples)
-        m = min(len(features), len(self.real_features))
-        result = {"frechet": frechet_distance(self.real_features, features)}
-        result |= dataclasses.asdict(precision_recall_density_coverage(self.real_features[:m], features[:m]))
-        classes = self.extractor.classes(samples)
+    def _open(self, store: Path) -> Path:
+        """Makes a store, or takes up one of the same settings."""
+        store.mkdir(parents=True, exist_ok=True)
+        path, now = store / "settings.json", json.dumps(self.describe() | {"batch_size": self.settings.batch_size})
+        if path.is_file() and path.read_text() != now:
+            raise ValueError(f"{store} holds an evaluation of other settings; remove it, or choose another")
+        write_atomically(path, now)
+        return store
+
+    def _place(self, name: str | None, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, batch: int) -> Path | None:
+        """Where a batch is kept: under the model's name and a digest of how it samples."""
+        store = self.shared if isinstance(policy, ExpertPolicy) else self.store
+        if store is None or name is None:
+            return None
+        how = hashlib.sha256(repr((grid.times.tolist(), kernel, policy.nfe_per_action)).encode()).hexdigest()[:8]
+        return store / f"{name}-{how}-{batch:05d}.safetensors"
+
+    @torch.no_grad()
+    def _draw(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, name: str | None = None) -> Drawn:
+        """n samples of a policy, a batch at a time; batches in the store under that name are not drawn again."""
+        b, count = self.settings.batch_size, math.ceil(self.n / self.settings.batch_size)
+        kept: list[dict[str, Tensor]] = []
+        for k in tqdm(range(count), desc=name or "samples", unit="batch", disable=count == 1, leave=False):
+            place = self._place(name, policy, grid, kernel, k)
+            if place is not None and place.is_file():
+                kept.append(read_tensors(place))
+                continue
+            start = time.monotonic()
+            c = None if self.c is None else self.c[k * b : (k + 1) * b]
+            path = unroll(policy, grid, self.noise(k), c, kernel=kernel, generator=self._generator(k, 1))
+            if path.is_cuda:
+                torch.cuda.synchronize()
+            seconds = torch.tensor(time.monotonic() - start)
+            shown = max(self.settings.n_paths - k * b, 0)
+            kept.append(self._measured(path[:, -1], c) | {"path": path[:shown], "seconds": seconds})
+            if place is not None:
+                write_atomically(place, save({key: value.cpu().contiguous() for key, value in kept[-1].items()}))
+        device = self.expert.device
+        whole = {key: torch.cat([part[key].to(device) for part in kept]) for key in kept[0] if key != "seconds"}
+        features = Features(self.extractor.name, whole.pop("features"))
+        path, classes = whole.pop("path"), whole.pop("classes", None)
+        means = {key: float(value.double().mean()) for key, value in whole.items()}
+        return Drawn(features, classes, means, path, sum(float(part["seconds"]) for part in kept))
+
+    def _measured(self, samples: Tensor, c: Tensor | None) -> dict[str, Tensor]:
+        """Features, classes and scores of one batch, each (b, …)."""
+        found = {"features": self._features(samples).values}
+        if (classes := self.extractor.classes(samples)) is not None:
+            found["classes"] = classes
+        if self.scorers:
+            assert c is not None  # its captions were asked for at the start
+            pictures, captions = self.pictures(samples), self.expert.captions(c)
+            found |= {name: score(pictures, captions) for name, score in self.scorers.items()}
+        return found
+
+    @cached_property
+    def scorers(self) -> dict[str, Callable[[Tensor, list[str]], Tensor]]:
+        """The scores that were asked for, their networks loaded."""
+        from ddil_agents.metrics.clip_score import ClipScore
+        from ddil_agents.metrics.hps import HPS
+
+        kinds = {"clip_score": ClipScore, "hpsv2": HPS}
+        return {name: kinds[name](self.settings.weights, device=self.expert.device).score for name in self.settings.scores}
+
+    def to_data(self, features: Features, classes: Tensor | None = None, c: Tensor | None = None) -> dict[str, Any]:
+        """Fréchet and kernel distance, precision, recall, density, coverage, Vendi score; accuracy where classes (n,) can be told."""
+        result: dict[str, Any] = {"vendi": vendi_score(features)}
+        if self.real_features is not None:
+            m = min(len(features), len(self.real_features))
+            result["frechet"] = frechet_distance(self.real_features, features)
+            subsets = 100 if m > 1000 else 1
+            result["kid"] = kernel_distance(self.real_features, features, subsets, min(m, 1000))[0]
+            result |= dataclasses.asdict(precision_recall_density_coverage(self.real_features.values[:m], features.values[:m]))
         if classes is not None and c is not None:
             result["accuracy"] = float((classes == c).double().mean())
         return result
 
     def floors(self) -> dict[str, Any]:
         """What real data that the expert has not seen score against the reference: no model can be asked for less."""
-        if self.held_out is None:
+        found: dict[str, Any] = {}
+        if self.settings.images is not None and self.real_features is not None:
+            halves = split_half(frechet_distance, self.real_features)
+            found["real_halves"] = {"n": len(self.real_features) // 2, "frechet": halves}
+        if self.held_out is not None and self.settings.images is None:
+            features = self._features(self.held_out)
+            scores = self.to_data(features, self.extractor.classes(self.held_out), self.held_out_c)
+            found["held_out_real"] = {"n": len(self.held_out), **scores, **self._shift(self.held_out_noised.transpose(0, 1))}
+        return found
+
+    def _shift(self, path: Tensor) -> dict[str, list[float]]:
+        """Covariate shift: distances between visited states (m, N or N + 1, *sample_shape) and the forward marginals, by step."""
+        if self.real is None:
             return {}
-        n, m = len(self.x_T), len(self.held_out)
-        shift = [sliced_wasserstein(a[: min(n, m)], b[: min(n, m)]) for a, b in zip(self.real_noised, self.held_out_noised, strict=True)]
-        return {"held_out_real": {"n": m, **self.to_data(self.held_out, self.held_out_c), "shift": shift}}
+        pairs = [(path[: len(a), i], a[: len(path)]) for i, a in enumerate(self.real_noised)]
+        found = {"shift": [sliced_wasserstein(a, b) for a, b in pairs], "mmd_shift": [mmd2(a, b, _width(b)) for a, b in pairs]}
+        if math.prod(self.expert.sample_shape) <= LONGEST:
+            found["gaussian_shift"] = [gaussian_w2(a, b) for a, b in pairs]
+        return found
 
     @torch.no_grad()
-    def judge(self, policy: DdimPolicy, grid: TimeGrid | None = None, kernel: Kernel = "ddim") -> dict[str, Any]:
+    def judge(self, policy: DdimPolicy, grid: TimeGrid | None = None, kernel: Kernel = "ddim", name: str | None = None) -> dict[str, Any]:
         """Every metric of one policy; lists run over the steps of the grid.
 
+        Args:
+            policy: Who is judged.
+            grid: Its times, if they are others than the judge's.
+            kernel: How it samples.
+            name: Under which its batches are kept in the store.
+
         Returns:
-            frechet, precision, recall, density, coverage, accuracy: samples against data.
+            frechet, kid, precision, recall, density, coverage, vendi, accuracy: samples against data.
             frechet_to_expert: samples against the expert's own.
-            endpoint_rmse: samples against the expert's from the same noise and condition, per entry.
-            action_mse_own, action_mse_expert: E (a − a*)² per entry on the policy's own and on the expert's states.
-            shift: sliced W2 between visited latents and forward-diffused data.
+            endpoint_rmse, path_rmse: samples, and the latents after each step, against the expert's from the same noise.
+            clip_score, hpsv2, lpips: where they were asked for.
+            action_mse_own, action_mse_expert, action_mse_forward: E (a − a*)² per entry on the policy's own states, on the
+                expert's and on forward-diffused data; action_ratio, the first over the last (over the second without data).
+            shift, mmd_shift, gaussian_shift: sliced W2, unbiased MMD² and Gaussian W2 between visited latents and
+                forward-diffused data; shift_to_expert: sliced W2 to the latents that the expert visits.
+            diversity: mean distance between two visited latents, per entry.
             nfe_per_sample, seconds: cost of sampling.
             With a grid of its own only the samples are judged: its states are at other times. Under the `renoise` kernel
             the actions are still the next latents of DDIM, taken at the states that the fresh noise leads to.
         """
-        start = time.monotonic()
-        path = self._unroll(policy, grid or self.grid, kernel)
-        if path.is_cuda:
-            torch.cuda.synchronize()
-        seconds = time.monotonic() - start
-        samples = path[:, -1]
-        result = self.to_data(samples, self.c) | {
+        drawn = self._draw(policy, grid or self.grid, kernel, name)
+        path, m = drawn.path, min(self.settings.n_action, len(drawn.path))
+        result = self.to_data(drawn.features, drawn.classes, self.c) | {
             "nfe_per_sample": policy.nfe_per_action * (grid or self.grid).num_steps,
-            "frechet_to_expert": frechet_distance(self.expert_features, self.extractor.features(samples)),
-            "endpoint_rmse": float((samples - self.expert_path[:, -1]).square().mean().sqrt()),
-            "seconds": seconds,
+            "frechet_to_expert": frechet_distance(self.expert_features, drawn.features),
+            "endpoint_rmse": _rmse(path[:, -1], self.expert_path[:, -1]),
+            "seconds": drawn.seconds,
+            **drawn.scores,
         }
+        if self.settings.lpips:
+            result["lpips"] = self.lpips_diversity(policy, grid or self.grid, kernel)
         if grid is not None:
             return result
-        own, theirs, shift = [], [], []
-        m = self.settings.n_action
         c = None if self.c is None else self.c[:m]
+        own, theirs, forward = [], [], []
         for i, (t, s) in enumerate(zip(self.grid.times[:-1], self.grid.times[1:], strict=True)):
-            at, to = t.expand(len(path[:m])), s.expand(len(path[:m]))
+            at, to = t.expand(m), s.expand(m)
             expert_action = self.expert_policy.act(path[:m, i], at, to, c)
             taken = path[:m, i + 1] if kernel == "ddim" else policy.act(path[:m, i], at, to, c)
             own.append(float((taken - expert_action).square().mean()))
             action = policy.act(self.expert_path[:m, i], at, to, c)
             theirs.append(float((action - self.expert_path[:m, i + 1]).square().mean()))
             if self.real is not None:
-                shift.append(sliced_wasserstein(path[:, i], self.real_noised[i]))
-        return result | {"action_mse_own": own, "action_mse_expert": theirs, "shift": shift or None}
+                x_t, expert_action = self._forward_actions[i]
+                action = policy.act(x_t, at[: len(x_t)], to[: len(x_t)], c)
+                forward.append(float((action - expert_action).square().mean()))
+        result |= {
+            "path_rmse": [_rmse(path[:, i + 1], self.expert_path[:, i + 1]) for i in range(self.grid.num_steps)],
+            "action_mse_own": own,
+            "action_mse_expert": theirs,
+            "action_mse_forward": forward or None,
+            "action_ratio": [a / b if b else None for a, b in zip(own, forward or theirs, strict=True)],
+            "shift_to_expert": [sliced_wasserstein(path[:, i], self.expert_path[:, i]) for i in range(self.grid.num_steps)],
+            "diversity": [pairwise_distance(path[:, i]) for i in range(self.grid.num_steps + 1)],
+        }
+        return result | {"shift": None, **self._shift(path)}
+
+    @cached_property
+    def _forward_actions(self) -> list[tuple[Tensor, Tensor]]:
+        """Forward-diffused states at each time, and the expert's actions there, each (m, *sample_shape)."""
+        found = []
+        for x_t, t, s in zip(self.real_noised, self.grid.times[:-1], self.grid.times[1:], strict=True):
+            x_t = x_t[: self.settings.n_action]
+            c = None if self.c is None else self.c[: len(x_t)]
+            found.append((x_t, self.expert_policy.act(x_t, t.expand(len(x_t)), s.expand(len(x_t)), c)))
+        return found
+
+    @torch.no_grad()
+    def lpips_diversity(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel) -> float:
+        """Mean LPIPS between two of a condition's 10 samples, over 50 conditions; all share the 10 draws of noise."""
+        expert = self.expert
+        distance = lpips_distance(self.settings.weights, device=expert.device)
+        x_T = torch.randn(IN_GROUP, *expert.sample_shape, generator=self._generator(0, 2), device=expert.device)
+
+        def group(condition: int) -> Tensor:
+            c = torch.full((IN_GROUP,), condition, device=expert.device) if expert.num_conditions else None
+            return self.pictures(unroll(policy, grid, x_T, c, kernel=kernel, generator=self._generator(0, 3))[:, -1])
+
+        conditions = tqdm(range(min(GROUPS, expert.num_conditions or 1)), desc="lpips", unit="condition", leave=False)
+        return group_diversity((group(condition) for condition in conditions), distance)
 
     def sample(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel = "ddim") -> Tensor:
-        """A policy's samples from the judge's noise and conditions, (n, *sample_shape)."""
-        return self._unroll(policy, grid, kernel)[:, -1]
-
-    def _unroll(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel) -> Tensor:
-        """The trajectories; the fresh noise of `renoise` is the same for every model."""
-        generator = torch.Generator(self.expert.device).manual_seed(self.settings.seed + 1)
-        return unroll(policy, grid, self.x_T, self.c, kernel=kernel, generator=generator)
+        """A policy's samples from the judge's first batch of noise and conditions, (b, *sample_shape)."""
+        x_T = self.noise()
+        c = None if self.c is None else self.c[: len(x_T)]
+        return unroll(policy, grid, x_T, c, kernel=kernel, generator=self._generator(0, 1))[:, -1]
 
     def baselines(self) -> dict[str, Tensor]:
         """The expert's samples by its full sampler, and by as few steps as the student has."""
@@ -184,10 +423,9 @@ class Judge:
         """The metrics of the two."""
         full, few = self._baseline_names()
         nfe = self.expert_policy.nfe_per_action * self.grid.num_steps
-        return {
-            full: {"nfe_per_sample": nfe, **self.to_data(self.expert_path[:, -1], self.c), "endpoint_rmse": 0.0},
-            few: self.judge(self.few_steps),
-        }
+        own = {"nfe_per_sample": nfe, **self.to_data(self.expert_features, self.expert_classes, self.c), "endpoint_rmse": 0.0}
+        own |= self._shift(self.expert_path)
+        return {full: own, few: self.judge(self.few_steps, name=few)}
 
     def _baseline_names(self) -> tuple[str, str]:
         n = self.grid.num_steps
@@ -195,13 +433,28 @@ class Judge:
 
     def describe(self) -> dict[str, Any]:
         """What a result must say of how it was measured."""
+        s = self.settings
+        pictures = {"resize": RESIZE} if self.extractor.of_pictures or s.scores or s.lpips else {}
         return {
             "extractor": self.extractor.name,
-            "n": len(self.x_T),
-            "seed": self.settings.seed,
-            "n_action": min(self.settings.n_action, len(self.x_T)),
+            "distance": frechet_name(self.extractor.name),
+            "n": self.n,
+            "seed": s.seed,
+            "n_paths": min(s.n_paths, self.n),
+            "n_action": min(s.n_action, s.n_paths, self.n),
             "guidance_scale": self.expert_policy.guidance_scale,
+            **pictures,
         }
+
+
+def _rmse(a: Tensor, b: Tensor) -> float:
+    return float((a - b).square().mean().sqrt())
+
+
+def _width(x: Tensor) -> float:
+    """The bandwidth of the kernel that all models' states at one time are compared under: the forward marginal's median distance."""
+    x = x.flatten(1).double()[:1000]
+    return float(torch.pdist(x).median())
 
 
 def _version(package: str) -> str:
@@ -224,40 +477,97 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
-def evaluate_expert(expert: Expert, steps: list[int], settings: Evaluation, guidance_scale: float | None = None) -> dict[str, Any]:
+def evaluate_expert(
+    expert: Expert, steps: list[int], settings: Evaluation, guidance_scale: float | None = None, store: Path | None = None
+) -> dict[str, Any]:
     """The expert's own quality at each number of steps, against the data."""
     most = max(steps)
-    judge = Judge(ExpertPolicy(expert, 1, guidance_scale), TimeGrid(expert.schedule, most).to(expert.device), settings)
+    judge = Judge(ExpertPolicy(expert, 1, guidance_scale), TimeGrid(expert.schedule, most).to(expert.device), settings, store)
     models = {}
     for n in steps:
         grid = TimeGrid(expert.schedule, n).to(expert.device)
-        models[f"teacher@{n}"] = judge.judge(ExpertPolicy(expert, 1, guidance_scale), grid)
+        models[f"teacher@{n}"] = judge.judge(ExpertPolicy(expert, 1, guidance_scale), grid, name=f"teacher@{n}")
     return {"settings": judge.describe(), "floors": judge.floors(), "models": models, **provenance(expert.device)}
 
 
+def judge_student(judge: Judge, agent: str, policy: DdimPolicy, kernel: Kernel, kind: GridKind) -> dict[str, Any]:
+    """A student's rows and its teacher's, on the judge's grid and in `also_steps` steps.
+
+    Args:
+        judge: Against what.
+        agent: What the rows are called, `agent@4`.
+        policy: The student.
+        kernel, kind: How it samples.
+    """
+    own = f"{agent}@{judge.grid.num_steps}"
+    models = judge.judge_baselines() | {own: judge.judge(policy, kernel=kernel, name=own)}
+    for more in judge.settings.also_steps:
+        grid = TimeGrid(judge.expert.schedule, more, kind).to(judge.expert.device)
+        models.setdefault(few := f"teacher@{more}", judge.judge(judge.few_steps, grid, name=few))
+        models.setdefault(own := f"{agent}@{more}", judge.judge(policy, grid, kernel, own))
+    return models
+
+
+def evaluate_run(learner: Learner, settings: Evaluation, store: Path | None = None) -> dict[str, Any]:
+    """A student's quality beside its teacher's, on the learner's own grid."""
+    judge = Judge(learner.reference, learner.grid, settings, store)
+    models = judge_student(judge, learner.name, learner.student_policy, learner.kernel, learner.config.grid)
+    return {"settings": judge.describe(), "floors": judge.floors(), "models": models, **provenance(learner.expert.device)}
+
+
 def main(argv: list[str] | None = None) -> None:
-    from ddil_agents.cli import clear_errors
+    from ddil_agents.cli import clear_errors, load_run
     from ddil_agents.report import table
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", default="digits", help="preset or YAML file")
-    parser.add_argument("--steps", type=int, nargs="+", default=[32, 8, 4, 2, 1], help="numbers of sampling steps")
-    parser.add_argument("--n", type=int, default=500, help="samples")
+    parser = ArgumentParser(
+        prog="python -m ddil_agents.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config", type=str | None, default=None, help=f"settings as YAML: a file, or {', '.join(preset_names('evaluate'))}"
+    )
+    parser.add_argument("--run", type=str | None, default=None, help="run directory whose student to judge; default: the expert itself")
+    parser.add_argument("--env", type=str, default="digits", help="preset or YAML file of the expert, without --run")
+    parser.add_argument("--steps", type=int, nargs="+", default=[32, 8, 4, 2, 1], help="numbers of sampling steps, without --run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noise seeds")
-    parser.add_argument("--guidance_scale", type=float, default=None, help="default: the expert's own")
-    parser.add_argument("--device", default=None, help="default: the expert's own")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file for the results")
-    args = parser.parse_args(argv)
+    parser.add_argument("--guidance_scale", type=float | None, default=None, help="default: the expert's own; without --run")
+    parser.add_argument("--captions", type=str | None, default=None, help="prompts of the expert: a text file, or COCO's captions JSON")
+    parser.add_argument("--device", type=str | None, default=None, help="default: the expert's own")
+    parser.add_argument("--out", type=str | None, default=None, help="JSON file for the results; beside it, batches until it is done")
+    parser.add_class_arguments(Evaluation, None, skip={"seed"})
     with clear_errors(parser):
-        if args.out is not None and (args.out.is_dir() or not args.out.parent.is_dir()):
-            raise ValueError(f"--out {args.out}: need a file in a folder that exists")
-        expert = load_expert(args.env, **({} if args.device is None else {"device": args.device}))
+        args = parser.parse_args(with_preset(list(sys.argv[1:] if argv is None else argv)))
+        given = {f.name: args[f.name] for f in dataclasses.fields(Evaluation) if f.name != "seed"}
+        out = None if args.out is None else Path(args.out)
+        if out is not None and (out.is_dir() or not out.parent.is_dir()):
+            raise ValueError(f"--out {out}: need a file in a folder that exists")
+        env = {key: value for key, value in (("device", args.device), ("prompts", args.captions)) if value is not None}
+        learner = None if args.run is None else load_run(Path(args.run), **env)
+        expert = load_expert(args.env, **env) if learner is None else learner.expert
         results = []
         for seed in args.seeds:
-            results.append(evaluate_expert(expert, args.steps, Evaluation(n=args.n, seed=seed), args.guidance_scale))
+            store = None if out is None else out.with_name(f".{out.name}.seed{seed}")
+            settings = Evaluation(seed=seed, **given)
+            if learner is None:
+                results.append(evaluate_expert(expert, args.steps, settings, args.guidance_scale, store))
+            else:
+                results.append(evaluate_run(learner, settings, store))
             print(table(results[-1]), flush=True)
-        if args.out is not None:
-            write_atomically(args.out, json.dumps(results, indent=1))
+        if out is not None:
+            write_atomically(out, json.dumps(results, indent=1))
+            for seed in args.seeds:
+                shutil.rmtree(out.with_name(f".{out.name}.seed{seed}"))
+
+
+def with_preset(argv: list[str]) -> list[str]:
+    """The command line with the name of a preset after --config replaced by its file."""
+    found = list(argv)
+    for i, word in enumerate(argv):
+        flag, _, name = word.partition("=")
+        if flag == "--config" and name:
+            found[i] = f"--config={find_preset('evaluate', name)}"
+        elif word == "--config" and i + 1 < len(argv):
+            found[i + 1] = str(find_preset("evaluate", argv[i + 1]))
+    return found
 
 
 if __name__ == "__main__":

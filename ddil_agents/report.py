@@ -20,13 +20,15 @@ from ddil_agents.train import read_metrics
 if TYPE_CHECKING:
     from ddil_agents.evaluate import Judge
 
-COLUMNS = {  # key of a result → heading and format
-    "frechet": ("Fréchet ↓", "{:.3g}"),
-    "coverage": ("coverage ↑", "{:.3f}"),
-    "recall": ("recall ↑", "{:.3f}"),
-    "accuracy": ("accuracy ↑", "{:.3f}"),
-    "frechet_to_expert": ("Fréchet to teacher ↓", "{:.3g}"),
-    "endpoint_rmse": ("RMSE to teacher ↓", "{:.4f}"),
+METRICS: dict[str, tuple[str, str, int]] = {  # key of a result → heading, format, and −1 where lower is better
+    "frechet": ("Fréchet ↓", "{:.3g}", -1),
+    "coverage": ("coverage ↑", "{:.3f}", 1),
+    "recall": ("recall ↑", "{:.3f}", 1),
+    "accuracy": ("accuracy ↑", "{:.3f}", 1),
+    "frechet_to_expert": ("Fréchet to teacher ↓", "{:.3g}", -1),
+    "endpoint_rmse": ("RMSE to teacher ↓", "{:.4f}", -1),
+}
+COLUMNS = {key: (heading, form) for key, (heading, form, _) in METRICS.items()} | {
     "nfe_per_sample": ("NFE/sample", "{:d}"),
     "teacher_nfe": ("teacher NFE (training)", "{:,d}"),
     "train_seconds": ("training s", "{:.0f}"),

@@ -270,6 +270,14 @@ class Expert(ABC):
         load_weights(student, directory / "student.safetensors")
         return student
 
+    def captions(self, c: Tensor) -> list[str]:
+        """The texts of condition ids (n,).
+
+        Raises:
+            ValueError: this expert's conditions are no texts.
+        """
+        raise ValueError(f"{type(self).__name__}'s conditions are no texts; leave out the scores of pictures and captions")
+
     def encode(self, samples: Tensor) -> Tensor:
         """Samples as the user sees them → latents; the identity where the model works on the data itself."""
         return samples

@@ -219,7 +219,9 @@ def read_noise(folder: Path) -> dict[str, Any]:
 
 
 def read_prompts(prompts: str | list[str] | None) -> tuple[str, ...]:
-    """The prompts: a list, the lines of a text file (empty ones left out), or the built-in ones.
+    """The prompts: a list, the lines of a text file (empty ones left out), COCO's captions, or the built-in ones.
+
+    Of a COCO captions file (.json), one caption an image, the one of lowest id, in the order of image ids.
 
     Raises:
         ValueError: an unreadable file, or no prompt.
@@ -230,13 +232,26 @@ def read_prompts(prompts: str | list[str] | None) -> tuple[str, ...]:
     if isinstance(prompts, str):
         source = f"the prompts file {Path(prompts).expanduser().absolute()}"
         try:
-            prompts = Path(prompts).expanduser().read_text(encoding="utf-8").splitlines()
+            text = Path(prompts).expanduser().read_text(encoding="utf-8")
+            prompts = coco_captions(text) if prompts.endswith(".json") else text.splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read {source} ({error}); it must be a UTF-8 text file with one prompt a line") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{source} is no COCO captions file ({error!r}); it holds annotations with image_id, id and caption"
+            ) from error
     kept = tuple(line.strip() for line in prompts if line.strip())
     if not kept:
         raise ValueError(f"{source} holds no prompt; give one a line, or leave prompts out to use the {len(PROMPTS)} built-in ones")
     return kept
+
+
+def coco_captions(text: str) -> list[str]:
+    """The first caption of each image of a COCO captions file."""
+    first: dict[int, str] = {}
+    for annotation in sorted(json.loads(text)["annotations"], key=lambda a: (a["image_id"], a["id"])):
+        first.setdefault(annotation["image_id"], " ".join(annotation["caption"].split()))
+    return list(first.values())
 
 
 def embed_prompts(folder: Path, prompts: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -305,7 +320,8 @@ class StableDiffusion(Expert):
 
     Args:
         model: A folder that holds model_index.json, or a hub id.
-        prompts: A list, or a text file with one prompt a line; default: 16 built-in ones. All embeddings stay on the device.
+        prompts: A list, a text file with one prompt a line, or COCO's captions (.json); default: 16 built-in ones. All
+            embeddings stay on the device.
         guidance_scale: Classifier-free guidance in diffusers' convention, 1 is none.
         dtype: Of the UNet and the VAE. x̂_0 and ε̂ are float32 in any case: at t = 999 an error in ε̂ is 14.6 × in x̂_0.
         height, width: Of the pictures, in pixels; default: what the UNet was trained on.
@@ -404,6 +420,9 @@ class StableDiffusion(Expert):
         return (torch.cat(means) - (config.shift_factor or 0.0)) * config.scaling_factor
 
     @torch.no_grad()
+    def captions(self, c: Tensor) -> list[str]:
+        return [self.prompts[i] for i in c.tolist()]
+
     def decode(self, x_0: Tensor) -> Tensor:
         config = self.vae.config
         latents = (x_0 / config.scaling_factor + (config.shift_factor or 0.0)).to(self.device, self.dtype)

@@ -1,0 +1,238 @@
+"""The judge: batches, their store, trajectories step by step, pictures and captions."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ddil_agents import evaluate
+from ddil_agents.evaluate import Evaluation, Judge, extractor_for
+from ddil_agents.metrics import extractors
+from ddil_agents.metrics.extractors import Extractor
+from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, load_expert
+from ddil_env.experts.stable_diffusion import coco_captions
+from ddil_env.presets import config_dir, read_yaml
+
+
+def mixture():
+    means = torch.tensor([[-0.7, 0.2], [0.6, -0.4], [0.1, 0.8]])
+    return GaussianMixtureExpert(means=means, stds=torch.tensor([0.1, 0.2, 0.15]), weights=torch.tensor([0.3, 0.3, 0.4]))
+
+
+def judge_of(expert, folder=None, **settings):
+    grid = TimeGrid(expert.schedule, 4).to(expert.device)
+    return Judge(
+        ExpertPolicy(expert, 2), grid, Evaluation(**{"n": 60, "n_paths": 20, "n_action": 15, "batch_size": 25, **settings}), folder
+    )
+
+
+class Biased(DdimPolicy):
+    """The expert, off by b in every entry of its action at one time."""
+
+    def __init__(self, policy, at, b):
+        super().__init__(policy.predict, policy.schedule, substeps=policy.substeps, support=policy.support, conditional=False)
+        self.at, self.b = at, b
+
+    def act(self, x_t, t, s, c=None, w=None):
+        return super().act(x_t, t, s, c, w) + self.b * (t == self.at)[:, None]
+
+
+def test_batches_are_judged_as_one_set():
+    judge = judge_of(mixture())
+    noise = torch.cat([judge.noise(k) for k in range(3)])
+    assert [len(judge.noise(k)) for k in range(3)] == [25, 25, 10]
+    assert len(noise.unique(dim=0)) == 60
+    drawn = judge._draw(judge.few_steps, judge.grid, "ddim")
+    x = noise
+    for t, s in zip(judge.grid.times[:-1], judge.grid.times[1:], strict=True):
+        x = judge.few_steps.act(x, t.expand(60), s.expand(60))
+    assert torch.allclose(drawn.features.values, x, atol=1e-6)
+    assert drawn.path.shape == (20, 5, 2)
+    assert torch.allclose(drawn.path[:, -1], x[:20], atol=1e-6)
+
+
+def test_a_store_spares_what_is_in_it_and_changes_no_number(tmp_path: Path):
+    expert = mixture()
+    first = judge_of(expert, tmp_path)
+    scores = first.judge(first.few_steps, name="few")
+    whole = expert.nfe
+    (last,) = tmp_path.glob("few-*-00002.safetensors")
+    last.unlink()  # as if a kill had come before the last batch
+    expert.nfe = 0
+    again = judge_of(expert, tmp_path)
+    del scores["seconds"]
+    assert {k: v for k, v in again.judge(again.few_steps, name="few").items() if k != "seconds"} == scores
+    assert expert.nfe == whole - 60 * 8 - 50 * 4  # all of the expert's 8 steps, and two batches of 25 in 4
+
+
+def test_evaluations_share_the_experts_samples_and_no_others(tmp_path: Path):
+    expert = mixture()
+    rows = [judge_of(expert, store=str(tmp_path)).judge_baselines()]
+    files = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert {name.split("-")[0] for name in files} == {"teacher@8", "teacher@4"}
+    expert.nfe = 0
+    again = judge_of(expert, store=str(tmp_path))
+    assert expert.nfe == 0
+    rows.append(again.judge_baselines())
+    assert rows[0] == rows[1]
+    again.judge(Biased(again.expert_policy, again.grid.times[0], 0.1), name="student")
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == files
+    assert judge_of(expert, store=str(tmp_path), seed=1).judge_baselines() != rows[0]
+
+
+def test_a_store_of_other_settings_is_refused(tmp_path: Path):
+    judge_of(mixture(), tmp_path)
+    with pytest.raises(ValueError, match="holds an evaluation of other settings"):
+        judge_of(mixture(), tmp_path, seed=1)
+
+
+def test_the_experts_own_policy_has_no_error_anywhere():
+    judge = judge_of(mixture())
+    row = judge.judge(judge.expert_policy)
+    assert row["path_rmse"] == row["action_mse_own"] == row["action_mse_forward"] == [0.0] * 4
+    assert row["action_ratio"] == [None] * 4
+    assert row["shift_to_expert"] == [0.0] * 4
+    assert row["frechet_to_expert"] == pytest.approx(0, abs=1e-9)
+    assert len(row["diversity"]) == 5
+    assert row["diversity"][0] > row["diversity"][-1]
+
+
+def test_a_planted_bias_shows_at_its_step_and_after():
+    judge = judge_of(mixture())
+    at = judge.grid.times[2]
+    row = judge.judge(Biased(judge.expert_policy, at, 0.05))
+    assert row["path_rmse"][:2] == [0.0, 0.0]
+    assert row["path_rmse"][2] == pytest.approx(0.05, rel=1e-5)
+    assert row["path_rmse"][3] == pytest.approx(row["endpoint_rmse"])
+    for states in ("own", "expert", "forward"):
+        assert row[f"action_mse_{states}"] == pytest.approx([0, 0, 0.0025, 0], rel=1e-4, abs=1e-12)
+    assert row["action_ratio"][2] == pytest.approx(1, rel=1e-4)
+    assert row["shift_to_expert"][2] == 0.0  # the state before the biased action
+    assert row["shift_to_expert"][3] > 0
+
+
+def test_shift_is_told_by_three_distances_and_has_a_floor():
+    judge = judge_of(mixture(), n=400, n_paths=400, batch_size=400)
+    row, floor = judge.judge(Biased(judge.expert_policy, judge.grid.times[0], 0.5)), judge.floors()["held_out_real"]
+    for name in ("shift", "mmd_shift", "gaussian_shift"):
+        assert len(row[name]) == len(floor[name]) == 4
+        assert row[name][1] > 3 * abs(floor[name][1])
+    assert row["shift"][1] == pytest.approx(0.5, rel=0.3)  # δ in each of d entries is ‖δ‖/√d
+    assert row["gaussian_shift"][1] == pytest.approx(0.5 * 2**0.5, rel=0.3)
+
+
+def test_data_free_conditions_come_in_turn(monkeypatch):
+    def no_data(*args, **kwargs):
+        raise NoDataError("none")
+
+    expert = load_expert("digits8")
+    monkeypatch.setattr(expert, "reference_data", no_data)
+    judge = judge_of(expert, n=25, n_paths=5)
+    assert judge.c.tolist() == [i % 10 for i in range(25)]
+    row = judge.judge(judge.few_steps)
+    assert "frechet" not in row
+    assert row["action_mse_forward"] is row["shift"] is None
+    assert row["action_ratio"] == pytest.approx([a / b for a, b in zip(row["action_mse_own"], row["action_mse_expert"], strict=True)])
+
+
+class Colour(Extractor):
+    """Mean colour of a picture, and its spread."""
+
+    name, of_pictures = "colour", True
+
+    def features(self, samples):
+        assert samples.dtype == torch.uint8
+        assert samples.shape[1:] == (256, 256, 3)
+        return torch.cat([samples.float().mean((1, 2)), samples.float().std((1, 2))], 1)
+
+
+@pytest.fixture
+def colour(monkeypatch):
+    monkeypatch.setitem(extractors.EXTRACTORS, "colour", Colour)
+
+
+def test_pictures_are_compared_with_a_folder(tmp_path: Path, colour):
+    pictures = torch.randint(0, 255, (40, 20, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture.numpy()).save(tmp_path / f"{i:03d}.png")
+    expert = load_expert("digits8")
+    judge = judge_of(expert, n=20, n_paths=10, batch_size=10, extractor="colour", images=str(tmp_path))
+    assert judge.real_features.values.shape == (40, 6)
+    assert judge.describe() | {"resize": "centre_crop_lanczos_256", "distance": "Fréchet distance (colour)"} == judge.describe()
+    assert judge.floors().keys() == {"real_halves"}
+    assert judge.judge(judge.few_steps)["frechet"] > 100 * judge.floors()["real_halves"]["frechet"] > 0
+
+
+def test_what_an_expert_lacks_is_refused_before_anything_is_drawn(tmp_path: Path, colour):
+    line = GaussianMixtureExpert(means=torch.zeros(1, 3), stds=torch.ones(1), weights=torch.ones(1))
+    for settings, message in (
+        ({"extractor": "colour"}, "decodes no pictures"),
+        ({"lpips": True}, "decodes no pictures"),
+        ({"images": str(tmp_path)}, "does not read pictures; choose extractor=inception_v3_2015"),
+        ({"extractor": "inception"}, "unknown extractor 'inception'; choose one of: .*inception_v3_2015"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            extractor_for(line, Evaluation(**settings))
+    with pytest.raises(ValueError, match="Digits's conditions are no texts"):
+        extractor_for(load_expert("digits8"), Evaluation(scores=("clip_score",)))
+    with pytest.raises(ValueError, match="images=nowhere: no such folder"):
+        Evaluation(images="nowhere")
+    with pytest.raises(ValueError, match="unknown score 'clip'"):
+        Evaluation(scores=("clip",))
+
+
+def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch):
+    expert = load_expert("digits8")
+    monkeypatch.setattr(type(expert), "captions", lambda self, c: [str(int(i)) for i in c], raising=False)
+    monkeypatch.setattr(Judge, "scorers", {"clip_score": lambda pictures, captions: torch.tensor([float(c) for c in captions])})
+    monkeypatch.setattr(
+        evaluate, "lpips_distance", lambda weights, device: lambda a, b: (a.float() - b.float()).abs().flatten(1).mean(1) / 255
+    )
+    judge = judge_of(expert, n=20, n_paths=5, batch_size=8, scores=("clip_score",), lpips=True)
+    row = judge.judge(judge.few_steps, judge.grid)
+    assert row["clip_score"] == pytest.approx(float(judge.c.double().mean()))
+    assert 0 < row["lpips"] < 1
+
+
+def test_coco_captions_are_the_first_of_each_image_in_order():
+    annotations = [
+        {"image_id": 9, "id": 3, "caption": "nine, later"},
+        {"image_id": 9, "id": 1, "caption": " nine,\n first "},
+        {"image_id": 2, "id": 7, "caption": "two"},
+    ]
+    assert coco_captions(json.dumps({"annotations": annotations})) == ["two", "nine, first"]
+
+
+def test_the_papers_protocols_are_presets():
+    for name, n, scores in (("coco2017_5k", 5000, ("clip_score", "hpsv2")), ("coco2014_30k", 30000, ("clip_score",))):
+        settings = read_yaml(config_dir() / "evaluate" / f"{name}.yaml")
+        found = Evaluation(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+        assert (found.n, found.scores, found.extractor) == (n, scores, "inception_v3_2015")
+        assert evaluate.with_preset(["--config", name, "--n", "20"])[1].endswith(f"{name}.yaml")
+
+
+def test_the_command_judges_the_expert_and_clears_its_store(tmp_path: Path, capsys):
+    out = tmp_path / "result.json"
+    evaluate.main(
+        ["--env", "gaussian_mixture", "--steps", "8", "2", "--n", "50", "--batch_size", "20", "--seeds", "0", "1", "--out", str(out)]
+    )
+    results = json.loads(out.read_text())
+    assert [r["settings"]["seed"] for r in results] == [0, 1]
+    assert results[0]["models"]["teacher@8"]["frechet"] < results[0]["models"]["teacher@2"]["frechet"]
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+    assert "teacher@2" in capsys.readouterr().out
+
+
+def test_the_command_names_what_is_wrong(tmp_path: Path, capsys):
+    for flags, message in (
+        (["--run", str(tmp_path)], "holds no finished run"),
+        (["--config", "coco"], "unknown evaluate 'coco'; presets: coco2014_30k, coco2017_5k"),
+        (["--env", "digits8", "--captions", "x.json"], "prompts"),
+        (["--out", str(tmp_path)], "need a file in a folder that exists"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main(flags)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
