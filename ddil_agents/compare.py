@@ -1,0 +1,549 @@
+"""Comparing agents: every arm on one expert, over paired seeds, at equal budgets, and the page that shows it.
+
+    python -m ddil_agents.compare --env digits --agents bc dagger lcm dmd2 --seeds 3 --out runs/four
+    python -m ddil_agents.compare --config configs/ablations/priors.yaml --jobs 8
+
+An arm is an agent with settings. Arms of one seed share the initial weights, the order of the data, all noise and, in the judging,
+x_T and conditions, so their differences are paired. Budgets: every arm takes the same number of gradient steps; then, if asked for,
+as many as the baseline's teacher forwards, forwards of both networks, or seconds allow. Run it again, and it goes on where it stopped.
+
+    comparison.json    all numbers         report.html    the page
+    table.csv, table.tex                   runs/, trajectories/
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+from tqdm import tqdm
+
+from ddil_agents.checkpoint import write_atomically
+from ddil_agents.cli import clear_errors, find_agent, load_run, refuse_early
+from ddil_agents.evaluate import Evaluation, Judge, provenance
+from ddil_agents.learner import Learner
+from ddil_agents.report import METRICS, read_result
+from ddil_agents.statistics import bootstrap_interval, holm, interquartile_mean, normalised, paired_comparison, probability_of_improvement
+from ddil_agents.train import read_metrics
+from ddil_agents.trajectories import record
+from ddil_env import DdimPolicy, ExpertPolicy
+from ddil_env.mdp import Kernel
+from ddil_env.presets import find_preset, read_yaml
+
+Budget = Literal["updates", "teacher_nfe", "nfe", "seconds"]
+BETAS: dict[str, tuple[float, float, float]] = {  # source priors by name: forward, teacher, student
+    "forward": (1.0, 0.0, 0.0),
+    "teacher": (0.0, 1.0, 0.0),
+    "student": (0.0, 0.0, 1.0),
+    "half": (0.5, 0.0, 0.5),
+    "ddil": (0.5, 0.1, 0.4),
+}
+SHOWN = 10  # trajectories of each arm that the page can play
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared."""
+
+    env: str = "digits"
+    """Preset or YAML file of the expert that all arms imitate."""
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By name: `agent`, optionally `config` (a preset of configs/<agent> or a file), and settings that differ."""
+    shared: dict[str, Any] = field(default_factory=dict)
+    """Settings of all arms, over those of an arm's `config`; the arm's own go over these."""
+    seeds: int = 3
+    """Runs of each arm, paired by seed."""
+    first_seed: int = 0
+    """The others follow."""
+    equal: tuple[Budget, ...] = ("updates",)
+    """Budgets that the arms are compared at: updates, teacher_nfe, nfe (teacher and student), seconds."""
+    baseline: str | None = None
+    """The arm that others are held against, whose costs are the budgets; null: the first."""
+    primary: str = "frechet"
+    """The metric that the comparison was set up for."""
+    level: float = 0.95
+    """Of intervals, and 1 − the error rate of all tests of one metric together."""
+
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise ValueError("arms={}: nothing to compare; name --agents, or arms in a config file")
+        for name, arm in self.arms.items():
+            if not isinstance(arm, dict) or "agent" not in arm:
+                raise ValueError(f"arms.{name}={arm}: an arm is a mapping with an `agent`, such as {{agent: dagger, num_updates: 300}}")
+            if not name or set(name) & set("/\\") or name.startswith("."):
+                raise ValueError(f"arm {name!r}: its name is a folder's; leave out slashes and leading dots")
+        if self.seeds < 1 or self.first_seed < 0:
+            raise ValueError(f"seeds={self.seeds}, first_seed={self.first_seed}: need at least 1, from 0 or more")
+        if self.reference not in self.arms:
+            raise ValueError(f"baseline={self.baseline!r} is no arm; the arms are {', '.join(self.arms)}")
+        if self.primary not in METRICS:
+            raise ValueError(f"primary={self.primary!r}; choose one of: {', '.join(METRICS)}")
+        if not 0.5 <= self.level < 1:
+            raise ValueError(f"level={self.level}: need a number from 0.5 to below 1, such as 0.95")
+        if not self.equal or self.equal[0] != "updates":
+            raise ValueError(f"equal={self.equal}: `updates` comes first; the other budgets are set by what those runs cost")
+
+    @property
+    def reference(self) -> str:
+        """The baseline's name."""
+        return self.baseline or next(iter(self.arms), "")
+
+    @property
+    def all_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+
+class Run(NamedTuple):
+    """One training run of a comparison."""
+
+    budget: Budget
+    arm: str
+    seed: int
+    directory: Path
+
+
+def merged(*settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings laid over one another, the last on top."""
+    result: dict[str, Any] = {}
+    for layer in settings:
+        for key, value in layer.items():
+            both = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def settings_of(comparison: Comparison, arm: str) -> tuple[str, dict[str, Any]]:
+    """An arm's agent, and all of its settings as a config file holds them."""
+    own = dict(comparison.arms[arm])
+    agent, preset = str(own.pop("agent")), own.pop("config", None)
+    base = {} if preset is None else read_yaml(find_preset(agent, str(preset)))
+    return agent, merged(base, comparison.shared, own)
+
+
+def given_settings(comparison: Comparison, arm: str, seed: int, out: Path) -> dict[str, Any]:
+    """What a run is given as its config file: the noise of its evaluation goes with its seed, and the teacher is sampled once a seed."""
+    return merged({"evaluate": {"seed": seed, "store": str(out / "expert")}}, settings_of(comparison, arm)[1], {"env": comparison.env})
+
+
+def arms_of(agents: list[str], betas: list[str]) -> dict[str, dict[str, Any]]:
+    """Agents × source priors; `own` is the agent's own."""
+    arms: dict[str, dict[str, Any]] = {}
+    for agent in agents:
+        for name in betas:
+            if name != "own" and name not in BETAS:
+                raise ValueError(f"unknown priors {name!r}; choose of: own, {', '.join(BETAS)}. Others go into a config's arms")
+            beta = {} if name == "own" else {"beta": dict(zip(("forward", "teacher", "student"), BETAS[name], strict=True))}
+            arms[agent if len(betas) == 1 else f"{agent} {name}"] = {"agent": agent, **beta}
+    return arms
+
+
+def train(runs: list[Run], comparison: Comparison, out: Path, updates: dict[str, int] | None, jobs: int) -> dict[Path, str]:
+    """Trains what is not there yet, and takes up what was cut short.
+
+    Args:
+        out: Directory of the comparison.
+        runs: Which.
+        comparison: Their settings.
+        updates: Gradient steps by arm; default: as they are set.
+        jobs: Runs at a time; one GPU each where there are GPUs, else one thread each.
+
+    Returns:
+        What went wrong, by the directory of a run that failed: a diverged arm is a result, and the rest goes on.
+    """
+    todo = [run for run in runs if not (run.directory / "result.json").is_file()]
+    gpus = torch.cuda.device_count()
+    failed: dict[Path, str] = {}
+
+    def one(number: int, run: Run) -> None:
+        agent, settings = str(comparison.arms[run.arm]["agent"]), given_settings(comparison, run.arm, run.seed, out)
+        if updates is not None:
+            settings["num_updates"] = updates[run.arm]
+        if (run.directory / "config.yaml").is_file():
+            arguments = ["--resume", str(run.directory)]
+        else:
+            given = run.directory.with_suffix(".yaml")
+            write_atomically(given, yaml.safe_dump(settings, sort_keys=False))
+            arguments = ["--config", str(given), "--seed", str(run.seed), "--out", str(run.directory)]
+        environment = dict(os.environ)
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+        elif jobs > 1:
+            environment["OMP_NUM_THREADS"] = "1"  # more threads a run than cores would fight
+        log = run.directory.with_suffix(".log")
+        with log.open("w") as file:
+            command = [sys.executable, "-m", f"ddil_agents.{agent}", *arguments]
+            if subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode:
+                failed[run.directory] = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
+        bar.set_postfix_str(f"{run.arm}, seed {run.seed}{' failed' if run.directory in failed else ''}")
+        bar.update()
+
+    for run in todo:
+        run.directory.parent.mkdir(parents=True, exist_ok=True)
+    label = runs[0].budget if runs else ""
+    with tqdm(total=len(runs), initial=len(runs) - len(todo), desc=f"equal {label}", unit="run") as bar, ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, range(len(todo)), todo))
+    return failed
+
+
+def matched_updates(comparison: Comparison, budget: Budget, results: dict[str, list[dict[str, Any]]]) -> dict[str, int]:
+    """Gradient steps of each arm that cost what the baseline's do, from what a step cost in the runs at equal updates.
+
+    Args:
+        comparison: Names the baseline.
+        budget: Which cost.
+        results: Of the runs at equal updates, by arm.
+
+    Raises:
+        ValueError: an arm is free of that cost, or trains in stages, whose steps differ in cost.
+    """
+
+    def cost(arm: str) -> float:
+        """Of one gradient step."""
+        if settings_of(comparison, arm)[1].get("stages"):
+            raise ValueError(f"equal={budget}: {arm} trains in stages, each with steps of its own; compare it at equal updates")
+        costs = {"teacher_nfe": ("teacher_nfe",), "nfe": ("teacher_nfe", "student_nfe"), "seconds": ("train_seconds",)}[budget]
+        total = statistics.fmean(sum(own_row(result)[key] for key in costs) for result in results[arm])
+        if not total:
+            raise ValueError(f"equal={budget}: {arm} costs none, so no number of updates would match; leave {budget} out")
+        return total / results[arm][0]["num_updates"]
+
+    allowed = cost(comparison.reference) * results[comparison.reference][0]["num_updates"]
+    return {arm: max(1, round(allowed / cost(arm))) for arm in results}
+
+
+def own_row(result: dict[str, Any]) -> dict[str, Any]:
+    """What a run's own student scored and cost."""
+    row: dict[str, Any] = result["models"][result["student"]]
+    return row
+
+
+def same_measure(results: dict[Path, dict[str, Any]]) -> None:
+    """Refuses runs that were not measured in one way.
+
+    Raises:
+        ValueError: names two of them, and what differs.
+    """
+    (first_path, first), *others = results.items()
+    for path, result in others:
+        for key in ("env_config", "settings"):
+            a, b = ({k: v for k, v in r[key].items() if k != "seed"} for r in (first, result))
+            if a != b:
+                raise ValueError(f"{first_path} has {key} {a}, {path} {b}; compare runs of one expert, judged in one way")
+
+
+def statistics_of(comparison: Comparison, rows: dict[str, list[dict[str, Any]]], initial: dict[str, Any], teacher: dict[str, Any]) -> dict:
+    """Of each metric: each arm's location with its interval, and its paired differences from the baseline.
+
+    Args:
+        comparison: Baseline and level.
+        rows: What each arm's students scored, in the order of seeds; arms with a failed run are left out of the differences.
+        initial: What each arm's student scored untrained.
+        teacher: What the teacher scores in all its steps.
+    """
+    found: dict[str, Any] = {}
+    for metric, (_, _, better) in METRICS.items():
+        values = {arm: [float(row[metric]) for row in own if row.get(metric) is not None] for arm, own in rows.items()}
+        values = {arm: v for arm, v in values.items() if v}
+        if not values:
+            continue
+        arms: dict[str, Any] = {}
+        for arm, v in values.items():
+            low, high = bootstrap_interval(v, interquartile_mean, comparison.level) if len(v) > 1 else (None, None)
+            arms[arm] = {"values": v, "mean": statistics.fmean(v), "iqm": float(interquartile_mean(v)), "low": low, "high": high}
+            start, goal = initial.get(arm, {}).get(metric), teacher.get(metric)
+            if start is not None and goal is not None and start != goal:
+                arms[arm]["normalised"] = np.atleast_1d(normalised(v, start, goal)).tolist()
+        base = values.get(comparison.reference, [])
+        others = [arm for arm in values if arm != comparison.reference and len(values[arm]) == len(base) > 1]
+        pairs = {}
+        for arm in others:
+            pair = paired_comparison(values[arm], base, (arm, comparison.reference), len(others), comparison.level)
+            wins = probability_of_improvement(values[arm], base, lower_is_better=better < 0)
+            pairs[arm] = dataclasses.asdict(pair) | {"probability_of_improvement": wins}
+        for arm, p in zip(others, holm([pairs[arm]["p"] for arm in others]) if others else (), strict=True):
+            pairs[arm]["p_holm"] = float(p)
+        found[metric] = {"arms": arms, "pairs": pairs}
+    return found
+
+
+def flags_of(arm: str, seed: int, row: dict[str, Any], training: list[dict[str, Any]], initial: dict[str, Any]) -> list[str]:
+    """What a reader should be warned of in one run."""
+    found = []
+    if (now := row.get("coverage")) is not None and (before := initial.get("coverage")) and now < 0.9 * before:
+        found.append(f"coverage fell from {before:.3f} untrained to {now:.3f}: modes are being dropped")
+    norms = [line["grad_norm"] for line in training if line.get("grad_norm") is not None]
+    if len(norms) >= 10 and max(norms[len(norms) // 5 :]) > 10 * statistics.median(norms):  # the first fifth is warm-up
+        found.append(f"a gradient norm of {max(norms):.3g}, {max(norms) / statistics.median(norms):.0f} times the median")
+    return [f"{arm}, seed {seed}: {text}" for text in found]
+
+
+def judge_of(learner: Learner, seed: int, settings: dict[str, Any], cache: dict[str, Judge]) -> Judge:
+    """The judge of a learner, one for all arms with the same grid and guidance."""
+    key = repr((learner.grid.times.tolist(), learner.config.substeps, learner.reference.guidance_scale))
+    if key not in cache:
+        evaluation = Evaluation(n=settings["n"], seed=seed, extractor=settings["extractor"], n_action=1)
+        cache[key] = Judge(
+            ExpertPolicy(learner.expert, learner.config.substeps, learner.reference.guidance_scale), learner.grid, evaluation
+        )
+    return cache[key]
+
+
+def portray(comparison: Comparison, out: Path, results: dict[str, dict[str, Any]], directories: dict[str, Path]) -> dict[str, Any]:
+    """Records the first seed's trajectories, each arm's and the teacher's, and judges each arm's untrained student.
+
+    Args:
+        comparison: Names the first seed.
+        out: Its directory.
+        results: Of the first seed's runs, by arm.
+        directories: Where those are.
+
+    Returns:
+        What each arm's student scored untrained.
+    """
+    path = out / "initial.json"
+    initial: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    judges: dict[str, Judge] = {}
+    folder = out / "trajectories"
+    folder.mkdir(exist_ok=True)
+    for arm in tqdm(results, desc="trajectories", unit="arm"):
+        if arm in initial and (folder / f"{arm}.safetensors").is_file():
+            continue
+        learner = load_run(directories[arm])
+        judge = judge_of(learner, comparison.first_seed, results[arm]["settings"], judges)
+        untrained = type(learner)(learner.expert, learner.config, learner.support)
+        initial[arm] = judge.judge(untrained.student_policy, learner.grid, learner.kernel)
+        noise, c = judge.noise()[:SHOWN], None if judge.c is None else judge.c[:SHOWN]
+        actors: list[tuple[str, DdimPolicy, Kernel]] = [
+            (arm, learner.student_policy, learner.kernel),
+            ("teacher", judge.expert_policy, "ddim"),
+        ]
+        for name, policy, kernel in actors:
+            generator = torch.Generator(learner.expert.device).manual_seed(comparison.first_seed + 1)
+            shown = record(policy, judge.expert_policy, learner.grid, noise, c, kernel=kernel, generator=generator)
+            shown.save(folder / f"{name}.safetensors")
+        write_atomically(path, json.dumps(initial, indent=1))
+    return initial
+
+
+def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], failed: dict[Path, str], command: str) -> dict[str, Any]:
+    """All numbers of a comparison, from the runs that are there."""
+    results = {run.directory: read_result(run.directory / "result.json") for runs in tiers.values() for run in runs if _done(run)}
+    if not results:
+        raise ValueError(f"no run of {out} is finished; see the .log files in {out / 'runs'}")
+    same_measure(results)
+    firsts = {run.arm: run.directory for run in tiers["updates"] if run.seed == comparison.first_seed and _done(run)}
+    initial = portray(comparison, out, {arm: results[path] for arm, path in firsts.items()}, firsts)
+    any_result = next(iter(results.values()))
+    own = {result["student"] for result in results.values()}
+    references: dict[str, list[dict[str, Any]]] = {}
+    for run in tiers["updates"]:
+        if _done(run) and run.arm == next(iter(firsts), None):
+            for name, row in {**results[run.directory]["floors"], **results[run.directory]["models"]}.items():
+                if name not in own:
+                    references.setdefault(name.replace("_", " "), []).append(row)
+    teacher = max((n for n in references if n.startswith("teacher@")), key=lambda n: int(n.split("@")[1].split(",")[0]))
+    goal = {
+        key: statistics.fmean(row[key] for row in references[teacher]) for key in METRICS if references[teacher][0].get(key) is not None
+    }
+    compared: dict[str, Any] = {}
+    flags = [f"{path.parent.name}/{path.name}: {message}" for path, message in failed.items()]
+    for budget, runs in tiers.items():
+        rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in comparison.arms}
+        listed = []
+        for run in runs:
+            listed.append({"arm": run.arm, "seed": run.seed, "directory": os.path.relpath(run.directory, out), "done": _done(run)})
+            if _done(run):
+                row = own_row(results[run.directory])
+                rows[run.arm].append(row)
+                listed[-1] |= {"num_updates": results[run.directory]["num_updates"], **row}
+                training = read_metrics(run.directory / "metrics.jsonl")
+                flags += [f"{text} (equal {budget})" for text in flags_of(run.arm, run.seed, row, training, initial.get(run.arm, {}))]
+        compared[budget] = {"runs": listed, "statistics": statistics_of(comparison, rows, initial, goal)}
+    return {
+        "title": f"{any_result['env']}: {', '.join(comparison.arms)}",
+        "command": command,
+        "comparison": dataclasses.asdict(comparison) | {"baseline": comparison.reference},
+        "env": any_result["env"],
+        "env_config": any_result["env_config"],
+        "settings": {key: value for key, value in any_result["settings"].items() if key != "seed"},
+        "arms": {arm: dict(zip(("agent", "settings"), settings_of(comparison, arm), strict=True)) for arm in comparison.arms},
+        "references": references,
+        "initial": initial,
+        "budgets": compared,
+        "flags": flags,
+        "provenance": provenance(torch.device("cpu" if not torch.cuda.is_available() else "cuda")),
+    }
+
+
+def _done(run: Run) -> bool:
+    return (run.directory / "result.json").is_file()
+
+
+def table_rows(result: dict[str, Any], budget: str) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a line for each reference and arm: the mean and the half-width of the interval's wider side."""
+    found = result["budgets"][budget]["statistics"]
+    lines = []
+    for name, rows in result["references"].items():
+        cells = [
+            METRICS[key][1].format(statistics.fmean(row[key] for row in rows)) if rows[0].get(key) is not None else "" for key in found
+        ]
+        lines.append([name, str(len(rows)), *cells])
+    for arm in result["arms"]:
+        cells, n = [], 0
+        for key in found:
+            own = found[key]["arms"].get(arm)
+            n = max(n, len(own["values"]) if own else 0)
+            form = METRICS[key][1]
+            span = f" [{form.format(own['low'])}, {form.format(own['high'])}]" if own and own["low"] is not None else ""
+            cells.append(form.format(own["iqm"]) + span if own else "")
+        lines.append([arm, str(n), *cells])
+    return ["model", "runs", *(METRICS[key][0] for key in found)], lines
+
+
+def csv_table(result: dict[str, Any]) -> str:
+    """A line for each run: its budget, arm, seed, scores and costs."""
+    file = io.StringIO()
+    keys = ["budget", "arm", "seed", "num_updates", *METRICS, "teacher_nfe", "student_nfe", "train_seconds"]
+    writer = csv.DictWriter(file, keys, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for budget, tier in result["budgets"].items():
+        for run in tier["runs"]:
+            writer.writerow({"budget": budget, **{k: "" if v is None else v for k, v in run.items()}})
+    return file.getvalue()
+
+
+def latex_table(result: dict[str, Any]) -> str:
+    """A booktabs table for each budget."""
+    plain = str.maketrans(
+        {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "é": r"\'e", "²": "$^2$"}
+    )
+    parts = []
+    for budget in result["budgets"]:
+        headings, lines = table_rows(result, budget)
+        body = [" & ".join(cell.translate(plain) for cell in line) + r" \\" for line in [headings, *lines]]
+        body.insert(1, r"\midrule")
+        rows = "\n".join(body)
+        columns = "ll" + "r" * (len(headings) - 2)
+        parts.append(
+            f"% {result['title']}, equal {budget}: interquartile means, {result['comparison']['level']:.0%} bootstrap intervals\n"
+            f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{rows}\n\\bottomrule\n\\end{{tabular}}\n"
+        )
+    return "\n".join(parts)
+
+
+def compare(comparison: Comparison, out: Path, jobs: int, command: str = "", report_only: bool = False) -> dict[str, Any]:
+    """Trains, judges and writes a comparison; returns what comparison.json holds.
+
+    Raises:
+        ValueError: settings that an agent refuses, before anything is trained; runs that were measured in different ways.
+    """
+    check(comparison, out)
+    out.mkdir(parents=True, exist_ok=True)
+    tiers: dict[Budget, list[Run]] = {}
+    failed: dict[Path, str] = {}
+    updates: dict[str, int] | None = None
+    for budget in comparison.equal:
+        runs = [
+            Run(budget, arm, seed, out / "runs" / budget / f"{arm}-s{seed}") for seed in comparison.all_seeds for arm in comparison.arms
+        ]
+        if budget != "updates":
+            done = {
+                arm: [read_result(r.directory / "result.json") for r in tiers["updates"] if r.arm == arm and _done(r)]
+                for arm in comparison.arms
+            }
+            updates = matched_updates(comparison, budget, {arm: found for arm, found in done.items() if found})
+            set_ = {arm: found[0]["num_updates"] for arm, found in done.items() if found}
+            runs = [run for run in runs if run.arm in updates]
+            for i, run in enumerate(runs):  # a run that would differ by less than a hundredth is the one that is there
+                if abs(updates[run.arm] - set_[run.arm]) < 0.01 * set_[run.arm]:
+                    runs[i] = run._replace(directory=out / "runs" / "updates" / run.directory.name)
+        tiers[budget] = runs
+        if not report_only:
+            failed |= train(runs, comparison, out, updates, jobs)
+    result = gather(comparison, out, tiers, failed, command)
+    write_atomically(out / "comparison.json", json.dumps(result, indent=1))
+    write_atomically(out / "table.csv", csv_table(result))
+    write_atomically(out / "table.tex", latex_table(result))
+    return result
+
+
+def check(comparison: Comparison, out: Path) -> None:
+    """Refuses what an agent would refuse, and runs that were begun with other settings, before any run begins."""
+    expert = None
+    with tempfile.TemporaryDirectory() as folder:
+        for arm in comparison.arms:
+            agent, settings = settings_of(comparison, arm)
+            path = Path(folder) / "arm.yaml"
+            path.write_text(yaml.safe_dump(settings))
+            try:
+                expert = refuse_early(find_agent(agent), ["--env", comparison.env, "--config", str(path)], expert)
+            except ValueError as error:
+                raise ValueError(f"arm {arm}: {error}") from error
+    for seed in comparison.all_seeds:
+        for arm in comparison.arms:
+            given = out / "runs" / "updates" / f"{arm}-s{seed}.yaml"
+            if given.is_file() and read_yaml(given) != given_settings(comparison, arm, seed, out):
+                raise ValueError(f"{given} holds other settings than arm {arm} has now; choose another --out, or remove that run")
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables and the paired differences of the primary metric, for a terminal."""
+    parts = []
+    for budget in result["budgets"]:
+        headings, lines = table_rows(result, budget)
+        cells = [headings, *lines]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(headings))]
+        shown = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
+        shown.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        pairs = result["budgets"][budget]["statistics"].get(result["comparison"]["primary"], {}).get("pairs", {})
+        parts += [f"equal {budget}", "", *shown, "", *(f"{arm}: {pair['conclusion']}" for arm, pair in pairs.items()), ""]
+    return "\n".join([*parts, *(f"! {flag}" for flag in result["flags"])])
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = ArgumentParser(prog="python -m ddil_agents.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", action="config", help="settings as YAML")
+    parser.add_class_arguments(Comparison, None, instantiate=False)
+    parser.add_argument("--agents", type=str, default=[], nargs="+", help="arms: these agents …")
+    parser.add_argument("--betas", type=str, default=["own"], nargs="+", help=f"… with each of these priors: own, {', '.join(BETAS)}")
+    parser.add_argument("--num_updates", type=PositiveInt | None, default=None, help="gradient steps of every arm")
+    parser.add_argument("--jobs", type=PositiveInt, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--out", type=str, required=True, help="directory of the comparison; it goes on with one that is there")
+    parser.add_argument("--report_only", type=bool, default=False, help="true: train nothing, show what is there")
+    with clear_errors(parser):
+        args = parser.parse_args(argv)
+        given = {f.name: args[f.name] for f in dataclasses.fields(Comparison)}
+        given["arms"] = {**arms_of(args.agents, args.betas), **given["arms"]}
+        if args.num_updates is not None:
+            given["shared"] = merged(given["shared"], {"num_updates": args.num_updates})
+        result = compare(
+            Comparison(**given), Path(args.out), args.jobs, shlex.join(["python", "-m", "ddil_agents.compare", *argv]), args.report_only
+        )
+        print(markdown(result))
+        from ddil_agents.page import write_page
+
+        write_page(result, Path(args.out))
+    print(f"\n{args.out}: report.html, comparison.json, table.csv, table.tex")
+
+
+if __name__ == "__main__":
+    main()
