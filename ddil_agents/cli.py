@@ -254,6 +254,18 @@ def judge_of(learner: Learner, **settings: Any) -> Judge:
     return Judge(learner.reference, learner.grid, Evaluation(**settings))
 
 
+def with_preset(group: str, argv: list[str]) -> list[str]:
+    """The command line with the name of a preset after --config replaced by its file in configs/<group>."""
+    found = list(argv)
+    for i, word in enumerate(argv):
+        flag, _, name = word.partition("=")
+        if flag == "--config" and name:
+            found[i] = f"--config={find_preset(group, name)}"
+        elif word == "--config" and i + 1 < len(argv):
+            found[i + 1] = str(find_preset(group, argv[i + 1]))
+    return found
+
+
 def _take(argv: list[str], flag: str) -> str | None:
     """Removes `flag VALUE` or `flag=VALUE` from argv and returns the value."""
     value, i = None, 0

@@ -1,7 +1,7 @@
 """Comparing agents: every arm on one expert, over paired seeds, at equal budgets, and the page that shows it.
 
     python -m ddil_agents.compare --env digits --agents bc dagger lcm dmd2 --seeds 3 --out runs/four
-    python -m ddil_agents.compare --config configs/ablations/priors.yaml --jobs 8
+    python -m ddil_agents.compare --config priors --jobs 8 --out runs/priors
 
 An arm is an agent with settings. Arms of one seed share the initial weights, the order of the data, all noise and, in the judging,
 x_T and conditions, so their differences are paired. Budgets: every arm takes the same number of gradient steps; then, if asked for,
@@ -37,7 +37,7 @@ from jsonargparse.typing import PositiveInt
 from tqdm import tqdm
 
 from ddil_agents.checkpoint import write_atomically
-from ddil_agents.cli import clear_errors, find_agent, load_run, refuse_early
+from ddil_agents.cli import clear_errors, find_agent, load_run, refuse_early, with_preset
 from ddil_agents.evaluate import Evaluation, Judge, provenance
 from ddil_agents.learner import Learner
 from ddil_agents.report import METRICS, read_result
@@ -46,7 +46,7 @@ from ddil_agents.train import read_metrics
 from ddil_agents.trajectories import record
 from ddil_env import DdimPolicy, ExpertPolicy
 from ddil_env.mdp import Kernel
-from ddil_env.presets import find_preset, read_yaml
+from ddil_env.presets import find_preset, preset_names, read_yaml
 
 Budget = Literal["updates", "teacher_nfe", "nfe", "seconds"]
 BETAS: dict[str, tuple[float, float, float]] = {  # source priors by name: forward, teacher, student
@@ -521,7 +521,8 @@ def markdown(result: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = ArgumentParser(prog="python -m ddil_agents.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", action="config", help="settings as YAML")
+    presets = ", ".join(preset_names("ablations"))
+    parser.add_argument("--config", action="config", help=f"settings as YAML: a file, or one of configs/ablations: {presets}")
     parser.add_class_arguments(Comparison, None, instantiate=False)
     parser.add_argument("--agents", type=str, default=[], nargs="+", help="arms: these agents …")
     parser.add_argument("--betas", type=str, default=["own"], nargs="+", help=f"… with each of these priors: own, {', '.join(BETAS)}")
@@ -530,7 +531,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=str, required=True, help="directory of the comparison; it goes on with one that is there")
     parser.add_argument("--report_only", type=bool, default=False, help="true: train nothing, show what is there")
     with clear_errors(parser):
-        args = parser.parse_args(argv)
+        args = parser.parse_args(with_preset("ablations", argv))
         given = {f.name: args[f.name] for f in dataclasses.fields(Comparison)}
         given["arms"] = {**arms_of(args.agents, args.betas), **given["arms"]}
         if args.num_updates is not None:

@@ -46,7 +46,7 @@ from ddil_agents.metrics.pictures import RESIZE, load_pictures, resize
 from ddil_agents.metrics.vendi import vendi_score
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, NoDataError, TimeGrid, load_expert, unroll
 from ddil_env.mdp import Kernel
-from ddil_env.presets import find_preset, preset_names
+from ddil_env.presets import preset_names
 from ddil_env.schedule import GridKind
 from ddil_env.weights import read_tensors
 
@@ -516,7 +516,7 @@ def evaluate_run(learner: Learner, settings: Evaluation, store: Path | None = No
 
 
 def main(argv: list[str] | None = None) -> None:
-    from ddil_agents.cli import clear_errors, load_run
+    from ddil_agents.cli import clear_errors, load_run, with_preset
     from ddil_agents.report import table
 
     parser = ArgumentParser(
@@ -535,7 +535,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=str | None, default=None, help="JSON file for the results; beside it, batches until it is done")
     parser.add_class_arguments(Evaluation, None, skip={"seed"})
     with clear_errors(parser):
-        args = parser.parse_args(with_preset(list(sys.argv[1:] if argv is None else argv)))
+        args = parser.parse_args(with_preset("evaluate", sys.argv[1:] if argv is None else argv))
         given = {f.name: args[f.name] for f in dataclasses.fields(Evaluation) if f.name != "seed"}
         out = None if args.out is None else Path(args.out)
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
@@ -556,18 +556,6 @@ def main(argv: list[str] | None = None) -> None:
             write_atomically(out, json.dumps(results, indent=1))
             for seed in args.seeds:
                 shutil.rmtree(out.with_name(f".{out.name}.seed{seed}"))
-
-
-def with_preset(argv: list[str]) -> list[str]:
-    """The command line with the name of a preset after --config replaced by its file."""
-    found = list(argv)
-    for i, word in enumerate(argv):
-        flag, _, name = word.partition("=")
-        if flag == "--config" and name:
-            found[i] = f"--config={find_preset('evaluate', name)}"
-        elif word == "--config" and i + 1 < len(argv):
-            found[i + 1] = str(find_preset("evaluate", argv[i + 1]))
-    return found
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ddil_agents import evaluate
+from ddil_agents.cli import with_preset
 from ddil_agents.evaluate import Evaluation, Judge, extractor_for
 from ddil_agents.metrics import extractors
 from ddil_agents.metrics.extractors import Extractor
@@ -210,7 +211,7 @@ def test_the_papers_protocols_are_presets():
         settings = read_yaml(config_dir() / "evaluate" / f"{name}.yaml")
         found = Evaluation(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
         assert (found.n, found.scores, found.extractor) == (n, scores, "inception_v3_2015")
-        assert evaluate.with_preset(["--config", name, "--n", "20"])[1].endswith(f"{name}.yaml")
+        assert with_preset("evaluate", ["--config", name, "--n", "20"])[1].endswith(f"{name}.yaml")
 
 
 def test_the_command_judges_the_expert_and_clears_its_store(tmp_path: Path, capsys):

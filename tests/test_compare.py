@@ -1,0 +1,205 @@
+"""Comparisons: arms and budgets, what is refused, what the numbers are, and one run whole, restarted and with an arm that diverges."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ddil_agents import compare
+from ddil_agents.compare import Comparison, arms_of, flags_of, matched_updates, merged, same_measure, settings_of, statistics_of
+from ddil_agents.trajectories import Trajectories
+from ddil_env.presets import config_dir, preset_names, read_yaml
+
+TINY = {
+    "num_updates": 12,
+    "num_steps": 2,
+    "teacher_steps": 4,
+    "batch_size": 8,
+    "collect_size": 16,
+    "updates_per_collect": 4,
+    "evaluate": {"n": 20, "n_paths": 10, "n_action": 5},
+}
+
+
+def comparison(**settings):
+    return Comparison(**{"env": "gaussian_mixture", "arms": {"bc": {"agent": "bc"}, "dagger": {"agent": "dagger"}}, **settings})
+
+
+def results(costs, num_updates=100):
+    """Results of an arm whose seeds cost so many teacher forwards."""
+    row = {"train_seconds": 10.0, "student_nfe": 50}
+    return [{"student": "a@4", "num_updates": num_updates, "models": {"a@4": {**row, "teacher_nfe": cost}}} for cost in costs]
+
+
+def test_settings_are_laid_over_one_another():
+    assert merged({"a": 1, "b": {"c": 1, "d": 2}}, {"b": {"d": 3}}, {"a": {"e": 4}}) == {"a": {"e": 4}, "b": {"c": 1, "d": 3}}
+    arms = {"one": {"agent": "dagger", "config": "demo", "num_steps": 2, "beta": {"student": 1.0}}}
+    agent, settings = settings_of(comparison(arms=arms, shared={"num_steps": 8, "num_updates": 7}), "one")
+    assert agent == "dagger"
+    assert settings == {"num_updates": 7, "num_steps": 2, "updates_per_collect": 32, "checkpoint_every": 200, "beta": {"student": 1.0}}
+
+
+def test_agents_times_priors_are_arms():
+    assert arms_of(["bc", "lcm"], ["own"]) == {"bc": {"agent": "bc"}, "lcm": {"agent": "lcm"}}
+    arms = arms_of(["dagger"], ["own", "ddil"])
+    assert arms["dagger ddil"] == {"agent": "dagger", "beta": {"forward": 0.5, "teacher": 0.1, "student": 0.4}}
+    with pytest.raises(ValueError, match="unknown priors 'mine'; choose of: own, forward"):
+        arms_of(["bc"], ["mine"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"arms": {}}, "nothing to compare"),
+        ({"arms": {"a": {"num_updates": 3}}}, "an arm is a mapping with an `agent`"),
+        ({"arms": {"a/b": {"agent": "bc"}}}, "leave out slashes"),
+        ({"seeds": 0}, "need at least 1"),
+        ({"baseline": "lcm"}, "is no arm; the arms are bc, dagger"),
+        ({"primary": "fid"}, "choose one of: frechet"),
+        ({"equal": ("seconds",)}, "`updates` comes first"),
+        ({"level": 95.0}, "need a number from 0.5"),
+    ],
+)
+def test_a_comparison_that_makes_no_sense_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        comparison(**settings)
+
+
+def test_matched_updates_cost_what_the_baselines_do():
+    found = {"bc": results([800, 1200]), "dagger": results([2000, 2000], num_updates=50)}
+    assert matched_updates(comparison(), "teacher_nfe", found) == {"bc": 100, "dagger": 25}  # 1000 in all; 40 a step
+    assert matched_updates(comparison(baseline="dagger"), "teacher_nfe", found) == {"bc": 200, "dagger": 50}
+    assert matched_updates(comparison(), "nfe", found) == {"bc": 100, "dagger": round(1050 / 41)}
+    assert matched_updates(comparison(), "seconds", found) == {"bc": 100, "dagger": 50}
+    with pytest.raises(ValueError, match="equal=teacher_nfe: dagger costs none"):
+        matched_updates(comparison(), "teacher_nfe", {**found, "dagger": results([0])})
+    staged = comparison(arms={"bc": {"agent": "bc"}, "dagger": {"agent": "dagger", "stages": [{"num_steps": 2}]}})
+    with pytest.raises(ValueError, match="dagger trains in stages"):
+        matched_updates(staged, "nfe", found)
+
+
+def test_runs_that_were_measured_in_two_ways_are_not_compared():
+    one = {"env_config": {"dataset": "digits"}, "settings": {"extractor": "identity", "n": 20, "seed": 0}}
+    same_measure({Path("a"): one, Path("b"): {**one, "settings": {**one["settings"], "seed": 1}}})
+    with pytest.raises(ValueError, match=r"a has settings .*identity.*, b .*latent_pool8.*; compare runs of one expert"):
+        same_measure({Path("a"): one, Path("b"): {**one, "settings": {**one["settings"], "extractor": "latent_pool8"}}})
+
+
+def test_statistics_are_of_paired_seeds():
+    rows = {
+        "bc": [{"frechet": x, "coverage": 0.5} for x in (2.0, 4.0, 3.0, 5.0, 3.5, 6.0)],
+        "dagger": [{"frechet": x} for x in (1.0, 3.0, 2.0, 4.0, 2.5, 5.0)],
+    }
+    found = statistics_of(comparison(seeds=6), rows, {"bc": {"frechet": 10.0}}, {"frechet": 0.0})
+    pair = found["frechet"]["pairs"]["dagger"]
+    assert (pair["mean"], pair["n"], pair["p"]) == (-1.0, 6, 2 / 64)
+    assert pair["p_holm"] == pair["p"]
+    assert pair["probability_of_improvement"] == pytest.approx((5 + 0.5 * 4 + 3 + 3 + 5.5 + 1 + 1) / 36, abs=0.2)
+    assert found["frechet"]["arms"]["bc"]["normalised"][0] == pytest.approx(0.8)
+    assert "normalised" not in found["frechet"]["arms"]["dagger"]
+    assert found["frechet"]["arms"]["bc"]["low"] <= found["frechet"]["arms"]["bc"]["iqm"] <= found["frechet"]["arms"]["bc"]["high"]
+    assert found["coverage"]["pairs"] == {}
+    assert "recall" not in found
+
+
+def test_too_few_seeds_are_said_to_be_too_few():
+    rows = {"bc": [{"frechet": 2.0}, {"frechet": 3.0}, {"frechet": 4.0}], "dagger": [{"frechet": 1.0}, {"frechet": 1.5}, {"frechet": 2.0}]}
+    assert "3 seeds cannot show" in statistics_of(comparison(), rows, {}, {})["frechet"]["pairs"]["dagger"]["conclusion"]
+
+
+def test_flags_name_dropped_modes_and_gradients_that_blow_up():
+    calm = [{"grad_norm": 1.0}] * 20
+    assert flags_of("a", 0, {"coverage": 0.9}, calm, {"coverage": 0.95}) == []
+    assert "coverage fell from 0.950 untrained to 0.500" in flags_of("a", 0, {"coverage": 0.5}, calm, {"coverage": 0.95})[0]
+    assert "a gradient norm of 50, 50 times the median" in flags_of("a", 3, {}, [*calm, {"grad_norm": 50.0}], {})[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, dict]:
+    """Two seeds of three arms, one of which diverges, at two budgets."""
+    out = tmp_path_factory.mktemp("comparison")
+    arms = {"bc": {"agent": "bc"}, "dagger": {"agent": "dagger", "updates_per_collect": 2}, "hot": {"agent": "bc", "learning_rate": 1e30}}
+    config = out / "given.yaml"
+    settings = {"env": "gaussian_mixture", "arms": arms, "shared": TINY, "seeds": 2, "equal": ["updates", "teacher_nfe"]}
+    config.write_text(yaml.safe_dump(settings))
+    compare.main(["--config", str(config), "--out", str(out / "out"), "--jobs", "2"])
+    return out, json.loads((out / "out" / "comparison.json").read_text())
+
+
+def test_a_comparison_runs_whole_and_a_diverged_arm_is_a_result(whole):
+    out, found = whole
+    assert {(r["arm"], r["seed"], r["done"]) for r in found["budgets"]["updates"]["runs"]} == {
+        (arm, seed, arm != "hot") for arm in ("bc", "dagger", "hot") for seed in (0, 1)
+    }
+    assert any("hot-s0" in flag and "not finite" in flag for flag in found["flags"])
+    matched = {r["arm"]: r for r in found["budgets"]["teacher_nfe"]["runs"]}
+    assert matched.keys() == {"bc", "dagger"}
+    assert matched["bc"]["directory"] == "runs/updates/bc-s1"  # the budget is its own
+    assert matched["dagger"]["num_updates"] < 12
+    assert matched["dagger"]["teacher_nfe"] == pytest.approx(matched["bc"]["teacher_nfe"], rel=0.35)
+    assert found["initial"]["bc"]["frechet"] > 0
+    assert list(found["references"]) == ["held out real", "teacher@4", "teacher@2"]
+    assert len(found["references"]["teacher@4"]) == 2
+    lines = list(csv.DictReader(io.StringIO((out / "out" / "table.csv").read_text())))
+    assert len(lines) == 6 + 4
+    assert lines[0]["arm"] == "bc"
+    assert float(lines[0]["frechet"]) > 0
+    assert (out / "out" / "table.tex").read_text().count(r"\begin{tabular}") == 2
+    assert "<html" in (out / "out" / "report.html").read_text()
+
+
+def test_arms_of_a_seed_share_noise_and_initial_weights(whole):
+    out, _ = whole
+    shown = {p.stem: Trajectories.load(p) for p in (out / "out" / "trajectories").iterdir()}
+    assert shown.keys() == {"bc", "dagger", "teacher"}
+    assert torch.equal(shown["bc"].x_t[:, 0], shown["dagger"].x_t[:, 0])
+    assert torch.equal(shown["teacher"].error, torch.zeros(10, 2))
+    assert (shown["bc"].error > 0).all()
+    assert torch.equal(shown["bc"].x_0[:, -1], shown["bc"].x_t[:, -1])
+
+
+def test_a_second_run_trains_nothing_and_says_the_same(whole, monkeypatch):
+    out, before = whole
+    monkeypatch.setattr(compare, "subprocess", None)
+    done = out / "out" / "runs" / "updates"
+    compare.main(["--config", str(out / "given.yaml"), "--out", str(out / "out"), "--report_only", "true"])
+    after = json.loads((out / "out" / "comparison.json").read_text())
+    assert after["budgets"] == before["budgets"]
+    assert len(list(done.glob("*/result.json"))) == 4
+
+
+def test_other_settings_in_the_same_directory_are_refused(whole, capsys):
+    out, _ = whole
+    with pytest.raises(SystemExit):
+        compare.main(["--config", str(out / "given.yaml"), "--out", str(out / "out"), "--num_updates", "13"])
+    assert "holds other settings than arm bc has now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--agents", "bcc"], "unknown agent 'bcc'"),
+        (["--agents", "bc", "--betas", "student"], "behaviour cloning sees no student states"),
+        (["--agents", "bc", "--env", "sd51"], "unknown env 'sd51'"),
+        (["--agents", "bc", "--num_updates", "0"], "num_updates"),
+        ([], "nothing to compare"),
+    ],
+)
+def test_what_an_agent_refuses_is_refused_before_any_run(tmp_path: Path, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        compare.main([*flags, "--out", str(tmp_path / "out")])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", preset_names("ablations"))
+def test_the_ablations_are_accepted_by_their_agents(name: str, tmp_path: Path):
+    settings = read_yaml(config_dir() / "ablations" / f"{name}.yaml")
+    found = Comparison(**{key: tuple(value) if key == "equal" else value for key, value in settings.items()})
+    assert found.seeds >= 6
+    assert len(found.arms) >= 2
+    compare.check(found, tmp_path)
