@@ -36,6 +36,7 @@ from ddil_agents.evaluate import Evaluation, Judge, extractor_for, judge_student
 from ddil_agents.learner import Learner, LearnerConfig
 from ddil_agents.report import read_result, save_pictures, table
 from ddil_agents.stages import Stage, judged, learners, plan
+from ddil_agents.tracking import Tracker, check_tracker
 from ddil_agents.train import read_metrics, train
 from ddil_env import Expert, ExpertPolicy, NoDataError, TimeGrid, check_expert
 from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
@@ -88,6 +89,7 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
         first = next(chain)
         check_expert(expert, student=first[1].student)
         evaluation = Evaluation(**vars(cfg.evaluate))
+        check_tracker(cfg.track)
         _evaluable(expert, stages, evaluation)
         out = Path(resume) if resume is not None else _new_directory(cfg, agent)
         if resume is None:
@@ -104,7 +106,7 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
                 print(f"{directory}: {stage.config.num_steps} steps, teacher: {stage.teacher}", file=sys.stderr)
             if learner.step:
                 print(f"resuming {directory} at step {learner.step} of {learner.horizon}", file=sys.stderr)
-            train(learner, directory, checkpoint_every=cfg.checkpoint_every, log_every=cfg.log_every)
+            train(learner, directory, checkpoint_every=cfg.checkpoint_every, log_every=cfg.log_every, track=cfg.track)
             finish(learner, directory, evaluation, env, judged(config, stage.config), expert)
             del learner
         if config.stages:
@@ -322,6 +324,7 @@ def _parse(agent: type[Learner], argv: list[str]) -> tuple[ArgumentParser, Names
     parser.add_argument("--out", type=str | None, default=None, help="new run directory (default: runs/AGENT-ENV-SEED-TIME)")
     parser.add_argument("--checkpoint_every", type=PositiveInt, default=500, help="gradient steps between checkpoints")
     parser.add_argument("--log_every", type=PositiveInt, default=10, help="gradient steps that a line of metrics.jsonl sums up")
+    parser.add_argument("--track", type=Tracker, default="none", help="also send the metrics to a live page: trackio or wandb")
     parser.add_class_arguments(agent.Config, None)
     parser.add_class_arguments(Evaluation, "evaluate")
     parser.add_argument(

@@ -39,12 +39,19 @@ from tqdm import tqdm
 from ddil_agents.checkpoint import write_atomically
 from ddil_agents.cli import clear_errors, find_agent, load_run, refuse_early, with_preset
 from ddil_agents.evaluate import Evaluation, Judge, provenance
-from ddil_agents.learner import Learner
 from ddil_agents.report import METRICS, read_result
-from ddil_agents.statistics import bootstrap_interval, holm, interquartile_mean, normalised, paired_comparison, probability_of_improvement
+from ddil_agents.statistics import (
+    bootstrap_interval,
+    holm,
+    interquartile_mean,
+    normalised,
+    paired_comparison,
+    probability_of_improvement,
+    sign_flip_test,
+)
 from ddil_agents.train import read_metrics
 from ddil_agents.trajectories import record
-from ddil_env import DdimPolicy, ExpertPolicy
+from ddil_env import DdimPolicy
 from ddil_env.mdp import Kernel
 from ddil_env.presets import find_preset, preset_names, read_yaml
 
@@ -88,8 +95,8 @@ class Comparison:
         for name, arm in self.arms.items():
             if not isinstance(arm, dict) or "agent" not in arm:
                 raise ValueError(f"arms.{name}={arm}: an arm is a mapping with an `agent`, such as {{agent: dagger, num_updates: 300}}")
-            if not name or set(name) & set("/\\") or name.startswith("."):
-                raise ValueError(f"arm {name!r}: its name is a folder's; leave out slashes and leading dots")
+            if not name or set(name) & set("/\\") or name.startswith((".", "teacher@")) or name == "teacher":
+                raise ValueError(f"arm {name!r}: its name is a folder's, and not the teacher's; leave out slashes and leading dots")
         if self.seeds < 1 or self.first_seed < 0:
             raise ValueError(f"seeds={self.seeds}, first_seed={self.first_seed}: need at least 1, from 0 or more")
         if self.reference not in self.arms:
@@ -109,6 +116,9 @@ class Comparison:
     @property
     def all_seeds(self) -> range:
         return range(self.first_seed, self.first_seed + self.seeds)
+
+
+Rows = dict[int, dict[str, Any]]  # what a model scored, by seed
 
 
 class Run(NamedTuple):
@@ -155,8 +165,8 @@ def arms_of(agents: list[str], betas: list[str]) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def train(runs: list[Run], comparison: Comparison, out: Path, updates: dict[str, int] | None, jobs: int) -> dict[Path, str]:
-    """Trains what is not there yet, and takes up what was cut short.
+def train(runs: list[Run], comparison: Comparison, out: Path, updates: dict[str, int] | None, jobs: int) -> None:
+    """Trains what is not there yet, and takes up what was cut short; a run that fails is a result, and the rest goes on.
 
     Args:
         out: Directory of the comparison.
@@ -164,13 +174,9 @@ def train(runs: list[Run], comparison: Comparison, out: Path, updates: dict[str,
         comparison: Their settings.
         updates: Gradient steps by arm; default: as they are set.
         jobs: Runs at a time; one GPU each where there are GPUs, else one thread each.
-
-    Returns:
-        What went wrong, by the directory of a run that failed: a diverged arm is a result, and the rest goes on.
     """
     todo = [run for run in runs if not (run.directory / "result.json").is_file()]
     gpus = torch.cuda.device_count()
-    failed: dict[Path, str] = {}
 
     def one(number: int, run: Run) -> None:
         agent, settings = str(comparison.arms[run.arm]["agent"]), given_settings(comparison, run.arm, run.seed, out)
@@ -190,9 +196,8 @@ def train(runs: list[Run], comparison: Comparison, out: Path, updates: dict[str,
         log = run.directory.with_suffix(".log")
         with log.open("w") as file:
             command = [sys.executable, "-m", f"ddil_agents.{agent}", *arguments]
-            if subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode:
-                failed[run.directory] = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
-        bar.set_postfix_str(f"{run.arm}, seed {run.seed}{' failed' if run.directory in failed else ''}")
+            failed = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode != 0
+        bar.set_postfix_str(f"{run.arm}, seed {run.seed}{' failed' if failed else ''}")
         bar.update()
 
     for run in todo:
@@ -200,7 +205,6 @@ def train(runs: list[Run], comparison: Comparison, out: Path, updates: dict[str,
     label = runs[0].budget if runs else ""
     with tqdm(total=len(runs), initial=len(runs) - len(todo), desc=f"equal {label}", unit="run") as bar, ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, range(len(todo)), todo))
-    return failed
 
 
 def matched_updates(comparison: Comparison, budget: Budget, results: dict[str, list[dict[str, Any]]]) -> dict[str, int]:
@@ -249,38 +253,47 @@ def same_measure(results: dict[Path, dict[str, Any]]) -> None:
                 raise ValueError(f"{first_path} has {key} {a}, {path} {b}; compare runs of one expert, judged in one way")
 
 
-def statistics_of(comparison: Comparison, rows: dict[str, list[dict[str, Any]]], initial: dict[str, Any], teacher: dict[str, Any]) -> dict:
+def statistics_of(comparison: Comparison, rows: dict[str, Rows], initial: dict[str, Rows], teacher: Rows) -> dict[str, Any]:
     """Of each metric: each arm's location with its interval, and its paired differences from the baseline.
 
     Args:
         comparison: Baseline and level.
-        rows: What each arm's students scored, in the order of seeds; arms with a failed run are left out of the differences.
-        initial: What each arm's student scored untrained.
+        rows: What each arm's students scored, by seed.
+        initial: What they scored untrained.
         teacher: What the teacher scores in all its steps.
     """
     found: dict[str, Any] = {}
     for metric, (_, _, better) in METRICS.items():
-        values = {arm: [float(row[metric]) for row in own if row.get(metric) is not None] for arm, own in rows.items()}
+        values = {arm: {seed: float(row[metric]) for seed, row in own.items() if row.get(metric) is not None} for arm, own in rows.items()}
         values = {arm: v for arm, v in values.items() if v}
         if not values:
             continue
         arms: dict[str, Any] = {}
-        for arm, v in values.items():
+        for arm, by_seed in values.items():
+            v = list(by_seed.values())
             low, high = bootstrap_interval(v, interquartile_mean, comparison.level) if len(v) > 1 else (None, None)
-            arms[arm] = {"values": v, "mean": statistics.fmean(v), "iqm": float(interquartile_mean(v)), "low": low, "high": high}
-            start, goal = initial.get(arm, {}).get(metric), teacher.get(metric)
-            if start is not None and goal is not None and start != goal:
-                arms[arm]["normalised"] = np.atleast_1d(normalised(v, start, goal)).tolist()
-        base = values.get(comparison.reference, [])
-        others = [arm for arm in values if arm != comparison.reference and len(values[arm]) == len(base) > 1]
-        pairs = {}
-        for arm in others:
-            pair = paired_comparison(values[arm], base, (arm, comparison.reference), len(others), comparison.level)
-            wins = probability_of_improvement(values[arm], base, lower_is_better=better < 0)
-            pairs[arm] = dataclasses.asdict(pair) | {"probability_of_improvement": wins}
-        for arm, p in zip(others, holm([pairs[arm]["p"] for arm in others]) if others else (), strict=True):
-            pairs[arm]["p_holm"] = float(p)
-        found[metric] = {"arms": arms, "pairs": pairs}
+            arms[arm] = {"seeds": list(by_seed), "values": v, "mean": statistics.fmean(v), "iqm": float(interquartile_mean(v))}
+            arms[arm] |= {"low": low, "high": high}
+            ends = [(initial.get(arm, {}).get(seed, {}).get(metric), teacher.get(seed, {}).get(metric)) for seed in by_seed]
+            if all(start is not None and goal is not None and start != goal for start, goal in ends):
+                arms[arm]["normalised"] = np.atleast_1d(normalised(v, *map(list, zip(*ends, strict=True)))).tolist()
+        found[metric] = {"arms": arms, "pairs": pairs_of(comparison, values, better)}
+    return found
+
+
+def pairs_of(comparison: Comparison, values: dict[str, dict[int, float]], better: int) -> dict[str, Any]:
+    """Each arm against the baseline on the seeds that both have, with Holm's correction over the arms."""
+    base = values.get(comparison.reference, {})
+    shared = {arm: [seed for seed in own if seed in base] for arm, own in values.items() if arm != comparison.reference}
+    columns = {arm: ([values[arm][s] for s in seeds], [base[s] for s in seeds]) for arm, seeds in shared.items() if len(seeds) > 1}
+    if not columns:
+        return {}
+    raw = [sign_flip_test(np.subtract(a, b)) for a, b in columns.values()]
+    found = {}
+    for (arm, (a, b)), p_holm in zip(columns.items(), holm(raw).tolist(), strict=True):
+        pair = paired_comparison(a, b, (arm, comparison.reference), len(columns), comparison.level, p_holm)
+        wins = probability_of_improvement(a, b, lower_is_better=better < 0)
+        found[arm] = dataclasses.asdict(pair) | {"p_holm": p_holm, "probability_of_improvement": wins}
     return found
 
 
@@ -290,93 +303,78 @@ def flags_of(arm: str, seed: int, row: dict[str, Any], training: list[dict[str, 
     if (now := row.get("coverage")) is not None and (before := initial.get("coverage")) and now < 0.9 * before:
         found.append(f"coverage fell from {before:.3f} untrained to {now:.3f}: modes are being dropped")
     norms = [line["grad_norm"] for line in training if line.get("grad_norm") is not None]
-    if len(norms) >= 10 and max(norms[len(norms) // 5 :]) > 10 * statistics.median(norms):  # the first fifth is warm-up
-        found.append(f"a gradient norm of {max(norms):.3g}, {max(norms) / statistics.median(norms):.0f} times the median")
+    later = norms[len(norms) // 5 :]  # the first fifth is warm-up
+    if len(norms) >= 10 and max(later) > 10 * statistics.median(norms):
+        found.append(f"a gradient norm of {max(later):.3g}, {max(later) / statistics.median(norms):.0f} times the median")
     return [f"{arm}, seed {seed}: {text}" for text in found]
 
 
-def judge_of(learner: Learner, seed: int, settings: dict[str, Any], cache: dict[str, Judge]) -> Judge:
-    """The judge of a learner, one for all arms with the same grid and guidance."""
-    key = repr((learner.grid.times.tolist(), learner.config.substeps, learner.reference.guidance_scale))
-    if key not in cache:
-        evaluation = Evaluation(n=settings["n"], seed=seed, extractor=settings["extractor"], n_action=1)
-        cache[key] = Judge(
-            ExpertPolicy(learner.expert, learner.config.substeps, learner.reference.guidance_scale), learner.grid, evaluation
-        )
-    return cache[key]
-
-
-def portray(comparison: Comparison, out: Path, results: dict[str, dict[str, Any]], directories: dict[str, Path]) -> dict[str, Any]:
-    """Records the first seed's trajectories, each arm's and the teacher's, and judges each arm's untrained student.
-
-    Args:
-        comparison: Names the first seed.
-        out: Its directory.
-        results: Of the first seed's runs, by arm.
-        directories: Where those are.
+def portray(comparison: Comparison, out: Path, runs: list[Run]) -> dict[str, Rows]:
+    """Judges each run's untrained student, and records the first seed's trajectories, each arm's and the teacher's on its times.
 
     Returns:
-        What each arm's student scored untrained.
+        What each arm's students scored untrained, by seed.
     """
-    path = out / "initial.json"
-    initial: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    judges: dict[str, Judge] = {}
-    folder = out / "trajectories"
-    folder.mkdir(exist_ok=True)
-    for arm in tqdm(results, desc="trajectories", unit="arm"):
-        if arm in initial and (folder / f"{arm}.safetensors").is_file():
+    path, judges = out / "initial.json", dict[str, Judge]()
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    initial: dict[str, Rows] = {arm: {int(seed): row for seed, row in rows.items()} for arm, rows in stored.items()}
+    places = [out / "trajectories", out / "trajectories" / "teacher"]
+    for run in tqdm(runs, desc="untrained students", unit="run"):
+        files = [place / f"{run.arm}.safetensors" for place in places]
+        shown = run.seed == comparison.first_seed and not all(file.is_file() for file in files)
+        if run.seed in initial.get(run.arm, {}) and not shown:
             continue
-        learner = load_run(directories[arm])
-        judge = judge_of(learner, comparison.first_seed, results[arm]["settings"], judges)
+        learner = load_run(run.directory)
+        told = read_yaml(run.directory / "config.yaml")["evaluate"]
+        key = repr((run.seed, learner.grid.times.tolist(), learner.config.substeps, learner.reference.guidance_scale))
+        if key not in judges:
+            judges[key] = Judge(learner.reference, learner.grid, Evaluation(**{**told, "also_steps": (), "scores": (), "lpips": False}))
+        judge = judges[key]
         untrained = type(learner)(learner.expert, learner.config, learner.support)
-        initial[arm] = judge.judge(untrained.student_policy, learner.grid, learner.kernel)
-        noise, c = judge.noise()[:SHOWN], None if judge.c is None else judge.c[:SHOWN]
-        actors: list[tuple[str, DdimPolicy, Kernel]] = [
-            (arm, learner.student_policy, learner.kernel),
-            ("teacher", judge.expert_policy, "ddim"),
-        ]
-        for name, policy, kernel in actors:
-            generator = torch.Generator(learner.expert.device).manual_seed(comparison.first_seed + 1)
-            shown = record(policy, judge.expert_policy, learner.grid, noise, c, kernel=kernel, generator=generator)
-            shown.save(folder / f"{name}.safetensors")
+        initial.setdefault(run.arm, {})[run.seed] = judge.judge(untrained.student_policy, learner.grid, learner.kernel)
+        if shown:
+            noise, c = judge.noise()[:SHOWN], None if judge.c is None else judge.c[:SHOWN]
+            actors: list[tuple[DdimPolicy, Kernel]] = [(learner.student_policy, learner.kernel), (judge.expert_policy, "ddim")]
+            for file, (policy, kernel) in zip(files, actors, strict=True):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                generator = torch.Generator(learner.expert.device).manual_seed(run.seed + 1)
+                record(policy, judge.expert_policy, learner.grid, noise, c, kernel=kernel, generator=generator).save(file)
         write_atomically(path, json.dumps(initial, indent=1))
     return initial
 
 
-def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], failed: dict[Path, str], command: str) -> dict[str, Any]:
+def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], command: str) -> dict[str, Any]:
     """All numbers of a comparison, from the runs that are there."""
     results = {run.directory: read_result(run.directory / "result.json") for runs in tiers.values() for run in runs if _done(run)}
     if not results:
         raise ValueError(f"no run of {out} is finished; see the .log files in {out / 'runs'}")
     same_measure(results)
-    firsts = {run.arm: run.directory for run in tiers["updates"] if run.seed == comparison.first_seed and _done(run)}
-    initial = portray(comparison, out, {arm: results[path] for arm, path in firsts.items()}, firsts)
-    any_result = next(iter(results.values()))
-    own = {result["student"] for result in results.values()}
-    references: dict[str, list[dict[str, Any]]] = {}
-    for run in tiers["updates"]:
-        if _done(run) and run.arm == next(iter(firsts), None):
-            for name, row in {**results[run.directory]["floors"], **results[run.directory]["models"]}.items():
-                if name not in own:
-                    references.setdefault(name.replace("_", " "), []).append(row)
-    teacher = max((n for n in references if n.startswith("teacher@")), key=lambda n: int(n.split("@")[1].split(",")[0]))
-    goal = {
-        key: statistics.fmean(row[key] for row in references[teacher]) for key in METRICS if references[teacher][0].get(key) is not None
-    }
+    finished = [run for run in tiers["updates"] if _done(run)]
+    initial = portray(comparison, out, finished)
+    references: dict[str, Rows] = {}
+    for run in finished:  # the first arm's that has them: the teacher is the same for all, but for the times of its few steps
+        result = results[run.directory]
+        for name, row in {**result["floors"], **result["models"]}.items():
+            if name in result["floors"] or name.startswith("teacher@"):
+                references.setdefault(name.replace("_", " "), {}).setdefault(run.seed, row)
+    teacher = max((name for name in references if name.startswith("teacher@")), key=lambda name: int(name.split("@")[1]))
     compared: dict[str, Any] = {}
-    flags = [f"{path.parent.name}/{path.name}: {message}" for path, message in failed.items()]
+    flags: list[str] = []
     for budget, runs in tiers.items():
-        rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in comparison.arms}
+        rows: dict[str, Rows] = {arm: {} for arm in comparison.arms}
         listed = []
         for run in runs:
             listed.append({"arm": run.arm, "seed": run.seed, "directory": os.path.relpath(run.directory, out), "done": _done(run)})
             if _done(run):
-                row = own_row(results[run.directory])
-                rows[run.arm].append(row)
+                row = rows[run.arm][run.seed] = own_row(results[run.directory])
                 listed[-1] |= {"num_updates": results[run.directory]["num_updates"], **row}
                 training = read_metrics(run.directory / "metrics.jsonl")
-                flags += [f"{text} (equal {budget})" for text in flags_of(run.arm, run.seed, row, training, initial.get(run.arm, {}))]
-        compared[budget] = {"runs": listed, "statistics": statistics_of(comparison, rows, initial, goal)}
+                warnings = flags_of(run.arm, run.seed, row, training, initial.get(run.arm, {}).get(run.seed, {}))
+                flags += [f"{text} (equal {budget})" for text in warnings]
+            elif (log := run.directory.with_suffix(".log")).is_file():
+                flags.append(f"{budget}/{run.directory.name}: {_last_line(log)}")
+        compared[budget] = {"runs": listed, "statistics": statistics_of(comparison, rows, initial, references[teacher])}
+    any_result = next(iter(results.values()))
     return {
         "title": f"{any_result['env']}: {', '.join(comparison.arms)}",
         "command": command,
@@ -385,12 +383,16 @@ def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], fa
         "env_config": any_result["env_config"],
         "settings": {key: value for key, value in any_result["settings"].items() if key != "seed"},
         "arms": {arm: dict(zip(("agent", "settings"), settings_of(comparison, arm), strict=True)) for arm in comparison.arms},
-        "references": references,
+        "references": {name: list(rows.values()) for name, rows in references.items()},
         "initial": initial,
         "budgets": compared,
         "flags": flags,
         "provenance": provenance(torch.device("cpu" if not torch.cuda.is_available() else "cuda")),
     }
+
+
+def _last_line(log: Path) -> str:
+    return (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
 
 
 def _done(run: Run) -> bool:
@@ -421,7 +423,7 @@ def table_rows(result: dict[str, Any], budget: str) -> tuple[list[str], list[lis
 def csv_table(result: dict[str, Any]) -> str:
     """A line for each run: its budget, arm, seed, scores and costs."""
     file = io.StringIO()
-    keys = ["budget", "arm", "seed", "num_updates", *METRICS, "teacher_nfe", "student_nfe", "train_seconds"]
+    keys = ["budget", "arm", "seed", "done", "num_updates", *METRICS, "teacher_nfe", "student_nfe", "train_seconds"]
     writer = csv.DictWriter(file, keys, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for budget, tier in result["budgets"].items():
@@ -458,7 +460,6 @@ def compare(comparison: Comparison, out: Path, jobs: int, command: str = "", rep
     check(comparison, out)
     out.mkdir(parents=True, exist_ok=True)
     tiers: dict[Budget, list[Run]] = {}
-    failed: dict[Path, str] = {}
     updates: dict[str, int] | None = None
     for budget in comparison.equal:
         runs = [
@@ -477,8 +478,8 @@ def compare(comparison: Comparison, out: Path, jobs: int, command: str = "", rep
                     runs[i] = run._replace(directory=out / "runs" / "updates" / run.directory.name)
         tiers[budget] = runs
         if not report_only:
-            failed |= train(runs, comparison, out, updates, jobs)
-    result = gather(comparison, out, tiers, failed, command)
+            train(runs, comparison, out, updates, jobs)
+    result = gather(comparison, out, tiers, command)
     write_atomically(out / "comparison.json", json.dumps(result, indent=1))
     write_atomically(out / "table.csv", csv_table(result))
     write_atomically(out / "table.tex", latex_table(result))

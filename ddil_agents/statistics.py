@@ -236,7 +236,14 @@ def normalised(m: ArrayLike, m_init: ArrayLike, m_teacher: ArrayLike) -> np.floa
     return (m - m_init) / span
 
 
-def paired_comparison(a: ArrayLike, b: ArrayLike, names: tuple[str, str] = ("a", "b"), comparisons: int = 1, level: float = 0.95) -> Paired:
+def paired_comparison(
+    a: ArrayLike,
+    b: ArrayLike,
+    names: tuple[str, str] = ("a", "b"),
+    comparisons: int = 1,
+    level: float = 0.95,
+    adjusted_p: float | None = None,
+) -> Paired:
     """Whether a and b differ on the seeds they share, and by how much.
 
         d_i = mean_m (a_im − b_im)          interval = d̄ ± t_{n−1, (1+level)/2} · sd(d) / √n
@@ -246,8 +253,7 @@ def paired_comparison(a: ArrayLike, b: ArrayLike, names: tuple[str, str] = ("a",
     of percentiles cover 76 % (n = 3) and 85 % (6), of BCa 74 % and 85 %.
 
     The conclusion is the sign-flip test's, which does not assume Gaussians; the interval, which is of this comparison alone,
-    may exclude 0 where the seeds cannot show a difference. One is shown if comparisons · p ≤ 1 − level, Holm's first step;
-    Holm's adjusted p is never larger, so what is shown here `holm` shows too.
+    may exclude 0 where the seeds cannot show a difference. One is shown if its adjusted p is at most 1 − level.
 
     Args:
         a: Scores of one agent, (seeds,) or (seeds, tasks).
@@ -255,6 +261,7 @@ def paired_comparison(a: ArrayLike, b: ArrayLike, names: tuple[str, str] = ("a",
         names: Of the two, for the sentence.
         comparisons: How many comparisons are made together, this one counted.
         level: Coverage of the interval; 1 − level is the chance of any false difference among the comparisons.
+        adjusted_p: Of this comparison by `holm`; default: comparisons · p, Holm's first step.
 
     Raises:
         ValueError: shapes that differ, no scores or non-finite ones, a level outside (0, 1), or comparisons < 1.
@@ -269,7 +276,7 @@ def paired_comparison(a: ArrayLike, b: ArrayLike, names: tuple[str, str] = ("a",
     at = f"at {100 * alpha:g} %" + f" over {comparisons} comparisons" * (comparisons > 1)
     if n < (needed := seeds_needed(comparisons, level)):
         conclusion = f"{n} seed{'s' * (n > 1)} cannot show a difference {at}: need at least {needed}"
-    elif comparisons * p > alpha:
+    elif (comparisons * p if adjusted_p is None else adjusted_p) > alpha:
         conclusion = f"no difference shown {at}"
     else:
         conclusion = f"{names[0]} is {'lower' if mean < 0 else 'higher'} than {names[1]} {at}"

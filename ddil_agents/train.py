@@ -22,12 +22,21 @@ from tqdm import tqdm
 
 from ddil_agents.buffer import SOURCES
 from ddil_agents.checkpoint import save_checkpoint, write_atomically, write_support
+from ddil_agents.tracking import Tracker, start
 
 if TYPE_CHECKING:
     from ddil_agents.learner import Learner
 
 
-def train(learner: Learner, out: Path | None = None, *, progress: bool = True, checkpoint_every: int = 500, log_every: int = 10) -> None:
+def train(
+    learner: Learner,
+    out: Path | None = None,
+    *,
+    progress: bool = True,
+    checkpoint_every: int = 500,
+    log_every: int = 10,
+    track: Tracker = "none",
+) -> None:
     """Trains to the learner's horizon, from whatever step it has reached.
 
     Args:
@@ -36,12 +45,13 @@ def train(learner: Learner, out: Path | None = None, *, progress: bool = True, c
         progress: Whether to show a bar.
         checkpoint_every: Gradient steps between checkpoints.
         log_every: Gradient steps that one line of metrics sums up.
+        track: A live page to send the lines to, besides.
 
     Raises:
         FloatingPointError: the loss is not finite; names the step and the sources.
     """
     config = learner.config
-    log = MetricsLog(learner, out)
+    log = MetricsLog(learner, out, track)
     bar = tqdm(total=learner.horizon, initial=learner.step, desc=learner.name, unit="update", disable=not progress)
     with log, bar:
         while learner.step < learner.horizon:
@@ -68,13 +78,14 @@ class MetricsLog:
     After a resume the lines past the checkpoint are dropped: they are about to be written again.
     """
 
-    def __init__(self, learner: Learner, out: Path | None) -> None:
+    def __init__(self, learner: Learner, out: Path | None, track: Tracker = "none") -> None:
         self.learner = learner
         self._pending: list[dict[str, Tensor]] = []
         self._since, self._nfe_since = time.monotonic(), self._nfe()
         self._seconds = 0.0
         self._file: Any = None
         self._board: Any = None
+        self._live: Any = None
         if out is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -87,6 +98,7 @@ class MetricsLog:
             self._seconds = rows[-1]["seconds"] if rows else 0.0
             self._file = path.open("a")
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=learner.step + 1)
+            self._live = start(track, out, learner.config_dict())
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -95,6 +107,8 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
             self._board.close()
+        if self._live is not None:
+            self._live.finish()
 
     def _nfe(self) -> int:
         return self.learner.teacher_nfe + self.learner.student_nfe
@@ -179,8 +193,11 @@ class MetricsLog:
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-            for key, value in flatten(row).items():
+            flat = flatten(row)
+            for key, value in flat.items():
                 self._board.add_scalar(key, value, learner.step)
+            if self._live is not None:
+                self._live.log(flat, step=learner.step)
         shares = "/".join(f"{b:.2f}" for b in learner.beta())
         loss = "" if row["loss"] is None else f"loss={row['loss']:.4f} "
         return f"{loss}β={shares} drawn={'/'.join(map(str, drawn.values()))} NFE/s={row['nfe_per_second']:.0f}"

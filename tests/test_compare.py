@@ -57,6 +57,7 @@ def test_agents_times_priors_are_arms():
         ({"arms": {}}, "nothing to compare"),
         ({"arms": {"a": {"num_updates": 3}}}, "an arm is a mapping with an `agent`"),
         ({"arms": {"a/b": {"agent": "bc"}}}, "leave out slashes"),
+        ({"arms": {"teacher": {"agent": "bc"}}}, "not the teacher's"),
         ({"seeds": 0}, "need at least 1"),
         ({"baseline": "lcm"}, "is no arm; the arms are bc, dagger"),
         ({"primary": "fid"}, "choose one of: frechet"),
@@ -89,25 +90,50 @@ def test_runs_that_were_measured_in_two_ways_are_not_compared():
         same_measure({Path("a"): one, Path("b"): {**one, "settings": {**one["settings"], "extractor": "latent_pool8"}}})
 
 
+def by_seed(metric, values):
+    return {seed: {metric: value} for seed, value in enumerate(values)}
+
+
 def test_statistics_are_of_paired_seeds():
-    rows = {
-        "bc": [{"frechet": x, "coverage": 0.5} for x in (2.0, 4.0, 3.0, 5.0, 3.5, 6.0)],
-        "dagger": [{"frechet": x} for x in (1.0, 3.0, 2.0, 4.0, 2.5, 5.0)],
-    }
-    found = statistics_of(comparison(seeds=6), rows, {"bc": {"frechet": 10.0}}, {"frechet": 0.0})
+    rows = {"bc": by_seed("frechet", (2.0, 4.0, 3.0, 5.0, 3.5, 6.0)), "dagger": by_seed("frechet", (1.0, 3.0, 2.0, 4.0, 2.5, 5.0))}
+    rows["bc"][0]["coverage"] = 0.5
+    initial, teacher = {"bc": by_seed("frechet", (10.0, 20.0, 10.0, 10.0, 10.0, 10.0))}, by_seed("frechet", (0.0, 0.0, 0.0, 0.0, 0.0, 5.0))
+    found = statistics_of(comparison(seeds=6), rows, initial, teacher)
     pair = found["frechet"]["pairs"]["dagger"]
     assert (pair["mean"], pair["n"], pair["p"]) == (-1.0, 6, 2 / 64)
     assert pair["p_holm"] == pair["p"]
-    assert pair["probability_of_improvement"] == pytest.approx((5 + 0.5 * 4 + 3 + 3 + 5.5 + 1 + 1) / 36, abs=0.2)
-    assert found["frechet"]["arms"]["bc"]["normalised"][0] == pytest.approx(0.8)
+    assert pair["conclusion"] == "dagger is lower than bc at 5 %"
+    wins = sum((b > d) + 0.5 * (b == d) for b in (2, 4, 3, 5, 3.5, 6) for d in (1, 3, 2, 4, 2.5, 5)) / 36
+    assert pair["probability_of_improvement"] == pytest.approx(wins)
+    assert found["frechet"]["arms"]["bc"]["normalised"] == pytest.approx([0.8, 0.8, 0.7, 0.5, 0.65, 0.8])
     assert "normalised" not in found["frechet"]["arms"]["dagger"]
     assert found["frechet"]["arms"]["bc"]["low"] <= found["frechet"]["arms"]["bc"]["iqm"] <= found["frechet"]["arms"]["bc"]["high"]
     assert found["coverage"]["pairs"] == {}
     assert "recall" not in found
 
 
+def test_a_lost_run_leaves_the_other_seeds_paired():
+    rows = {"bc": by_seed("frechet", (2.0, 4.0, 3.0, 9.0)), "dagger": by_seed("frechet", (1.0, 3.0, 2.0, 4.0))}
+    del rows["bc"][3], rows["dagger"][0]
+    pair = statistics_of(comparison(), rows, {}, {})["frechet"]["pairs"]["dagger"]
+    assert (pair["n"], pair["mean"]) == (2, -1.0)
+
+
+def test_conclusions_are_after_holms_correction():
+    arms = {name: {"agent": "bc"} for name in ("base", "a", "b")}
+    base = [float(i) for i in range(7)]
+    rows = {
+        "base": by_seed("frechet", base),
+        "a": by_seed("frechet", [x - 1 for x in base]),
+        "b": by_seed("frechet", [x - 1 for x in base[:-1]] + [base[-1] + 0.1]),
+    }
+    pairs = statistics_of(comparison(arms=arms, seeds=7), rows, {}, {})["frechet"]["pairs"]
+    assert (pairs["a"]["p_holm"], pairs["b"]["p_holm"]) == (4 / 128, 4 / 128)  # of b itself p = 4/128: Holm's second step, undivided
+    assert [pairs[arm]["conclusion"] for arm in "ab"] == [f"{arm} is lower than base at 5 % over 2 comparisons" for arm in "ab"]
+
+
 def test_too_few_seeds_are_said_to_be_too_few():
-    rows = {"bc": [{"frechet": 2.0}, {"frechet": 3.0}, {"frechet": 4.0}], "dagger": [{"frechet": 1.0}, {"frechet": 1.5}, {"frechet": 2.0}]}
+    rows = {"bc": by_seed("frechet", (2.0, 3.0, 4.0)), "dagger": by_seed("frechet", (1.0, 1.5, 2.0))}
     assert "3 seeds cannot show" in statistics_of(comparison(), rows, {}, {})["frechet"]["pairs"]["dagger"]["conclusion"]
 
 
@@ -141,7 +167,8 @@ def test_a_comparison_runs_whole_and_a_diverged_arm_is_a_result(whole):
     assert matched["bc"]["directory"] == "runs/updates/bc-s1"  # the budget is its own
     assert matched["dagger"]["num_updates"] < 12
     assert matched["dagger"]["teacher_nfe"] == pytest.approx(matched["bc"]["teacher_nfe"], rel=0.35)
-    assert found["initial"]["bc"]["frechet"] > 0
+    assert found["initial"]["bc"].keys() == {"0", "1"}
+    assert found["initial"]["bc"]["0"]["endpoint_rmse"] > 0.3  # a random network
     assert list(found["references"]) == ["held out real", "teacher@4", "teacher@2"]
     assert len(found["references"]["teacher@4"]) == 2
     lines = list(csv.DictReader(io.StringIO((out / "out" / "table.csv").read_text())))
@@ -154,10 +181,12 @@ def test_a_comparison_runs_whole_and_a_diverged_arm_is_a_result(whole):
 
 def test_arms_of_a_seed_share_noise_and_initial_weights(whole):
     out, _ = whole
-    shown = {p.stem: Trajectories.load(p) for p in (out / "out" / "trajectories").iterdir()}
-    assert shown.keys() == {"bc", "dagger", "teacher"}
+    shown = {p.stem: Trajectories.load(p) for p in (out / "out" / "trajectories").glob("*.safetensors")}
+    teacher = Trajectories.load(out / "out" / "trajectories" / "teacher" / "bc.safetensors")
+    assert shown.keys() == {"bc", "dagger"}
     assert torch.equal(shown["bc"].x_t[:, 0], shown["dagger"].x_t[:, 0])
-    assert torch.equal(shown["teacher"].error, torch.zeros(10, 2))
+    assert torch.equal(shown["bc"].x_t[:, 0], teacher.x_t[:, 0])
+    assert torch.equal(teacher.error, torch.zeros(10, 2))
     assert (shown["bc"].error > 0).all()
     assert torch.equal(shown["bc"].x_0[:, -1], shown["bc"].x_t[:, -1])
 

@@ -49,19 +49,11 @@ def conclusions(result: dict[str, Any]) -> list[str]:
     for budget, tier in result["budgets"].items():
         found, arms = tier["statistics"].get(parts["primary"]), dict[str, list[str]]()
         for arm, pair in found["pairs"].items() if found else ():
-            arms.setdefault(conclusion(result, arm, pair), []).append(arm)
+            arms.setdefault(str(pair["conclusion"]), []).append(arm)
         texts = [f"{', '.join(own)} against {parts['baseline']}: {text}" if text.startswith("no") else text for text, own in arms.items()]
         nothing = "nothing can be tested: that takes two seeds of the baseline and of another arm" if found else "nothing was measured"
         said.setdefault("; ".join(texts) or nothing, []).append(f"at equal {BUDGETS[budget]}")
     return [f"In {METRICS[parts['primary']][0]} {' and '.join(budgets)}, {text}." for text, budgets in said.items()]
-
-
-def conclusion(result: dict[str, Any], arm: str, pair: dict[str, Any]) -> str:
-    """A pair's own sentence, which is of Holm's first step, or what his later steps show beyond it."""
-    alpha, base = 1 - result["comparison"]["level"], result["comparison"]["baseline"]
-    if pair["p_holm"] <= alpha and pair["conclusion"].startswith("no difference"):
-        return f"{arm} is {'lower' if pair['mean'] < 0 else 'higher'} than {base} at {percent(alpha)} after Holm's correction"
-    return str(pair["conclusion"])
 
 
 def supported(result: dict[str, Any], budget: str, metric: str) -> set[str]:
@@ -141,7 +133,7 @@ def tables(result: dict[str, Any], budget: str) -> dict[str, Any]:
                     Cell(signed(pair["mean"]), f"[{signed(pair['low'])}, {signed(pair['high'])}]"),
                     *(Cell(number(pair[key])) for key in ("p", "p_holm")),
                     Cell(percent(pair["probability_of_improvement"])),
-                    conclusion(result, arm, pair),
+                    pair["conclusion"],
                 ]
                 for arm, pair in found[metric]["pairs"].items()
             ]

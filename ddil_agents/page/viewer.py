@@ -27,9 +27,16 @@ CLOUD = 300  # data behind points in the plane
 
 
 def read_trajectories(result: dict[str, Any], out: Path) -> dict[str, Trajectories]:
-    """What was recorded, the teacher's first."""
-    paths = {name: out / "trajectories" / f"{name}.safetensors" for name in ("teacher", *result["arms"])}
-    return {name: Trajectories.load(path) for name, path in paths.items() if path.is_file()}
+    """What was recorded: the teacher on each grid of times that the arms have, and then the arms."""
+    folder = out / "trajectories"
+    teachers: dict[tuple[float, ...], tuple[str, Trajectories]] = {}
+    for arm in result["arms"]:
+        if (path := folder / "teacher" / f"{arm}.safetensors").is_file():
+            found = Trajectories.load(path)
+            teachers.setdefault(tuple(found.times.tolist()), (arm, found))
+    named = {"teacher" if i == 0 else f"teacher, times of {arm}": found for i, (arm, found) in enumerate(teachers.values())}
+    paths = {arm: folder / f"{arm}.safetensors" for arm in result["arms"]}
+    return named | {arm: Trajectories.load(path) for arm, path in paths.items() if path.is_file()}
 
 
 def load_expert(result: dict[str, Any]) -> Expert:
@@ -64,7 +71,7 @@ def show(result: dict[str, Any], trajectories: dict[str, Trajectories]) -> dict[
     shown["conditions"] = [f"condition {c}" if c >= 0 else "" for c in first.c.tolist()]
     shown["steps"] = max(len(t.times) for t in trajectories.values()) - 1
     for name, t in trajectories.items():
-        acts = "teacher acts" if name == "teacher" else "student acts"
+        acts = "student acts" if name in result["arms"] else "teacher acts"
         model = {"name": name, "acts": acts, "times": rounded(t.times), "error": rounded(t.error)}
         if plane:
             model |= {"x_t": rounded(t.x_t), "x_0": rounded(t.x_0)} if finite(t) else {"x_t": None, "x_0": None}

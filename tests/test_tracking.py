@@ -1,0 +1,54 @@
+"""Live pages get what metrics.jsonl gets, under either tracker's interface."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from ddil_agents import bc
+from ddil_agents.train import flatten
+
+FLAGS = ["--env", "gaussian_mixture", "--num_updates", "20", "--batch_size", "8", "--collect_size", "16", "--evaluate.n", "20"]
+
+
+class Page:
+    """Keeps what it is sent, with the interface that trackio and wandb share."""
+
+    def __init__(self) -> None:
+        self.told: dict = {}
+        self.lines: list[tuple[int, dict]] = []
+        self.finished = False
+
+    def init(self, **told):
+        self.told = told
+        return self
+
+    def log(self, metrics, step):
+        self.lines.append((step, metrics))
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.mark.parametrize("tracker", ["trackio", "wandb"])
+def test_a_live_page_gets_every_line_of_the_metrics(tracker: str, tmp_path: Path, monkeypatch) -> None:
+    page = Page()
+    monkeypatch.setitem(sys.modules, tracker, types.SimpleNamespace(init=page.init))
+    bc.main([*FLAGS, "--track", tracker, "--out", str(tmp_path / "mine")])
+    rows = [json.loads(line) for line in (tmp_path / "mine" / "metrics.jsonl").read_text().splitlines()]
+    assert page.lines == [(row["step"], flatten(row)) for row in rows]
+    assert [step for step, _ in page.lines] == [10, 20]
+    assert page.finished
+    assert page.told.keys() == {"project", "name", "config", "resume"}
+    assert (page.told["name"], page.told["resume"], page.told["config"]["num_updates"]) == ("mine", "allow", 20)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_the_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit):
+        bc.main([*FLAGS, "--track", "wandb", "--out", str(tmp_path / "mine")])
+    assert "track=wandb" in (said := capsys.readouterr().err)
+    assert "pip install wandb" in said
+    assert not (tmp_path / "mine").exists()
