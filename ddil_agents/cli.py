@@ -73,8 +73,8 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
                 raise ValueError(f"{saved} is no run's config: it names no agent; restore it, or start a new run")
             if other != agent.name:
                 raise ValueError(f"{resume} is of {other}; resume it with python -m ddil_agents.{other}")
-            _, was = _parse(agent, ["--config", str(saved)])
-            parser, cfg = _parse(agent, ["--config", str(saved), *argv])
+            _, was = parse(agent, ["--config", str(saved)])
+            parser, cfg = parse(agent, ["--config", str(saved), *argv])
             before = vars(was.as_flat())
             changed = sorted({k for k, v in vars(cfg.as_flat()).items() if before.get(k) != v} - {"env.device"})
             if changed:
@@ -82,20 +82,20 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
                     f"--resume continues {resume} as it was configured, but {', '.join(changed)} differs; start a new run for that"
                 )
         else:
-            parser, cfg = _parse(agent, argv)
-        expert, config = _expert_and_config(agent, parser, cfg)
+            parser, cfg = parse(agent, argv)
+        expert, config = expert_and_config(agent, parser, cfg)
         stages = plan(config)
         chain = learners(agent, expert, stages, None if resume is None else Path(resume))
         first = next(chain)
         check_expert(expert, student=first[1].student)
         evaluation = Evaluation(**vars(cfg.evaluate))
         check_tracker(cfg.track)
-        _evaluable(expert, stages, evaluation)
-        out = Path(resume) if resume is not None else _new_directory(cfg, agent)
+        check_evaluable(expert, stages, evaluation)
+        out = Path(resume) if resume is not None else new_directory(cfg, agent)
         if resume is None:
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(out / "config.yaml", parser.dump(Namespace({**vars(cfg.clone()), "out": None, "config": None})))
-        env = {"env": _env_name(cfg), "env_config": {k: v for k, v in vars(cfg.env).items() if k != "device"}}
+        env = {"env": name_of_env(cfg), "env_config": {k: v for k, v in vars(cfg.env).items() if k != "device"}}
         chain = itertools.chain([first], chain)
         del first  # so that each learner goes before the next one is built
         for stage, learner in chain:
@@ -198,13 +198,13 @@ def load_run(directory: Path, **env: Any) -> Learner:
         raise ValueError(f"{directory} has no config.yaml; a stage of a run is loaded through the run's own directory, {directory.parent}")
     agent = find_agent(str(read_yaml(directory / "config.yaml").get("agent")))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser, cfg = _parse(agent, ["--config", str(directory / "config.yaml")])
+    parser, cfg = parse(agent, ["--config", str(directory / "config.yaml")])
     if "device" in vars(cfg.env):
         cfg.env.device = device
     if unknown := sorted(env.keys() - vars(cfg.env).keys()):
         raise ValueError(f"{cfg.env.expert}, the expert of {directory}, takes no {', '.join(unknown)}; leave it out")
     vars(cfg.env).update(env)
-    expert, config = _expert_and_config(agent, parser, cfg)
+    expert, config = expert_and_config(agent, parser, cfg)
     last = plan(config)[-1].config
     learner = agent(expert, judged(config, last), read_support(directory)[0])
     student = expert.load_student(directory / "student", **learner.student_options)
@@ -239,15 +239,15 @@ def refuse_early(agent: type[Learner], arguments: list[str], expert: Expert | No
     Raises:
         ValueError: what the config, the expert, the learner or the judge refuse.
     """
-    parser, cfg = _parse(agent, arguments)
+    parser, cfg = parse(agent, arguments)
     if expert is None:
-        expert, config = _expert_and_config(agent, parser, cfg)
+        expert, config = expert_and_config(agent, parser, cfg)
         check_expert(expert)
     else:
         config = _config(agent, parser, cfg)
     stages = plan(config)
     next(learners(agent, expert, stages))
-    _evaluable(expert, stages, Evaluation(**vars(cfg.evaluate)))
+    check_evaluable(expert, stages, Evaluation(**vars(cfg.evaluate)))
     return expert
 
 
@@ -284,7 +284,7 @@ def _take(argv: list[str], flag: str) -> str | None:
     return value
 
 
-def _parse(agent: type[Learner], argv: list[str]) -> tuple[ArgumentParser, Namespace]:
+def parse(agent: type[Learner], argv: list[str]) -> tuple[ArgumentParser, Namespace]:
     """The parser for this agent and the env that argv names, and what it reads."""
     argv = list(argv)
     for flag in ("--env", "--config", "--device", "--env.expert"):
@@ -359,7 +359,7 @@ def _suggestion(parser: ArgumentParser, message: str) -> str:
     return f"; did you mean {' or '.join(close)}? --help lists them all" if close else ""
 
 
-def _expert_and_config(agent: type[Learner], parser: ArgumentParser, cfg: Namespace) -> tuple[Expert, LearnerConfig]:
+def expert_and_config(agent: type[Learner], parser: ArgumentParser, cfg: Namespace) -> tuple[Expert, LearnerConfig]:
     """What a parsed command line describes."""
     config = _config(agent, parser, cfg)
     env = dict(vars(cfg.env))
@@ -371,7 +371,7 @@ def _config(agent: type[Learner], parser: ArgumentParser, cfg: Namespace) -> Lea
     return agent.Config(**{f.name: getattr(made, f.name) for f in fields(agent.Config)})
 
 
-def _evaluable(expert: Expert, stages: list[Stage], evaluation: Evaluation) -> None:
+def check_evaluable(expert: Expert, stages: list[Stage], evaluation: Evaluation) -> None:
     """Refuses before training what would fail after it: an extractor that does not fit, or absent data for the forward source."""
     extractor_for(expert, evaluation)
     with suppress(NoDataError):
@@ -387,7 +387,7 @@ def _evaluable(expert: Expert, stages: list[Stage], evaluation: Evaluation) -> N
             expert.sample_data(1, torch.Generator(expert.device))
 
 
-def _env_name(cfg: Namespace) -> str:
+def name_of_env(cfg: Namespace) -> str:
     """The preset that the env is, or else its class's name."""
     env = {k: v for k, v in vars(cfg.env).items() if k != "device"}
     for name in preset_names("env"):
@@ -397,14 +397,14 @@ def _env_name(cfg: Namespace) -> str:
     return str(env["expert"]).rpartition(".")[2]
 
 
-def _new_directory(cfg: Namespace, agent: type[Learner]) -> Path:
+def new_directory(cfg: Namespace, agent: type[Learner]) -> Path:
     """The run directory, not yet made.
 
     Raises:
         ValueError: it exists and is not empty.
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = Path(cfg.out or f"runs/{agent.name}-{_env_name(cfg)}-s{cfg.seed}-{stamp}")
+    out = Path(cfg.out or f"runs/{agent.name}-{name_of_env(cfg)}-s{cfg.seed}-{stamp}")
     if out.exists() and (not out.is_dir() or any(path.suffix != ".partial" for path in out.iterdir())):  # partial: a kill's remains
         raise ValueError(f"{out} exists and is not empty; continue it with --resume {out}, or choose another --out")
     return out

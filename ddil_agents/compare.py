@@ -536,7 +536,7 @@ def main(argv: list[str] | None = None) -> None:
         given = {f.name: args[f.name] for f in dataclasses.fields(Comparison)}
         given["arms"] = {**arms_of(args.agents, args.betas), **given["arms"]}
         if args.num_updates is not None:
-            given["shared"] = merged(given["shared"], {"num_updates": args.num_updates})
+            given["shared"] = merged(given["shared"], {"num_updates": int(args.num_updates)})
         result = compare(
             Comparison(**given), Path(args.out), args.jobs, shlex.join(["python", "-m", "ddil_agents.compare", *argv]), args.report_only
         )

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 from tiny_sd import write_tiny_sd
 
 from ddil_agents import BehaviourCloning, Dagger, DistributionMatching, LatentConsistency, Learner, dagger, dmd2, lcm
-from ddil_agents.cli import _expert_and_config, _parse, load_run
+from ddil_agents.cli import expert_and_config, load_run, parse
 from ddil_agents.stages import Stage, plan
 from ddil_env import Expert
 from ddil_env.presets import config_dir, preset_names
@@ -34,8 +34,8 @@ def run(tiny_folder: Path) -> Any:
 
     def read(agent: type[Learner], name: str) -> tuple[Expert, list[Stage]]:
         env = ["--env", "digits8"] if name in ("demo", "staged") else ["--env", "sd15", "--env.model", str(tiny_folder)]
-        parser, cfg = _parse(agent, [*env, "--config", name])
-        expert, config = _expert_and_config(agent, parser, cfg)
+        parser, cfg = parse(agent, [*env, "--config", name])
+        expert, config = expert_and_config(agent, parser, cfg)
         return expert, plan(config)
 
     return read
