@@ -105,13 +105,12 @@ class Collector:
     def forward(self, n: int) -> TensorDict:
         """n forward-diffused states, labelled."""
         x_0, c = self.expert.sample_data(n, self.streams["data"])
-        eps = torch.randn(x_0.shape, generator=self.streams["noise"], device=x_0.device)
         step = torch.randint(self.grid.num_steps, (n,), generator=self.streams["time"], device=x_0.device)
         t = self.grid.times[step]
-        x_t = self.expert.schedule.add_noise(x_0, eps, t)
+        x_t = self.noised(x_0, t)
         s, w = self.grid.previous(t), self.guidance(n)
         before = self.expert.nfe
-        x_s = self.expert_policy.act(x_t, t, s, c, w)
+        x_s = self.label(x_t, t, s, c, w)
         actors = torch.zeros(n, self.grid.num_steps, dtype=torch.bool, device=x_0.device)
         return self.states(x_t=x_t, t=t, s=s, c=c, w=w, x_s=x_s, actors=actors, nfe=(self.expert.nfe - before) // n)
 
@@ -129,7 +128,7 @@ class Collector:
         for i, (t, u) in enumerate(pairwise(times)):
             t, s, u = t.expand(n), self.grid.previous(t).expand(n), u.expand(n)
             before = self.expert.nfe
-            x_s[:, i] = self.expert_policy.act(x[:, i], t, s, c, w)
+            x_s[:, i] = self.label(x[:, i], t, s, c, w)
             label_nfe += self.expert.nfe - before
             if i + 1 < m:  # the sample itself is no state to train on
                 x[:, i + 1] = self.follow(x[:, i], t, u, c, w, x_s[:, i], by_expert[:, i], p_expert)
@@ -142,6 +141,15 @@ class Collector:
         return self.states(
             x_t=x.flatten(0, 1), t=t, s=self.grid.previous(t), c=c, w=w, x_s=x_s.flatten(0, 1), actors=actors.flatten(0, 1), nfe=nfe
         )
+
+    def noised(self, x_0: Tensor, t: Tensor) -> Tensor:
+        """Data x_0 (n, *sample_shape), diffused to t (n,)."""
+        eps = torch.randn(x_0.shape, generator=self.streams["noise"], device=x_0.device)
+        return self.expert.schedule.add_noise(x_0, eps, t)
+
+    def label(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None, w: Tensor | None) -> Tensor:
+        """The expert's answer at the states: its action x_s, (n, *sample_shape)."""
+        return self.expert_policy.act(x_t, t, s, c, w)
 
     def visited(self, p_expert: float) -> Tensor:
         """The times of a rollout's states, and 0, (m + 1,)."""

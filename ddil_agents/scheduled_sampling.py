@@ -1,0 +1,84 @@
+"""Scheduled sampling (Bengio et al. 2015): DAgger whose rollouts begin as the expert's and end as the student's own.
+
+Each step of a rollout is taken by the expert with probability p, else by the student, and p falls with the progress u of the run:
+
+    linear            p = max(ε, 1 − u)
+    exponential       p = max(ε, e^(−k u))
+    inverse_sigmoid   p = max(ε, K/(K + e^(k u))) ,  K = e^(k/2)          the paper's k/(k + e^(i/k)), half-way at u = ½
+
+ε is `p_expert`. In imitation learning this is DAgger's mixture policy π_i = β_i π* + (1 − β_i) π̂_i (Ross et al. 2011), drawn
+anew in every step. What the paper lacks is an expert to ask: its label is the datum's next token, wherever the rollout has gone,
+which has no consistent limit (Huszár 2015). Here the label is the expert's action at the state that was reached.
+
+    python -m ddil_agents.scheduled_sampling --env digits --mixing exponential
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
+
+from tensordict import TensorDict
+
+from ddil_agents.beta import Beta
+from ddil_agents.dagger import Dagger, DaggerConfig
+from ddil_agents.learner import LearnerConfig
+
+Mixing = Literal["constant", "linear", "exponential", "inverse_sigmoid"]
+
+
+@dataclass(frozen=True)
+class ScheduledSamplingConfig(DaggerConfig):
+    """Settings of scheduled sampling: DAgger's, and how the expert's share of the steps falls."""
+
+    beta: Beta = field(default_factory=lambda: Beta(forward=0.0, student=1.0))
+    """Source priors; (0, 0, 1), the paper's, trains on rollouts alone, which begin as the teacher's own. Data-free."""
+    p_expert: float = 0.0
+    """Probability that the expert acts in a step of a student rollout at the end of the run: the floor that it falls to."""
+    mixing: Mixing = "linear"
+    """How it falls from 1: linear, exponential, inverse_sigmoid, or constant (the floor from the start, which is DAgger)."""
+    mixing_rate: float = 10.0
+    """k of exponential and inverse_sigmoid."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mixing not in get_args(Mixing):
+            raise ValueError(f"unknown mixing {self.mixing!r}; choose one of: {', '.join(get_args(Mixing))}")
+        if not 0 < self.mixing_rate < 1000:
+            raise ValueError(f"mixing_rate={self.mixing_rate}: need a positive number below 1000; 10 falls to 0 within the run")
+        if self.beta.student == 0:
+            raise ValueError("beta.student=0: the expert's share falls in student rollouts, and there are none; give them a share")
+
+
+class ScheduledSampling(Dagger):
+    """DAgger with rollouts that are mixed less and less."""
+
+    name = "scheduled_sampling"
+    Config: ClassVar[type[LearnerConfig]] = ScheduledSamplingConfig
+    config: ScheduledSamplingConfig
+
+    def p_expert(self) -> float:
+        """p at the present step."""
+        u, k = self.step / self.horizon, self.config.mixing_rate
+        falling = {
+            "constant": 0.0,
+            "linear": 1 - u,
+            "exponential": math.exp(-k * u),
+            "inverse_sigmoid": 1 / (1 + math.exp(k * (u - 0.5))),  # K/(K + e^(k u))
+        }
+        return max(self.config.p_expert, falling[self.config.mixing])
+
+    def fresh_states(self) -> TensorDict:
+        self.collector.p_expert = self.p_expert()
+        return super().fresh_states()
+
+
+def main(argv: list[str] | None = None) -> None:
+    from ddil_agents.cli import run
+
+    run(ScheduledSampling, argv)
+
+
+if __name__ == "__main__":
+    main()
