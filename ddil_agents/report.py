@@ -29,7 +29,7 @@ METRICS: dict[str, tuple[str, str, int]] = {  # key of a result → heading, for
     "endpoint_rmse": ("RMSE to teacher ↓", "{:.4f}", -1),
 }
 COLUMNS = {key: (heading, form) for key, (heading, form, _) in METRICS.items()} | {
-    "nfe_per_sample": ("NFE/sample", "{:d}"),
+    "nfe_per_sample": ("NFE/sample", "{:g}"),
     "teacher_nfe": ("teacher NFE (training)", "{:,d}"),
     "train_seconds": ("training s", "{:.0f}"),
 }

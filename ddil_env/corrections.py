@@ -68,7 +68,8 @@ class TimeShifted(DdimPolicy):
 
     The variance over a sample's entries stands for σ², as if the data had none; so it misleads at small t, where the data show,
     and for samples of few entries. `cutoff` and `window` bound the harm; `data_variance` v compares with α_τ² v + σ_τ² instead.
-    (Of their released solvers one shifts the network's time alone, another the time that is stepped to; this is the algorithm as printed.)
+    (Of their released solvers one shifts the network's time alone, another the time stepped to;
+    here the whole step is made from the shifted time.)
 
     Args:
         policy: The one to correct.
