@@ -32,12 +32,13 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 
 from ddil_agents.checkpoint import read_support, write_atomically
-from ddil_agents.evaluate import Evaluation, Judge, extractor_for, judge_student, provenance
-from ddil_agents.learner import Learner, LearnerConfig
+from ddil_agents.evaluate import Evaluation, Judge, extractor_for, judge_student, load_scorers, provenance
+from ddil_agents.learner import Agent, Learner, LearnerConfig
+from ddil_agents.metrics.diversity import lpips_distance
 from ddil_agents.report import read_result, save_pictures, table
 from ddil_agents.stages import Stage, judged, learners, plan
 from ddil_agents.tracking import Tracker, check_tracker
-from ddil_agents.train import read_metrics, train
+from ddil_agents.train import read_metrics
 from ddil_env import Expert, ExpertPolicy, NoDataError, TimeGrid, check_expert
 from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
 
@@ -52,12 +53,12 @@ def clear_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     except OSError as error:  # a path that cannot be read or written, a full disk
         print(f"{parser.prog}: error: {error}; choose another path, or mend this one", file=sys.stderr)
         raise SystemExit(2) from error
-    except (ValueError, ArithmeticError) as error:
+    except (ValueError, ArithmeticError, ImportError) as error:  # ImportError: an extra that is not installed
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
-def run(agent: type[Learner], argv: list[str] | None = None) -> None:
+def run(agent: type[Agent], argv: list[str] | None = None) -> None:
     """The main of a learner's file: parses, trains, evaluates and writes the run directory."""
     argv = list(sys.argv[1:] if argv is None else argv)
     outer = argparse.ArgumentParser(prog=f"python -m ddil_agents.{agent.name}")
@@ -106,7 +107,7 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
                 print(f"{directory}: {stage.config.num_steps} steps, teacher: {stage.teacher}", file=sys.stderr)
             if learner.step:
                 print(f"resuming {directory} at step {learner.step} of {learner.horizon}", file=sys.stderr)
-            train(learner, directory, checkpoint_every=cfg.checkpoint_every, log_every=cfg.log_every, track=cfg.track)
+            learner.train(directory, checkpoint_every=cfg.checkpoint_every, log_every=cfg.log_every, track=cfg.track)
             finish(learner, directory, evaluation, env, judged(config, stage.config), expert)
             del learner
         if config.stages:
@@ -115,7 +116,7 @@ def run(agent: type[Learner], argv: list[str] | None = None) -> None:
         print(f"\n{out}: config.yaml, metrics.jsonl, result.json, student/{', samples.png' if (out / 'samples.png').is_file() else ''}")
 
 
-def finish(learner: Learner, out: Path, evaluation: Evaluation, env: dict[str, Any], judged: LearnerConfig, expert: Expert) -> None:
+def finish(learner: Agent, out: Path, evaluation: Evaluation, env: dict[str, Any], judged: LearnerConfig, expert: Expert) -> None:
     """Saves the student, judges it beside the original teacher, and writes result.json and samples.png.
 
     Args:
@@ -182,8 +183,8 @@ def gather(out: Path, stages: list[Path], seed: int) -> None:
     write_atomically(out / "result.json", json.dumps({**result, **total, "training_seed": seed, "models": models}, indent=1))
 
 
-def load_run(directory: Path, **env: Any) -> Learner:
-    """A learner of a finished run's config with its saved student, on whatever device is here.
+def load_run(directory: Path, **env: Any) -> Any:
+    """The agent of a finished run's config with its saved student, on whatever device is here.
 
     Args:
         directory: The run's.
@@ -212,29 +213,34 @@ def load_run(directory: Path, **env: Any) -> Learner:
     return learner
 
 
-def find_agent(name: str) -> type[Learner]:
-    """The learner of ddil_agents/<name>.py: a new one is one file, entered nowhere else.
+def find_agent(name: str) -> type[Any]:
+    """The agent of ddil_agents/<name>.py: a new one is one file, entered nowhere else.
 
     Raises:
-        ValueError: no such module, or none of its classes bears that name.
+        ValueError: no such module, or none of its classes bears that name, or it needs a package that is not installed.
     """
     try:
         found = vars(importlib.import_module(f"ddil_agents.{name}")).values()
-    except ImportError:
+    except ImportError as error:
+        if error.name is not None and not error.name.startswith("ddil_agents"):
+            raise ValueError(f"agent {name!r}: {error}; install it, or leave the agent out") from error
         found = {}.values()
     for value in found:
-        if isinstance(value, type) and issubclass(value, Learner) and vars(value).get("name") == name:
+        if isinstance(value, type) and issubclass(value, Agent) and vars(value).get("name") == name:
             return value
     raise ValueError(f"unknown agent {name!r}: ddil_agents/{name}.py holds no learner of that name")
 
 
-def refuse_early(agent: type[Learner], arguments: list[str], expert: Expert | None = None) -> Expert:
+def refuse_early(agent: type[Learner], arguments: list[str], expert: Expert | None = None) -> tuple[Expert, LearnerConfig, Evaluation]:
     """Builds all that a command line describes and trains nothing, so that what is wrong with it is said before any long work.
 
     Args:
         agent: Its learner.
         arguments: As `run` takes them.
         expert: One that an earlier call returned, if it serves again.
+
+    Returns:
+        The expert, the settings that the student is judged under, and those of the judge.
 
     Raises:
         ValueError: what the config, the expert, the learner or the judge refuse.
@@ -247,11 +253,12 @@ def refuse_early(agent: type[Learner], arguments: list[str], expert: Expert | No
         config = _config(agent, parser, cfg)
     stages = plan(config)
     next(learners(agent, expert, stages))
-    check_evaluable(expert, stages, Evaluation(**vars(cfg.evaluate)))
-    return expert
+    evaluation = Evaluation(**vars(cfg.evaluate))
+    check_evaluable(expert, stages, evaluation)
+    return expert, judged(config, stages[-1].config), evaluation
 
 
-def judge_of(learner: Learner, **settings: Any) -> Judge:
+def judge_of(learner: Agent, **settings: Any) -> Judge:
     """A judge on the learner's own expert policy and grid."""
     return Judge(learner.reference, learner.grid, Evaluation(**settings))
 
@@ -284,7 +291,7 @@ def _take(argv: list[str], flag: str) -> str | None:
     return value
 
 
-def parse(agent: type[Learner], argv: list[str]) -> tuple[ArgumentParser, Namespace]:
+def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespace]:
     """The parser for this agent and the env that argv names, and what it reads."""
     argv = list(argv)
     for flag in ("--env", "--config", "--device", "--env.expert"):
@@ -359,21 +366,24 @@ def _suggestion(parser: ArgumentParser, message: str) -> str:
     return f"; did you mean {' or '.join(close)}? --help lists them all" if close else ""
 
 
-def expert_and_config(agent: type[Learner], parser: ArgumentParser, cfg: Namespace) -> tuple[Expert, LearnerConfig]:
+def expert_and_config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> tuple[Expert, LearnerConfig]:
     """What a parsed command line describes."""
     config = _config(agent, parser, cfg)
     env = dict(vars(cfg.env))
     return make_expert(env.pop("expert"), **env), config
 
 
-def _config(agent: type[Learner], parser: ArgumentParser, cfg: Namespace) -> LearnerConfig:
+def _config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> LearnerConfig:
     made = parser.instantiate(cfg)
     return agent.Config(**{f.name: getattr(made, f.name) for f in fields(agent.Config)})
 
 
 def check_evaluable(expert: Expert, stages: list[Stage], evaluation: Evaluation) -> None:
-    """Refuses before training what would fail after it: an extractor that does not fit, or absent data for the forward source."""
+    """Refuses before training what would fail after it: an extractor that does not fit, absent weights, or absent data of a source."""
     extractor_for(expert, evaluation)
+    load_scorers(evaluation, expert.device)
+    if evaluation.lpips:
+        lpips_distance(evaluation.weights, device=expert.device)
     with suppress(NoDataError):
         for held_out in (False, True):
             if (m := len(expert.reference_data(evaluation.n, held_out)[0])) < 10:
@@ -397,7 +407,7 @@ def name_of_env(cfg: Namespace) -> str:
     return str(env["expert"]).rpartition(".")[2]
 
 
-def new_directory(cfg: Namespace, agent: type[Learner]) -> Path:
+def new_directory(cfg: Namespace, agent: type[Agent]) -> Path:
     """The run directory, not yet made.
 
     Raises:

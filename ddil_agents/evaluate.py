@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from ddil_agents.learner import Learner
 
 Score = Literal["clip_score", "hpsv2"]
+Scorer = Callable[[Tensor, list[str]], Tensor]  # uint8 pictures (n, height, width, 3) and n captions → (n,)
 LONGEST = 4096  # entries of a sample up to which a covariance of samples is taken: 134 MB, a minute
 GROUPS, IN_GROUP = 50, 10  # prompts and samples of each, in the diversity of DDIL, Section 5
 
@@ -130,6 +131,20 @@ def extractor_for(expert: Expert, settings: Evaluation) -> Extractor:
     return extractor
 
 
+def load_scorers(settings: Evaluation, device: torch.device) -> dict[str, Scorer]:
+    """The networks of an evaluation's scores, by the name of the score.
+
+    Raises:
+        ImportError: without the `eval` extra.
+        ValueError: weights that are absent or unsafe.
+    """
+    from ddil_agents.metrics.clip_score import ClipScore
+    from ddil_agents.metrics.hps import HPS
+
+    kinds = {"clip_score": ClipScore, "hpsv2": HPS}
+    return {name: kinds[name](settings.weights, device=device).score for name in settings.scores}
+
+
 class Drawn(NamedTuple):
     """What is kept of n samples of one model."""
 
@@ -169,8 +184,8 @@ class Judge:
         self.n = self.settings.n if self.real is None else len(self.real)
         self.store = None if store is None else self._open(store)
         self.shared = self.store if self.settings.store is None else self._open(Path(self.settings.store) / f"seed{self.settings.seed}")
-        drawn = self._draw(expert_policy, grid, "ddim", self._baseline_names()[0])
-        self.expert_path, self.expert_features, self.expert_classes = drawn.path, drawn.features, drawn.classes
+        self.expert_drawn = self._draw(expert_policy, grid, "ddim", self._baseline_names()[0])
+        self.expert_path = self.expert_drawn.path
         self.real_features = self._real_features()
         if self.real is not None and self.held_out is not None:
             generator = self._generator(0)
@@ -280,13 +295,9 @@ class Judge:
         return found
 
     @cached_property
-    def scorers(self) -> dict[str, Callable[[Tensor, list[str]], Tensor]]:
-        """The scores that were asked for, their networks loaded."""
-        from ddil_agents.metrics.clip_score import ClipScore
-        from ddil_agents.metrics.hps import HPS
-
-        kinds = {"clip_score": ClipScore, "hpsv2": HPS}
-        return {name: kinds[name](self.settings.weights, device=self.expert.device).score for name in self.settings.scores}
+    def scorers(self) -> dict[str, Scorer]:
+        """The scores that were asked for."""
+        return load_scorers(self.settings, self.expert.device)
 
     def to_data(self, features: Features, classes: Tensor | None = None, c: Tensor | None = None) -> dict[str, Any]:
         """Fréchet and kernel distance, precision, recall, density, coverage, Vendi score; accuracy where classes (n,) can be told."""
@@ -296,7 +307,7 @@ class Judge:
             result["frechet"] = frechet_distance(self.real_features, features)
             subsets = 100 if m > 1000 else 1
             result["kid"] = kernel_distance(self.real_features, features, subsets, min(m, 1000))[0]
-            result |= dataclasses.asdict(precision_recall_density_coverage(self.real_features.values[:m], features.values[:m]))
+            result |= dataclasses.asdict(precision_recall_density_coverage(self.real_features[:m], features[:m]))
         if classes is not None and c is not None:
             result["accuracy"] = float((classes == c).double().mean())
         return result
@@ -349,15 +360,7 @@ class Judge:
         """
         drawn = self._draw(policy, grid or self.grid, kernel, name)
         path, m = drawn.path, min(self.settings.n_action, len(drawn.path))
-        result = self.to_data(drawn.features, drawn.classes, self.c) | {
-            "nfe_per_sample": policy.nfe_per_action * (grid or self.grid).num_steps,
-            "frechet_to_expert": frechet_distance(self.expert_features, drawn.features),
-            "endpoint_rmse": _rmse(path[:, -1], self.expert_path[:, -1]),
-            "seconds": drawn.seconds,
-            **drawn.scores,
-        }
-        if self.settings.lpips:
-            result["lpips"] = self.lpips_diversity(policy, grid or self.grid, kernel)
+        result = self._scored(drawn, policy, grid or self.grid, kernel)
         if grid is not None:
             return result
         c = None if self.c is None else self.c[:m]
@@ -422,10 +425,24 @@ class Judge:
     def judge_baselines(self) -> dict[str, Any]:
         """The metrics of the two."""
         full, few = self._baseline_names()
-        nfe = self.expert_policy.nfe_per_action * self.grid.num_steps
-        own = {"nfe_per_sample": nfe, **self.to_data(self.expert_features, self.expert_classes, self.c), "endpoint_rmse": 0.0}
-        own |= self._shift(self.expert_path)
-        return {full: own, few: self.judge(self.few_steps, name=few)}
+        return {full: self.judge_expert(), few: self.judge(self.few_steps, name=few)}
+
+    def judge_expert(self) -> dict[str, Any]:
+        """The metrics of the expert's own samples, which are there already."""
+        return self._scored(self.expert_drawn, self.expert_policy, self.grid, "ddim") | self._shift(self.expert_path)
+
+    def _scored(self, drawn: Drawn, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel) -> dict[str, Any]:
+        """What a policy's samples score and cost."""
+        result = self.to_data(drawn.features, drawn.classes, self.c) | {
+            "nfe_per_sample": policy.nfe_per_action * grid.num_steps,
+            "frechet_to_expert": frechet_distance(self.expert_drawn.features, drawn.features),
+            "endpoint_rmse": _rmse(drawn.path[:, -1], self.expert_path[:, -1]),
+            "seconds": drawn.seconds,
+            **drawn.scores,
+        }
+        if self.settings.lpips:
+            result["lpips"] = self.lpips_diversity(policy, grid, kernel)
+        return result
 
     def _baseline_names(self) -> tuple[str, str]:
         n = self.grid.num_steps
@@ -486,7 +503,8 @@ def evaluate_expert(
     models = {}
     for n in steps:
         grid = TimeGrid(expert.schedule, n).to(expert.device)
-        models[f"teacher@{n}"] = judge.judge(ExpertPolicy(expert, 1, guidance_scale), grid, name=f"teacher@{n}")
+        name, policy = f"teacher@{n}", ExpertPolicy(expert, 1, guidance_scale)
+        models[name] = judge.judge_expert() if n == most else judge.judge(policy, grid, name=name)
     return {"settings": judge.describe(), "floors": judge.floors(), "models": models, **provenance(expert.device)}
 
 
@@ -522,9 +540,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(
         prog="python -m ddil_agents.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--config", type=str | None, default=None, help=f"settings as YAML: a file, or {', '.join(preset_names('evaluate'))}"
-    )
+    presets = ", ".join(preset_names("evaluate"))
+    parser.add_argument("--config", action="config", help=f"settings as YAML: a file, or one of configs/evaluate: {presets}")
     parser.add_argument("--run", type=str | None, default=None, help="run directory whose student to judge; default: the expert itself")
     parser.add_argument("--env", type=str, default="digits", help="preset or YAML file of the expert, without --run")
     parser.add_argument("--steps", type=int, nargs="+", default=[32, 8, 4, 2, 1], help="numbers of sampling steps, without --run")

@@ -18,6 +18,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_sd import write_tiny_sd
 
 from ddil_agents import bc, dagger, evaluate, report
 from ddil_agents.cli import load_run
@@ -302,6 +303,19 @@ def test_a_file_in_the_place_of_the_run_directory_is_kept(capsys: pytest.Capture
     Path("run").write_text("mine")
     assert "run exists" in refused(bc.main, [*ENV, "--out", "run"], capsys)
     assert Path("run").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "missing"), [(["--evaluate.scores", "[clip_score]"], "ViT-g-14"), (["--evaluate.lpips", "true"], "alexnet")]
+)
+def test_weights_that_the_evaluation_lacks_are_missed_before_training(
+    flags: list[str], missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (empty := tmp_path / "weights").mkdir()
+    env = ["--env", "sd15", "--env.model", str(write_tiny_sd(tmp_path / "sd")), "--env.prompts", '["a bee", "two seas"]']
+    error = refused(dagger.main, [*env, *flags, "--evaluate.weights_dir", str(empty), "--out", "run"], capsys)
+    assert f"no {missing}" in error
+    assert not Path("run").exists()
 
 
 def test_resume_refuses_other_settings_and_another_agent(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

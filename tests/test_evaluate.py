@@ -114,14 +114,17 @@ def test_a_planted_bias_shows_at_its_step_and_after():
     assert row["shift_to_expert"][3] > 0
 
 
-def test_shift_is_told_by_three_distances_and_has_a_floor():
+def test_a_shift_is_measured_to_be_what_was_planted():
     judge = judge_of(mixture(), n=400, n_paths=400, batch_size=400)
-    row, floor = judge.judge(Biased(judge.expert_policy, judge.grid.times[0], 0.5)), judge.floors()["held_out_real"]
-    for name in ("shift", "mmd_shift", "gaussian_shift"):
-        assert len(row[name]) == len(floor[name]) == 4
-        assert row[name][1] > 3 * abs(floor[name][1])
-    assert row["shift"][1] == pytest.approx(0.5, rel=0.3)  # δ in each of d entries is ‖δ‖/√d
-    assert row["gaussian_shift"][1] == pytest.approx(0.5 * 2**0.5, rel=0.3)
+    b, floor = 0.5, judge.floors()["held_out_real"]
+    unbiased, row = judge.judge(judge.expert_policy), judge.judge(Biased(judge.expert_policy, judge.grid.times[0], b))
+    # All states after the first step are moved by b in each entry. Sliced W2 is per √d: b. Gaussian W2: ‖(b, b)‖ = b √2.
+    assert row["shift_to_expert"][:2] == [0.0, pytest.approx(b, rel=0.02)]  # of random directions
+    for name, moved in (("shift", b), ("gaussian_shift", b * 2**0.5)):
+        assert row[name][0] == unbiased[name][0]
+        assert abs(row[name][1] - moved) <= unbiased[name][1] * 1.02  # the triangle inequality
+        assert row[name][1] > 3 * floor[name][1]
+    assert row["mmd_shift"][1] > 3 * abs(floor["mmd_shift"][1])
 
 
 def test_data_free_conditions_come_in_turn(monkeypatch):
@@ -224,6 +227,28 @@ def test_the_command_judges_the_expert_and_clears_its_store(tmp_path: Path, caps
     assert results[0]["models"]["teacher@8"]["frechet"] < results[0]["models"]["teacher@2"]["frechet"]
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
     assert "teacher@2" in capsys.readouterr().out
+
+
+def test_a_config_gives_the_command_its_settings_and_flags_go_over_it(tmp_path: Path):
+    config, out = tmp_path / "small.yaml", tmp_path / "result.json"
+    config.write_text("n: 40\nn_paths: 12\nn_action: 6\n")
+    evaluate.main(["--env", "gaussian_mixture", "--steps", "2", "--config", str(config), "--n_action", "5", "--out", str(out)])
+    (result,) = json.loads(out.read_text())
+    assert {key: result["settings"][key] for key in ("n", "n_paths", "n_action")} == {"n": 40, "n_paths": 12, "n_action": 5}
+
+
+def test_a_preset_reaches_the_judge(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(evaluate, "evaluate_expert", lambda expert, steps, settings, *args: asked.append(settings) or {"models": {}})
+    monkeypatch.setattr("ddil_agents.report.table", lambda result: "")
+    evaluate.main(["--env", "gaussian_mixture", "--config", "coco2017_5k"])
+    assert (asked[0].n, asked[0].scores, asked[0].lpips) == (5000, ("clip_score", "hpsv2"), True)
+
+
+def test_the_expert_is_sampled_once_in_each_number_of_steps(monkeypatch):
+    expert = mixture()
+    evaluate.evaluate_expert(expert, [8, 2], Evaluation(n=20, n_paths=10, n_action=5))
+    assert expert.nfe == 20 * (8 + 2)
 
 
 def test_the_command_names_what_is_wrong(tmp_path: Path, capsys):

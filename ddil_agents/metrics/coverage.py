@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddil_agents.metrics.distances import as_pair
+from ddil_agents.metrics.features import Features
 
 CHUNK = 2**24  # distances held at once: 128 MB in float64
 
@@ -47,7 +48,7 @@ def _radii(x: Tensor, k: int) -> Tensor:
     return torch.cat([d.kthvalue(k + 1, dim=1).values for _, d in _rows_of_distances(x, x)])
 
 
-def precision_recall_density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> PRDC:
+def precision_recall_density_coverage(real: Tensor | Features, fake: Tensor | Features, k: int = 5) -> PRDC:
     """Improved precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
         B(x) = {y : ‖y − x‖ ≤ distance of x to its k-th neighbour}
@@ -63,7 +64,7 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, k: int = 5) ->
         k: The neighbour that sets the radius.
 
     Raises:
-        ValueError: numbers of samples or widths that differ, non-finite features, k < 1 or n ≤ k.
+        ValueError: features of two extractors, numbers of samples or widths that differ, non-finite features, k < 1 or n ≤ k.
     """
     real, fake = as_pair(real, fake, equal_n=True)
     n = len(real)
