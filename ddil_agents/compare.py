@@ -1,6 +1,7 @@
 """Comparing agents: every arm on one expert, over paired seeds, at equal budgets, and the page that shows it.
 
-    python -m ddil_agents.compare --env digits --agents bc dagger lcm dmd2 --seeds 3 --out runs/four
+    python -m ddil_agents.compare --config four_agents --out runs/four
+    python -m ddil_agents.compare --env digits --agents dagger lcm --betas forward half --num_updates 400 --out runs/priors-of-two
     python -m ddil_agents.compare --config priors --jobs 8 --out runs/priors
 
 An arm is an agent with settings. Arms of one seed share the initial weights, the order of the data, all noise and, in the judging,
@@ -148,9 +149,9 @@ def settings_of(comparison: Comparison, arm: str) -> tuple[str, dict[str, Any]]:
     return agent, merged(base, comparison.shared, own)
 
 
-def given_settings(comparison: Comparison, arm: str, seed: int, out: Path) -> dict[str, Any]:
-    """What a run is given as its config file: the noise of its evaluation goes with its seed, and the teacher is sampled once a seed."""
-    return merged({"evaluate": {"seed": seed, "store": str(out / "expert")}}, settings_of(comparison, arm)[1], {"env": comparison.env})
+def given_settings(comparison: Comparison, arm: str, seed: int) -> dict[str, Any]:
+    """What a run is given as its config file: the noise of its evaluation goes with its seed."""
+    return merged({"evaluate": {"seed": seed}}, settings_of(comparison, arm)[1], {"env": comparison.env})
 
 
 def arms_of(agents: list[str], betas: list[str]) -> dict[str, dict[str, Any]]:
@@ -179,7 +180,7 @@ def train(runs: list[Run], comparison: Comparison, out: Path, updates: dict[str,
     gpus = torch.cuda.device_count()
 
     def one(number: int, run: Run) -> None:
-        agent, settings = str(comparison.arms[run.arm]["agent"]), given_settings(comparison, run.arm, run.seed, out)
+        agent, settings = str(comparison.arms[run.arm]["agent"]), given_settings(comparison, run.arm, run.seed)
         if updates is not None:
             settings["num_updates"] = updates[run.arm]
         if (run.directory / "config.yaml").is_file():
@@ -188,6 +189,7 @@ def train(runs: list[Run], comparison: Comparison, out: Path, updates: dict[str,
             given = run.directory.with_suffix(".yaml")
             write_atomically(given, yaml.safe_dump(settings, sort_keys=False))
             arguments = ["--config", str(given), "--seed", str(run.seed), "--out", str(run.directory)]
+            arguments += ["--evaluate.store", str((out / "expert").resolve())]  # the teacher is sampled once a seed
         environment = dict(os.environ)
         if gpus:
             environment["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
@@ -400,7 +402,7 @@ def _done(run: Run) -> bool:
 
 
 def table_rows(result: dict[str, Any], budget: str) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each reference and arm: the mean and the half-width of the interval's wider side."""
+    """Headings, and a line for each: a reference's mean, an arm's interquartile mean and its interval."""
     found = result["budgets"][budget]["statistics"]
     lines = []
     for name, rows in result["references"].items():
@@ -487,21 +489,29 @@ def compare(comparison: Comparison, out: Path, jobs: int, command: str = "", rep
 
 
 def check(comparison: Comparison, out: Path) -> None:
-    """Refuses what an agent would refuse, and runs that were begun with other settings, before any run begins."""
+    """Refuses what an agent would refuse, arms judged in two ways, and runs begun with other settings, before any run begins."""
     expert = None
+    measures: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for arm in comparison.arms:
             agent, settings = settings_of(comparison, arm)
             path = Path(folder) / "arm.yaml"
             path.write_text(yaml.safe_dump(settings))
             try:
-                expert = refuse_early(find_agent(agent), ["--env", comparison.env, "--config", str(path)], expert)
+                expert, config, evaluation = refuse_early(find_agent(agent), ["--env", comparison.env, "--config", str(path)], expert)
             except ValueError as error:
                 raise ValueError(f"arm {arm}: {error}") from error
+            guidance = config.guidance_scale if config.guidance_scale is not None else expert.guidance_scale
+            measures[arm] = {"guidance_scale": guidance, **dataclasses.asdict(evaluation), "seed": None, "also_steps": None}
+    (first, measure), *others = measures.items()
+    for arm, other in others:
+        if differing := [key for key in measure if measure[key] != other[key]]:
+            told = "; ".join(f"{key} is {measure[key]} and {other[key]}" for key in differing)
+            raise ValueError(f"arms {first} and {arm} would be judged in two ways: {told}. Give them one value, in `shared`")
     for seed in comparison.all_seeds:
         for arm in comparison.arms:
             given = out / "runs" / "updates" / f"{arm}-s{seed}.yaml"
-            if given.is_file() and read_yaml(given) != given_settings(comparison, arm, seed, out):
+            if given.is_file() and read_yaml(given) != given_settings(comparison, arm, seed):
                 raise ValueError(f"{given} holds other settings than arm {arm} has now; choose another --out, or remove that run")
 
 
@@ -528,7 +538,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--agents", type=str, default=[], nargs="+", help="arms: these agents …")
     parser.add_argument("--betas", type=str, default=["own"], nargs="+", help=f"… with each of these priors: own, {', '.join(BETAS)}")
     parser.add_argument("--num_updates", type=PositiveInt | None, default=None, help="gradient steps of every arm")
-    parser.add_argument("--jobs", type=PositiveInt, default=os.cpu_count() or 1, help="runs at a time")
+    jobs = torch.cuda.device_count() or os.cpu_count() or 1
+    parser.add_argument("--jobs", type=PositiveInt, default=jobs, help="runs at a time; default: one a GPU, or one a core")
     parser.add_argument("--out", type=str, required=True, help="directory of the comparison; it goes on with one that is there")
     parser.add_argument("--report_only", type=bool, default=False, help="true: train nothing, show what is there")
     with clear_errors(parser):

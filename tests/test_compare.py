@@ -201,11 +201,30 @@ def test_a_second_run_trains_nothing_and_says_the_same(whole, monkeypatch):
     assert len(list(done.glob("*/result.json"))) == 4
 
 
+def test_a_comparison_goes_on_from_another_working_directory(whole, monkeypatch):
+    out, _ = whole
+    monkeypatch.chdir(out)
+    monkeypatch.setattr(compare, "subprocess", None)
+    compare.main(["--config", "given.yaml", "--out", "out", "--report_only", "true"])
+    stored = {path.name.rpartition("-")[0][:9] for path in (out / "out" / "expert" / "seed0").glob("*.safetensors")}
+    assert stored == {"teacher@4", "teacher@2"}
+
+
 def test_other_settings_in_the_same_directory_are_refused(whole, capsys):
     out, _ = whole
     with pytest.raises(SystemExit):
         compare.main(["--config", str(out / "given.yaml"), "--out", str(out / "out"), "--num_updates", "13"])
     assert "holds other settings than arm bc has now" in capsys.readouterr().err
+
+
+def test_arms_that_would_be_judged_in_two_ways_are_refused(tmp_path: Path):
+    base = {"agent": "bc", **TINY}
+    for other, told in (({"evaluate": {"n": 30}}, "n is 20 and 30"), ({"guidance_scale": 3.0}, "guidance_scale is 1.0 and 3.0")):
+        arms = {"a": base, "b": merged(base, other)}
+        with pytest.raises(ValueError, match=f"arms a and b would be judged in two ways: {told}"):
+            compare.check(comparison(env="digits8", arms=arms), tmp_path)
+    arms = {"a": base, "b": merged(base, {"guidance_scale": 1.0, "evaluate": {"also_steps": [1]}})}  # 1 is the expert's own
+    compare.check(comparison(env="digits8", arms=arms), tmp_path)
 
 
 @pytest.mark.parametrize(
