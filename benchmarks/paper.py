@@ -88,8 +88,8 @@ class Run(NamedTuple):
         if self.method == "dmd2":
             lcm = out.parent / Run("lcm", "baseline", self.seed).folder
             settings += ["--num_steps", str(self.num_steps), "--init", str(lcm), "--grid", "lcm", "--teacher_steps", "8"]
-            # With R = 2, as in the demo, the critic lags: in eight steps, at 3e-5, the distance was 5.42, and 4.97 with R = 5, both after
-            # 200 steps of the student. And a student in one step has the most to change, one in eight the least.
+            # R = 5, not the demo's 2, under which the critic lagged in a trial of one seed in eight steps. And a student in one step has
+            # the most to change, one in eight the least.
             settings += ["--critic_updates", "5", "--num_updates", "500", "--updates_per_collect", "4"]
             settings += ["--learning_rate", str(1e-4 / self.num_steps if self.batch is None else 1e-4)]
         if "on policy" in self.variant:

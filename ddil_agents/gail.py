@@ -6,12 +6,11 @@
 Transitions are deterministic and the action is the student's own output, so its gradient is taken through the action (Baram et
 al. 2017): no likelihood ratio, no TRPO; the state is held fixed. D reads the action as the x̂_0 that it implies, times
 √w_t = max(α_t/σ_t, 1): an error then shows as it weighs in bc.py. With one right action a state, it is R1 that makes the game
-converge, stronger the more entries d an action has, and a discriminator that learns faster than the student. (Toy of the tests,
-600 updates of 256, SW2 to the teacher: .06 – .08; without R1 .25 or more; untrained .36.)
+converge, stronger the more entries d an action has, and a discriminator that learns faster than the student.
 
 By default both are compared at the same states, x_t from the β-mixture, and the expert is asked at all of them, as in DAgger.
-`--paired false` is Ho & Ermon's: the expert's rollouts against the student's, no question asked. It is weak: .22 on that toy, .14
-after 1500 updates, when the paired game is at .03; and on digits8 it leads a student that starts as the teacher astray.
+`--paired false` is Ho & Ermon's: the expert's rollouts against the student's, no question asked. It is the weaker game, and can lead
+a student that starts as the teacher astray.
 
     python -m ddil_agents.gail --env digits --init runs/bc
 """

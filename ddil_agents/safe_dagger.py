@@ -10,8 +10,7 @@ Once `query_budget` forwards of the teacher are spent, glances included, the stu
 
 SafeDAgger trains a network to foresee ‖a − a*‖² > τ and lets the expert drive where it does; here the expert is at hand to be
 asked, a fraction stands for τ, which keeps the cost known, and the student goes on driving, for its own states are the ones wanted.
-A glance errs where one teacher step does: as the student comes to do k steps in one, d tends to that error and not to 0. On
-the toys that this was tried on, as many forwards without a gate (DAgger with a smaller collect_size) taught as much or more.
+A glance errs where one teacher step does: as the student comes to do k steps in one, d tends to that error and not to 0.
 
     python -m ddil_agents.safe_dagger --env digits --gate .25 --query_budget 20000
 """
