@@ -1,4 +1,4 @@
-"""Learners on the diffusion MDP: behaviour cloning (progressive distillation), DAgger (DDIL), LCM and DMD2.
+"""Learners on the diffusion MDP: behaviour cloning (progressive distillation), DAgger (DDIL), LCM and DMD2; more imitation learning.
 
 The names below are imported when first used, so that `python -m ddil_agents.dagger` runs its module once.
 """
@@ -7,51 +7,79 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddil_agents.aggrevate import Aggrevate, AggrevateConfig
     from ddil_agents.bc import BCConfig, BehaviourCloning
     from ddil_agents.beta import Beta
     from ddil_agents.buffer import SOURCES, SourceBuffer
     from ddil_agents.collect import Collector
+    from ddil_agents.compare import Comparison
     from ddil_agents.dagger import Dagger, DaggerConfig
+    from ddil_agents.dart import Dart, DartConfig
     from ddil_agents.dmd2 import DistributionMatching, DMD2Config
     from ddil_agents.evaluate import Evaluation, Judge
+    from ddil_agents.gail import Gail, GailConfig
     from ddil_agents.lcm import LatentConsistency, LCMConfig
     from ddil_agents.learner import Learner, LearnerConfig
+    from ddil_agents.safe_dagger import SafeDagger, SafeDaggerConfig
+    from ddil_agents.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
 
 _HOME = {
+    "Aggrevate": "aggrevate",
+    "AggrevateConfig": "aggrevate",
     "BCConfig": "bc",
     "BehaviourCloning": "bc",
     "Beta": "beta",
     "SOURCES": "buffer",
     "SourceBuffer": "buffer",
     "Collector": "collect",
+    "Comparison": "compare",
     "Dagger": "dagger",
     "DaggerConfig": "dagger",
-    "DistributionMatching": "dmd2",
+    "Dart": "dart",
+    "DartConfig": "dart",
     "DMD2Config": "dmd2",
+    "DistributionMatching": "dmd2",
     "Evaluation": "evaluate",
     "Judge": "evaluate",
-    "LatentConsistency": "lcm",
+    "Gail": "gail",
+    "GailConfig": "gail",
     "LCMConfig": "lcm",
+    "LatentConsistency": "lcm",
     "Learner": "learner",
     "LearnerConfig": "learner",
+    "SafeDagger": "safe_dagger",
+    "SafeDaggerConfig": "safe_dagger",
+    "ScheduledSampling": "scheduled_sampling",
+    "ScheduledSamplingConfig": "scheduled_sampling",
 }
 
 __all__ = [
     "SOURCES",
+    "Aggrevate",
+    "AggrevateConfig",
     "BCConfig",
     "BehaviourCloning",
     "Beta",
     "Collector",
+    "Comparison",
     "DMD2Config",
     "Dagger",
     "DaggerConfig",
+    "Dart",
+    "DartConfig",
     "DistributionMatching",
     "Evaluation",
+    "Gail",
+    "GailConfig",
     "Judge",
     "LCMConfig",
     "LatentConsistency",
     "Learner",
     "LearnerConfig",
+    "SafeDagger",
+    "SafeDaggerConfig",
+    "ScheduledSampling",
+    "ScheduledSamplingConfig",
     "SourceBuffer",
 ]
 
