@@ -1,4 +1,4 @@
-"""What every learner shares: the student, its average, its optimiser, the buffer, and one gradient step.
+"""What every agent shares, its student and what that is judged against; and what every learner does, in a gradient step.
 
 A new learner is one file: a config, a class with `loss`, and a `main`.
 """
@@ -34,8 +34,8 @@ Precision = Literal["no", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
-class LearnerConfig:
-    """Settings that every learner has."""
+class AgentConfig:
+    """Settings that every agent has."""
 
     num_updates: int = 1000
     """Gradient steps."""
@@ -47,6 +47,34 @@ class LearnerConfig:
     """Steps of the teacher's sampler: a label takes teacher_steps / num_steps expert forwards."""
     guidance_scale: float | None = None
     """The teacher's classifier-free guidance w (1 is none); null: the expert's own."""
+    seed: int = 0
+    """Of weights, data, noise, times, rollouts and draws, each its own stream."""
+    student: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the expert's make_student."""
+    init: str | None = None
+    """A run directory whose student to start from, such as an LCM's for DMD2; null: what make_student gives, the expert's weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_updates", "num_steps", "teacher_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: need 0 or more")
+        if self.teacher_steps % self.num_steps:
+            raise ValueError(
+                f"teacher_steps={self.teacher_steps} is no multiple of num_steps={self.num_steps}; each student step takes as many"
+            )
+
+    @property
+    def substeps(self) -> int:
+        """Expert steps in one student step."""
+        return self.teacher_steps // self.num_steps
+
+
+@dataclass(frozen=True)
+class LearnerConfig(AgentConfig):
+    """Settings that every learner has."""
+
     guidance_range: tuple[float, float] | None = None
     """Draw w anew for each state from here, and tell the student (a zero-initialised guidance embedding); null: one w for all."""
     thresholding: Thresholding = field(default_factory=Thresholding)
@@ -81,12 +109,6 @@ class LearnerConfig:
     """Parts that a batch is cut into, to save memory."""
     mixed_precision: Precision = "no"
     """no, fp16 or bf16."""
-    seed: int = 0
-    """Of weights, data, noise, times, rollouts and draws, each its own stream."""
-    student: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the expert's make_student."""
-    init: str | None = None
-    """A run directory whose student to start from, such as an LCM's for DMD2; null: what make_student gives, the expert's weights."""
     stages: tuple[dict[str, Any], ...] = ()
     """A chain of runs in one: for each, the settings that differ, and `expert`, its teacher: last (the last stage's student),
     same (as the last stage's) or original. Each student starts from the last one's weights."""
@@ -94,16 +116,8 @@ class LearnerConfig:
     teachers: ClassVar[tuple[str, ...]] = ("last", "same", "original")  # that a stage can have; the first is the default
 
     def __post_init__(self) -> None:
-        positive = (
-            "num_updates",
-            "num_steps",
-            "teacher_steps",
-            "batch_size",
-            "collect_size",
-            "updates_per_collect",
-            "gradient_accumulation",
-        )
-        for name in positive:
+        super().__post_init__()
+        for name in ("batch_size", "collect_size", "updates_per_collect", "gradient_accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
         for name in ("learning_rate", "max_grad_norm"):
@@ -114,7 +128,7 @@ class LearnerConfig:
         for name, low, high in (("p_expert", 0, 1), ("ema", 0, 0.999999)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}={getattr(self, name)}: need a number in [{low}, {high}]")
-        for name in ("warmup_updates", "weight_decay", "seed"):
+        for name in ("warmup_updates", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: need 0 or more")
         if self.capacity is not None and self.capacity < 1:
@@ -132,19 +146,10 @@ class LearnerConfig:
                 raise ValueError(
                     f"guidance_scale={self.guidance_scale} lies outside guidance_range={self.guidance_range}, which is trained on"
                 )
-        if self.teacher_steps % self.num_steps:
-            raise ValueError(
-                f"teacher_steps={self.teacher_steps} is no multiple of num_steps={self.num_steps}; each student step takes as many"
-            )
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(f"batch_size={self.batch_size} does not divide into gradient_accumulation={self.gradient_accumulation} parts")
         if self.mixed_precision not in get_args(Precision):
             raise ValueError(f"unknown mixed_precision {self.mixed_precision!r}; choose one of: {', '.join(get_args(Precision))}")
-
-    @property
-    def substeps(self) -> int:
-        """Expert steps in one student step."""
-        return self.teacher_steps // self.num_steps
 
     @property
     def units(self) -> tuple[int, int, int]:
@@ -152,7 +157,117 @@ class LearnerConfig:
         return 1, self.num_steps, self.num_steps
 
 
-class Learner(ABC):
+class Agent(ABC):
+    """What imitates an expert in few steps: the commands train it, judge it and write it down.
+
+    Args:
+        expert: An Expert, or the name of a preset.
+        config: This agent's config; default: its defaults.
+
+    Raises:
+        ValueError: what the expert or the grid refuse.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[Any]]  # an AgentConfig
+    kernel: ClassVar[Kernel] = "ddim"  # how the student samples, and is unrolled
+    config: Any
+    student_policy: StudentPolicy
+    support: Support | None = None  # where its estimates are projected
+    step: int = 0  # gradient steps so far
+    horizon: int  # and at the end of training
+    teacher_nfe: int = 0  # teacher forwards so far
+
+    def __init__(self, expert: Expert | str, config: Any = None, support: Support | None = None) -> None:
+        self.config = self.Config() if config is None else config
+        self.expert = load_expert(expert)
+        self.grid = TimeGrid(self.expert.schedule, self.config.num_steps, self.config.grid).to(self.expert.device)
+        # What a student is judged against: the expert on its own support, whatever is thresholded in training.
+        self.reference = ExpertPolicy(self.expert, self.config.substeps, self.config.guidance_scale)
+
+    @property
+    @abstractmethod
+    def student(self) -> NetworkDenoiser:
+        """The student in training."""
+
+    @property
+    @abstractmethod
+    def average(self) -> NetworkDenoiser:
+        """The student that is evaluated and saved."""
+
+    @property
+    @abstractmethod
+    def student_nfe(self) -> int:
+        """Student forwards so far, training and rollouts together."""
+
+    @abstractmethod
+    def extend(self, num_updates: int) -> None:
+        """Moves the horizon to so many gradient steps from here."""
+
+    @abstractmethod
+    def train(self, out: Path | None = None, *, progress: bool = True, **options: Any) -> None:
+        """Trains to the horizon."""
+
+    def learn(self, num_updates: int | None = None, out: str | Path | None = None, progress: bool = True) -> Self:
+        """Trains for num_updates more gradient steps; learning rate and β run their course over what is then the whole.
+
+        Args:
+            num_updates: Gradient steps; default: the config's.
+            out: An empty or new directory for metrics.jsonl, checkpoints/ and tensorboard/.
+            progress: Whether to show a bar.
+
+        Raises:
+            ValueError: `out` exists and is not empty, num_updates is less than 1, or with `capacity` null more than the config's.
+            FloatingPointError: the loss is not finite; names the step and the source.
+        """
+        more = self.config.num_updates if num_updates is None else num_updates
+        if more < 1:
+            raise ValueError(f"num_updates={more}: need at least 1")
+        directory = None if out is None else Path(out)
+        if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise ValueError(f"{directory} exists and is not empty; choose another `out`")
+        self.extend(more)
+        self.train(directory, progress=progress)
+        return self
+
+    def make_student(self, **options: Any) -> NetworkDenoiser:
+        """The network that learns, before its first step."""
+        return self.expert.make_student(**options)
+
+    def initial_student(self) -> NetworkDenoiser:
+        """The student before its first step: with seeded weights, or with those of the run that `init` names."""
+        student = self._seeded_student()
+        if self.config.init is not None:
+            other = self.expert.load_student(Path(self.config.init) / "student", **self.student_options)
+            student.load_state_dict(other.state_dict())
+        return student
+
+    def _seeded_student(self) -> NetworkDenoiser:
+        """A student whose random weights, if it has any, are seeded; the caller's generator is left alone."""
+        options = self.student_options
+        takes = inspect.signature(self.expert.make_student)
+        try:
+            takes.bind(**options)
+        except TypeError as error:
+            raise ValueError(f"student={options}: {error}; this expert's students take {', '.join(takes.parameters)}") from error
+        with torch.random.fork_rng():
+            torch.manual_seed(stream_seed(self.config.seed, "weights"))
+            try:
+                return self.make_student(**options)
+            except (TypeError, RuntimeError) as error:
+                raise ValueError(f"make_student refuses student={options}: {error}") from error
+
+    @property
+    def student_options(self) -> dict[str, Any]:
+        """Keyword arguments of the expert's make_student and load_student."""
+        return self.config.student | ({} if self.config.guidance_range is None else {"guidance_embedding": True})
+
+    def config_dict(self) -> dict[str, Any]:
+        """The config as plain values."""
+        return dataclasses.asdict(self.config)
+
+
+class Learner(Agent):
     """A student, and how it learns from an expert.
 
     Args:
@@ -164,14 +279,13 @@ class Learner(ABC):
         ValueError: what the expert, the grid or the student refuse.
     """
 
-    name: ClassVar[str]
     Config: ClassVar[type[LearnerConfig]] = LearnerConfig
-    kernel: ClassVar[Kernel] = "ddim"  # how the student samples, and is unrolled
+    config: LearnerConfig
+    support: Support
     roles: ClassVar[tuple[Role, ...]] = ("teacher", "target", "student")  # whose estimates there are to threshold
 
     def __init__(self, expert: Expert | str, config: LearnerConfig | None = None, support: Support | None = None) -> None:
-        self.config = self.Config() if config is None else config
-        self.expert = load_expert(expert)
+        super().__init__(expert, config)
         config = self.config
         if config.stages:
             raise ValueError(
@@ -183,9 +297,6 @@ class Learner(ABC):
             raise ValueError(
                 f"thresholding.roles={config.thresholding.roles}: {self.name} has no {strange[0]}; it has {', '.join(self.roles)}"
             )
-        self.grid = TimeGrid(self.expert.schedule, config.num_steps, config.grid).to(self.expert.device)
-        # What a student is judged against: the expert on its own support, whatever is thresholded in training.
-        self.reference = ExpertPolicy(self.expert, config.substeps, config.guidance_scale)
         if config.guidance_range is not None:
             low, high = map(self.expert.check_guidance, config.guidance_range)
             if not low <= self.reference.guidance_scale <= high:
@@ -193,10 +304,7 @@ class Learner(ABC):
                     f"the expert's guidance_scale={self.reference.guidance_scale:g} lies outside guidance_range={config.guidance_range}; "
                     "set guidance_scale to one inside, at which the student is judged"
                 )
-        student = self._seeded_student()
-        if config.init is not None:
-            other = self.expert.load_student(Path(config.init) / "student", **self.student_options)
-            student.load_state_dict(other.state_dict())
+        student = self.initial_student()
         before = self.expert.nfe
         self.support = build_support(config.thresholding, self.expert, self._sample_teacher) if support is None else support
         self.thresholds = {role: Metered(self.support) if role in config.thresholding.roles else Unbounded() for role in self.roles}
@@ -220,7 +328,6 @@ class Learner(ABC):
         self.buffer = SourceBuffer(
             [capacity if u else 1 for u in used], self.expert.device, config.prioritised, seed=stream_seed(config.seed, "source")
         )
-        self.step = 0
         self.teacher_nfe = self.expert.nfe - before  # of a calibration on the teacher's samples
 
     # What a new method may change.
@@ -228,10 +335,6 @@ class Learner(ABC):
     @abstractmethod
     def loss(self, batch: TensorDict) -> Tensor:
         """The loss of each state of the batch, (b,)."""
-
-    def make_student(self, **options: Any) -> NetworkDenoiser:
-        """The network that learns, before its first step."""
-        return self.expert.make_student(**options)
 
     def labeller(self) -> ExpertPolicy:
         """The expert as it labels states and unrolls the teacher."""
@@ -299,26 +402,6 @@ class Learner(ABC):
         """The batch as gradient accumulation takes it."""
         return list(batch.chunk(self.config.gradient_accumulation))
 
-    def _seeded_student(self) -> NetworkDenoiser:
-        """A student whose random weights, if it has any, are seeded; the caller's generator is left alone."""
-        options = self.student_options
-        takes = inspect.signature(self.expert.make_student)
-        try:
-            takes.bind(**options)
-        except TypeError as error:
-            raise ValueError(f"student={options}: {error}; this expert's students take {', '.join(takes.parameters)}") from error
-        with torch.random.fork_rng():
-            torch.manual_seed(stream_seed(self.config.seed, "weights"))
-            try:
-                return self.make_student(**options)
-            except (TypeError, RuntimeError) as error:
-                raise ValueError(f"make_student refuses student={options}: {error}") from error
-
-    @property
-    def student_options(self) -> dict[str, Any]:
-        """Keyword arguments of the expert's make_student and load_student."""
-        return self.config.student | ({} if self.config.guidance_range is None else {"guidance_embedding": True})
-
     def _sample_teacher(self, n: int) -> Tensor:
         """n samples of the teacher, for calibration where there are no data."""
         generator = torch.Generator(self.expert.device).manual_seed(stream_seed(self.config.seed, "calibration"))
@@ -359,36 +442,20 @@ class Learner(ABC):
         """The fraction of entries that thresholding has moved since the last call, by role; NaN where it met none."""
         return {role: support.take() for role, support in self.thresholds.items() if isinstance(support, Metered)}
 
-    def learn(self, num_updates: int | None = None, out: str | Path | None = None, progress: bool = True) -> Self:
-        """Trains for num_updates more gradient steps; learning rate and β run their course over what is then the whole.
-
-        Args:
-            num_updates: Gradient steps; default: the config's.
-            out: An empty or new directory for metrics.jsonl, checkpoints/ and tensorboard/.
-            progress: Whether to show a bar.
-
-        Raises:
-            ValueError: `out` exists and is not empty, num_updates is less than 1, or with `capacity` null more than the config's.
-            FloatingPointError: the loss is not finite; names the step and the source.
-        """
-        from ddil_agents.train import train
-
-        more = self.config.num_updates if num_updates is None else num_updates
-        if more < 1:
-            raise ValueError(f"num_updates={more}: need at least 1")
-        if self.config.capacity is None and self.step + more > self.config.num_updates:
+    def extend(self, num_updates: int) -> None:
+        if self.config.capacity is None and self.step + num_updates > self.config.num_updates:
             raise ValueError(
-                f"{self.step} + {more} gradient steps: capacity=null keeps every state of num_updates={self.config.num_updates}; "
+                f"{self.step} + {num_updates} gradient steps: capacity=null keeps every state of num_updates={self.config.num_updates}; "
                 "build the learner with as many as it shall take in all"
             )
-        directory = None if out is None else Path(out)
-        if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise ValueError(f"{directory} exists and is not empty; choose another `out`")
-        self.horizon = self.step + more
+        self.horizon = self.step + num_updates
         for name, trainable in self.trainables.items():
             trainable.extend_to(self.turns(name, self.horizon))
-        train(self, out=directory, progress=progress)
-        return self
+
+    def train(self, out: Path | None = None, **options: Any) -> None:
+        from ddil_agents.train import train
+
+        train(self, out, **options)
 
     def save(self, directory: str | Path) -> Path:
         """Writes config, student and everything that a resumed run needs into the directory, atomically."""
@@ -447,7 +514,3 @@ class Learner(ABC):
     def student_nfe(self) -> int:
         """Student forwards so far, training and rollouts together, with those of networks beside it (LCM's target, DMD2's critic)."""
         return int(self.trainables["student"].bare.nfe)
-
-    def config_dict(self) -> dict[str, Any]:
-        """The config as plain values."""
-        return dataclasses.asdict(self.config)

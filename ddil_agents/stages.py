@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser
 
 from ddil_agents.checkpoint import checkpoints, read_support
 from ddil_agents.collect import stream_seed
-from ddil_agents.learner import Learner, LearnerConfig
+from ddil_agents.learner import Agent, LearnerConfig
 from ddil_env import Expert, NetworkDenoiser, Support, Unbounded
 from ddil_env.experts.distilled import Distilled
 
@@ -101,11 +101,11 @@ def _changed(config: LearnerConfig, changes: dict[str, Any]) -> LearnerConfig:
     return type(config)(**{f.name: getattr(made, f.name) for f in dataclasses.fields(config)})
 
 
-def learners(agent: type[Learner], expert: Expert, stages: list[Stage], out: Path | None = None) -> Iterator[tuple[Stage, Learner]]:
+def learners(agent: type[Agent], expert: Expert, stages: list[Stage], out: Path | None = None) -> Iterator[tuple[Stage, Agent]]:
     """Each stage's learner, when the one before it has been trained; one that an earlier run finished or began is taken up.
 
     Args:
-        agent: The learner's class.
+        agent: The class of learner, or an agent of one stage.
         expert: The original teacher.
         stages: From `plan`.
         out: The run directory to take up, if any.
@@ -126,7 +126,7 @@ def learners(agent: type[Learner], expert: Expert, stages: list[Stage], out: Pat
         stored, nfe = (None, 0) if place is None else read_support(place)
         if stored is not None or before.thresholding != stage.config.thresholding:
             support = stored
-        learner = agent(teacher, stage.config, support)
+        learner: Any = agent(teacher, stage.config, support)  # a Learner, if there are stages or checkpoints
         learner.teacher_nfe += nfe
         if last is not None:
             learner.start_from(last)
@@ -138,7 +138,7 @@ def learners(agent: type[Learner], expert: Expert, stages: list[Stage], out: Pat
         del learner
 
 
-def _rehearse(agent: type[Learner], expert: Expert, stages: list[Stage]) -> None:
+def _rehearse(agent: type[Any], expert: Expert, stages: list[Stage]) -> None:
     """Builds each stage's learner once, on the original expert, so that what it refuses is refused before any training.
 
     Raises:
@@ -162,4 +162,4 @@ def judged(config: LearnerConfig, stage: LearnerConfig) -> LearnerConfig:
     """
     steps = config.teacher_steps if config.teacher_steps % stage.num_steps == 0 else stage.num_steps
     scale = config.guidance_scale if stage.guidance_range is None else stage.guidance_scale
-    return dataclasses.replace(stage, teacher_steps=steps, guidance_scale=scale, init=None, stages=())
+    return dataclasses.replace(stage, teacher_steps=steps, guidance_scale=scale, init=None)

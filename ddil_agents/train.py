@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from tensordict import TensorDict
@@ -25,7 +25,7 @@ from ddil_agents.checkpoint import save_checkpoint, write_atomically, write_supp
 from ddil_agents.tracking import Tracker, start
 
 if TYPE_CHECKING:
-    from ddil_agents.learner import Learner
+    from ddil_agents.learner import Agent, Learner
 
 
 def train(
@@ -72,17 +72,14 @@ def train(
                 save_checkpoint(learner, out / "checkpoints")
 
 
-class MetricsLog:
-    """Sums up gradient steps on the device and writes them a line at a time, so that no step waits for a number.
+class RunFiles:
+    """A run's metrics.jsonl and tensorboard/, and a live page if asked for: a line goes to all of them.
 
     After a resume the lines past the checkpoint are dropped: they are about to be written again.
     """
 
-    def __init__(self, learner: Learner, out: Path | None, track: Tracker = "none") -> None:
-        self.learner = learner
-        self._pending: list[dict[str, Tensor]] = []
-        self._since, self._nfe_since = time.monotonic(), self._nfe()
-        self._seconds = 0.0
+    def __init__(self, agent: Agent, out: Path | None, track: Tracker = "none") -> None:
+        self._since, self.seconds = time.monotonic(), 0.0
         self._file: Any = None
         self._board: Any = None
         self._live: Any = None
@@ -90,17 +87,15 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             path = out / "metrics.jsonl"
-            rows = read_metrics(path, learner.step) if path.is_file() else []
+            rows = read_metrics(path, agent.step) if path.is_file() else []
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-            if learner.config.thresholding.kind == "quantile" and not (out / "support.json").is_file():
-                write_support(out, learner.support, learner.teacher_nfe)
-            self._seconds = rows[-1]["seconds"] if rows else 0.0
+            self.seconds = rows[-1]["seconds"] if rows else 0.0
             self._file = path.open("a")
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=learner.step + 1)
-            self._live = start(track, out, learner.config_dict())
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=agent.step + 1)
+            self._live = start(track, out, agent.config_dict())
 
-    def __enter__(self) -> MetricsLog:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -109,6 +104,37 @@ class MetricsLog:
             self._board.close()
         if self._live is not None:
             self._live.finish()
+
+    def lap(self) -> float:
+        """Seconds since the last lap; `seconds` are those of the run."""
+        now = time.monotonic()
+        elapsed, self._since = now - self._since, now
+        self.seconds += elapsed
+        return elapsed
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Writes the line of a step."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        flat = flatten(row)
+        for key, value in flat.items():
+            self._board.add_scalar(key, value, row["step"])
+        if self._live is not None:
+            self._live.log(flat, step=row["step"])
+
+
+class MetricsLog(RunFiles):
+    """Sums up gradient steps on the device and writes them a line at a time, so that no step waits for a number."""
+
+    def __init__(self, learner: Learner, out: Path | None, track: Tracker = "none") -> None:
+        super().__init__(learner, out, track)
+        self.learner = learner
+        self._pending: list[dict[str, Tensor]] = []
+        self._nfe_since = self._nfe()
+        if out is not None and learner.config.thresholding.kind == "quantile" and not (out / "support.json").is_file():
+            write_support(out, learner.support, learner.teacher_nfe)
 
     def _nfe(self) -> int:
         return self.learner.teacher_nfe + self.learner.student_nfe
@@ -170,9 +196,7 @@ class MetricsLog:
         counts = {n: sum(int(step[f"drawn/{n}"]) for step in with_loss) for n in SOURCES}
         others = sorted({name for step in steps for name in step if "/" not in name})
         clipped = {role: float(fraction) for role, fraction in learner.clipped().items()}
-        now = time.monotonic()
-        elapsed, self._since = now - self._since, now
-        self._seconds += elapsed
+        elapsed = self.lap()
         nfe, self._nfe_since = self._nfe() - self._nfe_since, self._nfe()
         row = {
             "step": learner.step,
@@ -188,16 +212,9 @@ class MetricsLog:
             "student_nfe": learner.student_nfe,
             "teacher_nfe_per_update": learner.teacher_nfe / learner.step,
             "nfe_per_second": nfe / elapsed,
-            "seconds": self._seconds,
+            "seconds": self.seconds,
         }
-        if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-            flat = flatten(row)
-            for key, value in flat.items():
-                self._board.add_scalar(key, value, learner.step)
-            if self._live is not None:
-                self._live.log(flat, step=learner.step)
+        self.write(row)
         shares = "/".join(f"{b:.2f}" for b in learner.beta())
         loss = "" if row["loss"] is None else f"loss={row['loss']:.4f} "
         return f"{loss}β={shares} drawn={'/'.join(map(str, drawn.values()))} NFE/s={row['nfe_per_second']:.0f}"
