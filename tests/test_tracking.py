@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ddil_agents import bc
+from ddil_agents import bc, ppo
 from ddil_agents.train import flatten
 
 FLAGS = ["--env", "gaussian_mixture", "--num_updates", "20", "--batch_size", "8", "--collect_size", "16", "--evaluate.n", "20"]
@@ -43,6 +43,15 @@ def test_a_live_page_gets_every_line_of_the_metrics(tracker: str, tmp_path: Path
     assert page.finished
     assert page.told.keys() == {"project", "name", "config", "resume"}
     assert (page.told["name"], page.told["resume"], page.told["config"]["num_updates"]) == ("mine", "allow", 20)
+
+
+def test_ppo_sends_its_lines_too(tmp_path: Path, monkeypatch) -> None:
+    page = Page()
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=page.init))
+    flags = ["--num_updates", "8", "--num_envs", "10", "--batch_size", "20", "--epochs", "2", "--evaluate.n", "20", "--track", "wandb"]
+    ppo.main(["--env", "gaussian_mixture", *flags, "--out", str(tmp_path / "mine")])
+    assert [(step, line["timesteps"]) for step, line in page.lines] == [(4, 40), (8, 80)]
+    assert page.finished
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_the_run(tmp_path: Path, monkeypatch, capsys) -> None:
