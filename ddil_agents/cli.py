@@ -33,7 +33,7 @@ from jsonargparse.typing import PositiveInt
 
 from ddil_agents.checkpoint import read_support, write_atomically
 from ddil_agents.evaluate import Evaluation, Judge, extractor_for, judge_student, load_scorers, provenance
-from ddil_agents.learner import Agent, Learner, LearnerConfig
+from ddil_agents.learner import Agent, LearnerConfig
 from ddil_agents.metrics.diversity import lpips_distance
 from ddil_agents.report import read_result, save_pictures, table
 from ddil_agents.stages import Stage, judged, learners, plan
@@ -183,7 +183,7 @@ def gather(out: Path, stages: list[Path], seed: int) -> None:
     write_atomically(out / "result.json", json.dumps({**result, **total, "training_seed": seed, "models": models}, indent=1))
 
 
-def load_run(directory: Path, **env: Any) -> Any:
+def load_run(directory: Path, **env: Any) -> Agent:
     """The agent of a finished run's config with its saved student, on whatever device is here.
 
     Args:
@@ -213,7 +213,7 @@ def load_run(directory: Path, **env: Any) -> Any:
     return learner
 
 
-def find_agent(name: str) -> type[Any]:
+def find_agent(name: str) -> type[Agent]:
     """The agent of ddil_agents/<name>.py: a new one is one file, entered nowhere else.
 
     Raises:
@@ -231,7 +231,7 @@ def find_agent(name: str) -> type[Any]:
     raise ValueError(f"unknown agent {name!r}: ddil_agents/{name}.py holds no learner of that name")
 
 
-def refuse_early(agent: type[Learner], arguments: list[str], expert: Expert | None = None) -> tuple[Expert, LearnerConfig, Evaluation]:
+def refuse_early(agent: type[Agent], arguments: list[str], expert: Expert | None = None) -> tuple[Expert, LearnerConfig, Evaluation]:
     """Builds all that a command line describes and trains nothing, so that what is wrong with it is said before any long work.
 
     Args:

@@ -51,7 +51,7 @@ from ddil_env.schedule import GridKind
 from ddil_env.weights import read_tensors
 
 if TYPE_CHECKING:
-    from ddil_agents.learner import Learner
+    from ddil_agents.learner import Agent
 
 Score = Literal["clip_score", "hpsv2"]
 Scorer = Callable[[Tensor, list[str]], Tensor]  # uint8 pictures (n, height, width, 3) and n captions → (n,)
@@ -526,7 +526,7 @@ def judge_student(judge: Judge, agent: str, policy: DdimPolicy, kernel: Kernel, 
     return models
 
 
-def evaluate_run(learner: Learner, settings: Evaluation, store: Path | None = None) -> dict[str, Any]:
+def evaluate_run(learner: Agent, settings: Evaluation, store: Path | None = None) -> dict[str, Any]:
     """A student's quality beside its teacher's, on the learner's own grid."""
     judge = Judge(learner.reference, learner.grid, settings, store)
     models = judge_student(judge, learner.name, learner.student_policy, learner.kernel, learner.config.grid)
