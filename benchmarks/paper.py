@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from digits import interval
+from torch import Tensor
 
 from ddil_agents.checkpoint import write_atomically
 from ddil_agents.cli import load_run
@@ -56,6 +57,24 @@ PRIORS = {  # the baseline's and DDIL's, by method
 }
 ROLES = {"pd": "[teacher]", "lcm": "[teacher,target]", "dmd2": "[teacher,student,critic]"}  # who is thresholded, DDIL §4.1
 VARIANTS = ("baseline", "+ DDIL", "+ Reflected + DDIL")
+
+
+class Stochastic(ExpertPolicy):
+    """The teacher by the stochastic sampler of its scores, which is what DMD2 matches; DDIM follows their flow.
+
+    x_s = α_s x̂_0 + √(σ_s² − η²) ε̂ + η z ,   η = σ_s/σ_t √(1 − α_t²/α_s²)          Song et al. 2021, Eq. 12 and 16
+    """
+
+    def __init__(self, expert: Expert, seed: int) -> None:
+        super().__init__(expert)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        pred, (alpha_t, sigma_t), (alpha_s, sigma_s) = self.predict(x_t, t, c, w), self.schedule(t, x_t), self.schedule(s, x_t)
+        eta = sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).sqrt()
+        z = torch.randn(x_t.shape, generator=self.generator)
+        return alpha_s * pred.x_0 + (sigma_s**2 - eta**2).clamp(min=0).sqrt() * pred.eps + eta * z
 
 
 class Run(NamedTuple):
@@ -176,12 +195,17 @@ def evaluate(runs: list[Run], root: Path, seed: int, n: int) -> dict[str, dict[s
 
     for guidance in sorted({run.guidance for run in runs}):
         tag = "" if guidance == 1 else f", guidance {guidance:g}"
-        if f"teacher{tag} @32" not in models:
-            the, expert = judge(guidance)
-            for steps in (32, *STEPS):
-                models[f"teacher{tag} @{steps}"] = the.judge(ExpertPolicy(expert), TimeGrid(expert.schedule, steps))
-            models[f"held-out real{tag}"] = the.floors()["held_out_real"]
-            write_atomically(path, json.dumps(models, indent=1))
+        asked = [(f"teacher{tag} @{steps}", steps, False) for steps in (32, *STEPS)]
+        if guidance == 1:
+            asked += [(f"teacher, stochastic @{steps}", steps, True) for steps in (100, *STEPS)]
+        for name, steps, stochastic in asked:
+            if name not in models:
+                the, expert = judge(guidance)
+                policy = Stochastic(expert, seed) if stochastic else ExpertPolicy(expert)
+                models[name] = the.judge(policy, TimeGrid(expert.schedule, steps))
+        if f"held-out real{tag}" not in models:
+            models[f"held-out real{tag}"] = judge(guidance)[0].floors()["held_out_real"]
+        write_atomically(path, json.dumps(models, indent=1))
     for run in runs:
         out = root / run.folder
         names = {steps: f"{run.row} @{steps}" for steps in ((run.num_steps,) if run.method == "dmd2" else STEPS)}
