@@ -1,0 +1,39 @@
+"""The benchmark of the paper's methods: the teacher's stochastic sampler, and what its runs are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from paper import Stochastic, plan, summary
+
+from ddil_env import ExpertPolicy, GaussianMixtureExpert, TimeGrid
+
+
+def test_stochastic_steps_of_a_point_mass_keep_the_forward_marginals() -> None:
+    x_0 = torch.tensor([[0.7, -0.3]])
+    expert = GaussianMixtureExpert(means=x_0, stds=torch.tensor([1e-6]), weights=torch.ones(1))
+    grid, n, policy = TimeGrid(expert.schedule, 4), 20_000, Stochastic(expert, 1)
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
+    for t, s in zip(grid.times[:-1], grid.times[1:], strict=True):
+        before, x = x, policy.act(x, t.expand(n), s.expand(n))
+        alpha, sigma = expert.schedule(s[None], x)
+        torch.testing.assert_close(x.mean(0), alpha[0] * x_0[0], atol=0.03, rtol=0)  # four standard errors
+        torch.testing.assert_close(x.std(0), sigma[0].expand(2), atol=0.02, rtol=0)
+        if s > 0:  # DDIM would keep the noise: correlation 1
+            assert abs(float(torch.corrcoef(torch.stack([before[:, 0], x[:, 0]]))[0, 1])) < 0.9
+        else:
+            torch.testing.assert_close(x, ExpertPolicy(expert).act(before, t.expand(n), s.expand(n)))
+
+
+def test_every_method_has_its_baseline_and_both_variants_in_every_seed() -> None:
+    runs = plan(["pd", "lcm", "dmd2", "small"], [0, 1])
+    assert len({run.folder for run in runs}) == len(runs) == 2 * (3 + 3 + 12 + 6 + 1)
+    for method in ("pd", "lcm", "dmd2"):
+        assert {run.variant for run in runs if run.method == method} >= {"baseline", "+ DDIL", "+ Reflected + DDIL"}
+
+
+def test_differences_are_paired_by_seed() -> None:
+    found = summary({s: {"pd baseline @4": {"frechet": 2.0 + s}, "pd + DDIL @4": {"frechet": 1.5 + s}} for s in (0, 1, 2)})
+    mean, half, values = found["paired"]["pd + DDIL @4 − baseline"]["frechet"]
+    assert (mean, half) == (pytest.approx(-0.5), pytest.approx(0))
+    assert values == [-0.5] * 3
