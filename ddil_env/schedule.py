@@ -13,6 +13,7 @@ Coefficients are computed in float64 and leave already broadcast to the latent, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -45,14 +46,15 @@ class NoiseSchedule:
 
     Args:
         kind: `scaled_linear` (Stable Diffusion), `linear` (DDPM) and `cosine` (Nichol & Dhariwal 2021, β capped at .999)
-            are variance preserving, α² + σ² = 1; `flow` is rectified flow, α = 1 − σ, σ = t / 1000.
+            are variance preserving, α² + σ² = 1; `flow` is rectified flow, α = 1 − σ, σ = t / 1000 unless shifted.
         beta_start, beta_end: Ends of the β ramp of `scaled_linear` and `linear`; the defaults are Stable Diffusion's.
         num_train_steps: Length T of the chain that the network was trained on.
         set_alpha_to_one: At t = 0: True, (α, σ) = (1, 0), the data; False, the table's first level √ᾱ_0, which
             is where the latent-consistency solver ends (the same switch as in diffusers' DDIMScheduler).
+        shift: s of `flow`: σ = s u/(1 + (s − 1) u) at u = t / 1000, so that even times crowd toward noise (Esser et al. 2024).
 
     Raises:
-        ValueError: an unknown kind, or a β outside (0, 1).
+        ValueError: an unknown kind, a β outside (0, 1), or a shift that is not positive or not of `flow`.
     """
 
     def __init__(
@@ -62,8 +64,11 @@ class NoiseSchedule:
         beta_end: float = 0.012,
         num_train_steps: int = 1000,
         set_alpha_to_one: bool = True,
+        shift: float = 1.0,
     ) -> None:
         _one_of("schedule kind", kind, Kind)
+        if not 0 < shift < math.inf or (shift != 1 and kind != "flow"):
+            raise ValueError(f"shift={shift} with the {kind!r} schedule: need a positive, finite number, and 1 unless it is 'flow'")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}: need 0 < beta_start ≤ beta_end < 1")
         if num_train_steps < 2:
@@ -73,6 +78,7 @@ class NoiseSchedule:
         self.num_train_steps = num_train_steps
         self.t_max = num_train_steps if kind == "flow" else num_train_steps - 1
         self.discrete = kind != "flow"
+        self.shift = shift
         if self.discrete:
             alpha, sigma = self._table(beta_start, beta_end, set_alpha_to_one)
             self._tables = {(torch.device("cpu"), torch.float64): (alpha, sigma)}
@@ -101,7 +107,8 @@ class NoiseSchedule:
     def coefficients(self, t: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """α_t and σ_t, computed in float64 and rounded to dtype, each of the shape of t."""
         if not self.discrete:
-            sigma = t.double() / self.num_train_steps
+            u = t.double() / self.num_train_steps
+            sigma = self.shift * u / (1 + (self.shift - 1) * u)
             return (1 - sigma).to(dtype), sigma.to(dtype)
         key = t.device, dtype
         if key not in self._tables:

@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ddil_env import (
@@ -357,6 +357,22 @@ def test_flow_grids_start_at_pure_noise_and_need_not_be_whole() -> None:
         expected = [1000, 760, 500, 260, 0] if kind == "lcm" else [1000, 750, 500, 250, 0]  # lcm: every 20th time alone
         assert TimeGrid(flow, 4, kind).times.tolist() == expected
     torch.testing.assert_close(TimeGrid(flow, 3).times, torch.tensor([3000, 2000, 1000, 0]) / 3)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_a_shifted_flow_has_diffusers_own_sigmas(shift: float) -> None:
+    schedule, grid = NoiseSchedule("flow", shift=shift), TimeGrid(NoiseSchedule("flow", shift=shift), 4)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=(grid.times[:-1] / 1000).tolist())
+    alpha, sigma = schedule.coefficients(grid.times)
+    torch.testing.assert_close(sigma.float(), scheduler.sigmas)
+    torch.testing.assert_close(alpha + sigma, torch.ones(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("kind", "shift"), [("flow", 0.0), ("flow", math.inf), ("flow", math.nan), ("cosine", 3.0)])
+def test_a_shift_that_is_not_positive_or_not_of_flow_is_refused(kind: Kind, shift: float) -> None:
+    with pytest.raises(ValueError, match=f"shift={shift} with the '{kind}' schedule: need a positive, finite number, and 1 unless"):
+        NoiseSchedule(kind, shift=shift)
 
 
 @pytest.mark.parametrize("kind", get_args(GridKind))
