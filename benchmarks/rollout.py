@@ -40,7 +40,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from ddil_agents.collect import Collector
 from ddil_env import DenoisingEnv, Expert, ExpertPolicy, StudentPolicy, TimeGrid, load_expert
-from ddil_env.experts.stable_diffusion import PromptedUNet
+from ddil_env.pipelines.networks import PromptedUNet
+from ddil_env.pipelines.prompts import Embeddings
 from ddil_env.rollout import unroll
 
 GUIDANCE = 7.5
@@ -109,7 +110,7 @@ def bare_sd(expert: Any, grid: TimeGrid, x_T: Tensor, c: Tensor) -> dict[str, Wa
     """ε-prediction, guided: x ← (α_s/α_t) x + (σ_s − α_s σ_t/α_t) ε̂."""
     times = [t.expand(2 * len(x_T)) for t in grid.times[:-1]]
     steps = [(t, a_s / a, b_s - a_s * b / a) for t, (a, b, a_s, b_s) in zip(times, numbers(expert, grid), strict=True)]
-    unet, table = expert.network.unet, expert.network.table
+    unet, table = expert.network.unet, expert.network.embeddings.tables["text"]
     dtype = unet.dtype  # diffusers walks all parameters to tell it
     text = torch.cat([table[c], table[-1:].expand(len(c), -1, -1)])  # (2b, tokens, channels)
 
@@ -129,7 +130,7 @@ def bare_sd(expert: Any, grid: TimeGrid, x_T: Tensor, c: Tensor) -> dict[str, Wa
 
     # First-order DPM-Solver++ that ends at σ = 0 is DDIM, here at our times: the scheduler that `save_student` writes.
     scheduler = DPMSolverMultistepScheduler(
-        **expert.noise,
+        **expert.noise.options,
         solver_order=1,
         algorithm_type="dpmsolver++",
         final_sigmas_type="zero",
@@ -170,7 +171,7 @@ def ways(name: str, device: str, nothing: bool = False) -> dict[str, Way]:
         config = UNETS[name]
         unet = UNet2DConditionModel(**config).to(device, getattr(torch, dtype)).eval().requires_grad_(False)
         table = torch.randn(9, 77, config["cross_attention_dim"], device=device, dtype=unet.dtype)
-        expert.network = PromptedUNet(unet, table)
+        expert.network = PromptedUNet(unet, Embeddings({"text": table}))
         expert.sample_shape = (4, config["sample_size"], config["sample_size"])
     if nothing:
         expert.network.unet = Nothing(expert.network.unet)

@@ -17,11 +17,12 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny_sd import write_tiny_sd
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from ddil_env.expert import Denoiser, Expert, NetworkDenoiser
-from ddil_env.experts import stable_diffusion
 from ddil_env.experts.stable_diffusion import PROMPTS, Dtype, PromptedUNet, StableDiffusion
 from ddil_env.mdp import Kernel
+from ddil_env.pipelines import folder as pipeline_folder
 from ddil_env.policy import StudentPolicy
 from ddil_env.rollout import unroll
 from ddil_env.schedule import TimeGrid, ddim_step
@@ -84,6 +85,10 @@ def assert_same_samples(ours: Tensor, theirs: Tensor) -> None:
     assert (ours - theirs).abs().max() <= 1e-4 * max(1.0, float(ours.std()))
 
 
+def table_of(expert: StableDiffusion) -> Tensor:
+    return expert.embeddings.tables["text"]
+
+
 def network_of(student: NetworkDenoiser) -> PromptedUNet:
     assert isinstance(student.network, PromptedUNet)
     return student.network
@@ -95,7 +100,7 @@ def network_of(student: NetworkDenoiser) -> PromptedUNet:
 def test_the_contract_holds(expert: StableDiffusion) -> None:
     assert expert.sample_shape == (4, 8, 8)
     assert (expert.num_conditions, expert.null_condition) == (3, 3)
-    assert expert.network.table.shape == (4, 16, 16)  # 3 prompts and ""; 16 tokens of 16 channels
+    assert table_of(expert).shape == (4, 16, 16)  # 3 prompts and ""; 16 tokens of 16 channels
     x_t, c = start()
     pred = expert.predict(x_t, torch.full((3,), 500.0), c)
     alpha, sigma = expert.schedule(pred.t, x_t)
@@ -139,7 +144,7 @@ def test_prompts_and_guidance_change_the_samples(expert: StableDiffusion) -> Non
 @pytest.mark.parametrize("b", [3, 8, 16])  # 8 is the latent's side, 16 the text's width
 def test_a_guided_pair_is_one_forward_of_2b(eps_expert: StableDiffusion, b: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
-    hook = eps_expert.network.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    hook = eps_expert.network.core.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     monkeypatch.setattr(eps_expert, "nfe", 0)
     pred = eps_expert.guided(*(start(b)[0], torch.full((b,), 999.0), start(b)[1]))
     hook.remove()
@@ -149,13 +154,13 @@ def test_a_guided_pair_is_one_forward_of_2b(eps_expert: StableDiffusion, b: int,
 
 
 def test_reading_prompts_runs_the_text_encoder_once(eps_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, batches = stable_diffusion.CLIPTextModel.forward, []
+    forward, batches = CLIPTextModel.forward, []
 
     def counted(self: object, input_ids: Tensor, **kwargs: object) -> object:
         batches.append(len(input_ids))
         return forward(self, input_ids, **kwargs)
 
-    monkeypatch.setattr(stable_diffusion.CLIPTextModel, "forward", counted)
+    monkeypatch.setattr(CLIPTextModel, "forward", counted)
     expert = StableDiffusion(str(eps_folder), [f"{i}" for i in range(100)])
     assert batches == [64, 37]
     expert.guided(*(start()[0], torch.full((3,), 999.0), start()[1]))
@@ -165,7 +170,7 @@ def test_reading_prompts_runs_the_text_encoder_once(eps_folder: Path, monkeypatc
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_half_precision_expert_reasons_in_float32(eps_folder: Path, eps_expert: StableDiffusion, dtype: Dtype) -> None:
     half = StableDiffusion(str(eps_folder), WORDS, dtype=dtype)
-    assert half.network.unet.dtype == half.network.table.dtype == getattr(torch, dtype)
+    assert half.network.core.dtype == table_of(half).dtype == getattr(torch, dtype)
     (x_t, c), t = start(), torch.full((3,), 250.0)
     pred, exact = half.predict(x_t, t, c), eps_expert.predict(x_t, t, c)
     assert pred.x_0.dtype == pred.eps.dtype == torch.float32
@@ -221,9 +226,9 @@ def test_student_starts_as_the_teacher(expert: StableDiffusion) -> None:
 def test_student_and_its_copies_share_the_table(eps_expert: StableDiffusion) -> None:
     student = eps_expert.make_student()
     for denoiser in (student, copy.deepcopy(student)):
-        assert network_of(denoiser).table.data_ptr() == eps_expert.network.table.data_ptr()
-    assert not any("table" in name for name in student.state_dict())
-    teacher, own = eps_expert.network.unet.conv_in.weight, network_of(student).unet.conv_in.weight
+        assert network_of(denoiser).embeddings is eps_expert.embeddings
+    assert {name.split(".")[1] for name in student.state_dict()} == {"unet"}
+    teacher, own = eps_expert.network.core.conv_in.weight, network_of(student).unet.conv_in.weight
     assert own.data_ptr() != teacher.data_ptr()
 
 
@@ -265,7 +270,7 @@ def test_saved_student_reads_back_bit_for_bit(expert: StableDiffusion, tmp_path:
     expert.save_student(student, tmp_path, 4)
     again = expert.load_student(tmp_path, gradient_checkpointing=True)
     assert again.prediction_type == student.prediction_type
-    assert network_of(again).table.data_ptr() == expert.network.table.data_ptr()
+    assert network_of(again).embeddings is expert.embeddings
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
 
@@ -309,7 +314,8 @@ def unrolled(
         (4, "lcm", "num_inference_steps=4,"),
         (3, "lcm", "num_inference_steps=3,"),
         (1, "lcm", "num_inference_steps=1,"),
-        (4, "dmd2", "timesteps=[999, 749, 499, 249],"),
+        (4, "dmd2", "num_inference_steps=4,"),
+        (3, "dmd2", "timesteps=[999, 666, 333],"),
         (4, "linspace", "timesteps=[999, 749, 500, 250],"),
         (60, "trailing", "timesteps=[999, 982, "),
     ],
@@ -321,7 +327,7 @@ def test_a_student_of_the_renoise_kernel_is_a_pipeline_that_draws_our_samples(
     expert.save_student(student, tmp_path, num_steps, grid, kernel="renoise")
     card = (tmp_path / "README.md").read_text()
     assert call in card
-    assert "draws fresh noise" in card
+    assert ("draws fresh noise" in card) == (num_steps > 1)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path)
     assert isinstance(pipeline.scheduler, LCMScheduler)
     theirs = pipeline_latents(pipeline, generator=torch.Generator().manual_seed(3), **call_of(tmp_path))
@@ -361,13 +367,12 @@ def test_a_student_of_any_prediction_type_is_saved_as_that(expert: StableDiffusi
 def test_a_saved_student_loads_with_its_own_options_alone(eps_expert: StableDiffusion, tmp_path: Path) -> None:
     for told in (False, True):
         eps_expert.save_student(eps_expert.make_student(guidance_embedding=told), tmp_path / f"{told}", 4)
-        dimension = 256 if told else None
-        with pytest.raises(ValueError, match=f"time_cond_proj_dim={dimension}, which does not go with guidance_embedding={not told}"):
+        with pytest.raises(ValueError, match=f"was made with guidance_embedding={told}, not {not told}; pass the options"):
             eps_expert.load_student(tmp_path / f"{told}", guidance_embedding=not told)
         assert eps_expert.load_student(tmp_path / f"{told}", guidance_embedding=told).guidance_embedding == told
     with pytest.raises(ValueError, match="predicts eps; pass prediction_type='eps', not 'v'"):
         eps_expert.load_student(tmp_path / "False", prediction_type="v")
-    assert eps_expert.network.unet.config.time_cond_proj_dim is None  # the teacher's own configuration is untouched
+    assert eps_expert.network.core.config.time_cond_proj_dim is None  # the teacher's own configuration is untouched
     with pytest.raises(ValueError, match="has time_cond_proj_dim=256, but a text-to-image UNet"):
         StableDiffusion(str(tmp_path / "True"), WORDS)
 
@@ -414,7 +419,7 @@ def test_an_absent_hub_model_names_all_the_places(tmp_path: Path, monkeypatch: p
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(stable_diffusion, "model_info", unreachable)
+    monkeypatch.setattr(pipeline_folder, "model_info", unreachable)
     with pytest.raises(ValueError, match=r"did not give it .*no route to host"):
         StableDiffusion("nobody/nothing")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -424,7 +429,7 @@ def test_an_absent_hub_model_names_all_the_places(tmp_path: Path, monkeypatch: p
 
 def test_a_cached_hub_model_needs_no_hub(eps_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(stable_diffusion, "model_info", None)  # a call would raise
+    monkeypatch.setattr(pipeline_folder, "model_info", None)  # a call would raise
     repository, commit = tmp_path / "models--nobody--tiny", "0" * 40
     shutil.copytree(eps_folder, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
@@ -499,7 +504,7 @@ def test_checkpoints_of_stable_diffusions_own_age_load(eps_expert: StableDiffusi
         pictures = {name.replace(now, then) if "attentions" in name else name: tensor for name, tensor in pictures.items()}
     save_file(pictures, vae, metadata={"format": "pt"})
     expert = StableDiffusion(str(broken), WORDS)
-    assert torch.equal(expert.network.table, eps_expert.network.table)
+    assert torch.equal(table_of(expert), table_of(eps_expert))
     assert torch.equal(expert.decode(start()[0]), eps_expert.decode(start()[0]))
 
 
@@ -532,7 +537,7 @@ def test_a_unet_for_another_task_is_refused(broken: Path, entry: dict[str, int])
     path = broken / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **entry}))
     ((key, value),) = entry.items()
-    with pytest.raises(ValueError, match=f"has {key}={value}, but a text-to-image UNet"):
+    with pytest.raises(ValueError, match=f"has {key}={value}, but a"):
         StableDiffusion(str(broken), WORDS)
 
 
@@ -567,7 +572,7 @@ def test_students_that_do_not_belong_are_refused(eps_expert: StableDiffusion, tm
     with pytest.raises(ValueError, match="unknown kernel 'ddpm'; choose one of: ddim, renoise"):
         eps_expert.save_student(eps_expert.make_student(), tmp_path / "new", 4, kernel="ddpm")
     assert not (tmp_path / "new").exists()
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match=r"no model_index\.json in"):
         eps_expert.load_student(tmp_path)
     eps_expert.save_student(eps_expert.make_student(), tmp_path, 4)
     config = tmp_path / "unet" / "config.json"

@@ -1,0 +1,129 @@
+"""A pipeline's network as a function of condition ids: (x_t, t, c) → an output of x_t's shape, and w if it is told guidance."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from ddil_env.guidance import GUIDANCE_FEATURES, guidance_features, zero_projection
+from ddil_env.pipelines.prompts import Embeddings
+
+
+class PipelineNetwork(nn.Module, ABC):
+    """One of diffusers' networks, which computes in its own dtype, and what it looks up for a condition id.
+
+    Attributes:
+        interface: Entries of the network's configuration in which a student must agree with its teacher.
+    """
+
+    interface: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels")
+
+    @property
+    @abstractmethod
+    def core(self) -> Any:
+        """diffusers' network."""
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        """The output, (b, *sample_shape)."""
+
+    @abstractmethod
+    def features(self, sample_shape: tuple[int, ...]) -> nn.Module:
+        """The layer in the middle, whose output (b, channels, *any) a discriminator reads."""
+
+    def embed_guidance(self) -> None:
+        """Lets the network be told w.
+
+        Raises:
+            ValueError: it has no input for it.
+        """
+        raise ValueError(
+            f"{type(self.core).__name__} has no input for the guidance scale, and no pipeline could tell it; "
+            "train without guidance_range (guidance_embedding=False)"
+        )
+
+    @staticmethod
+    def is_told(config: dict[str, Any]) -> bool:
+        """Whether a network of that configuration is told w."""
+        return False
+
+
+class PromptedUNet(PipelineNetwork):
+    """A UNet that reads a text by cross-attention: (x_t, t, c) → unet(x_t, t, text of c), and w by `time_cond_proj_dim`.
+
+    Args:
+        unet: Computes in its own dtype.
+        embeddings: `text`, (prompts + 1, tokens, channels).
+    """
+
+    interface = ("in_channels", "out_channels", "cross_attention_dim")
+
+    def __init__(self, unet: UNet2DConditionModel, embeddings: Embeddings) -> None:
+        super().__init__()
+        self.unet = unet
+        self.embeddings = embeddings
+
+    @property
+    def core(self) -> UNet2DConditionModel:
+        return self.unet
+
+    def embed_guidance(self) -> None:
+        """Lets the network be told w, by diffusers' own `time_cond_proj_dim`: its pipelines then embed guidance_scale − 1."""
+        time_embedding = self.unet.time_embedding
+        time_embedding.cond_proj = zero_projection(time_embedding.linear_1.in_features).to(time_embedding.linear_1.weight.device)
+        self.unet.register_to_config(time_cond_proj_dim=GUIDANCE_FEATURES)
+
+    @staticmethod
+    def is_told(config: dict[str, Any]) -> bool:
+        return config.get("time_cond_proj_dim") == GUIDANCE_FEATURES
+
+    def features(self, sample_shape: tuple[int, ...]) -> nn.Module:
+        """The UNet's middle, (b, channels, h, w)."""
+        return self.unet.mid_block
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        dtype = self.unet.conv_in.weight.dtype  # `unet.dtype` walks every parameter: 0.4 ms a time on a small UNet
+        rows = {name: row.to(dtype) for name, row in self.embeddings.rows(c, len(x_t)).items()}
+        h = None if w is None else guidance_features(w).to(dtype)  # (b, 256)
+        output: Tensor = self.unet(x_t.to(dtype), t, rows["text"], timestep_cond=h, added_cond_kwargs=self.added(rows)).sample
+        return output
+
+    def added(self, rows: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """What the UNet is told besides."""
+        return None
+
+
+class TokenMap(nn.Module):
+    """Tokens (b, h·w, channels) as a map (b, channels, h, w): how a discriminator sees a transformer's block."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.size = height, width
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens.transpose(1, 2).unflatten(2, self.size)
+
+
+def token_features(
+    blocks: nn.ModuleList, patch: int, sample_shape: tuple[int, ...], tokens: Callable[[Any], Tensor] = lambda output: output
+) -> nn.Module:
+    """A layer that shows the middle block's tokens as a map, (b, channels, h, w), whenever that block runs.
+
+    Args:
+        blocks: The transformer's.
+        patch: Side of a token, in latent pixels.
+        sample_shape: (channels, height, width).
+        tokens: Those of the picture, (b, h·w, channels), of a block's output.
+    """
+    layer = TokenMap(*(side // patch for side in sample_shape[1:]))
+
+    def show(block: nn.Module, given: object, output: Any) -> None:
+        layer(tokens(output))
+
+    blocks[math.ceil(len(blocks) / 2) - 1].register_forward_hook(show)
+    return layer
