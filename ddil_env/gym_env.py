@@ -334,9 +334,10 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
 
 
 def register_envs() -> None:
-    """Registers every preset of configs/env as ddil/<Name>-v0: digits → ddil/Digits-v0, sd15 → ddil/SD15-v0."""
+    """Registers every preset of configs/env as ddil/<Name>-v0: digits → ddil/Digits-v0, sd15 → ddil/SD15-v0, dit → ddil/DiT-v0."""
+    spelt = {"dit": "DiT", "ddpm": "DDPM"}
     for preset in preset_names("env"):
-        name = "".join(part.upper() if part[:2] in ("sd", "ss") else part.capitalize() for part in preset.split("_"))
+        name = "".join(part.upper() if part[:2] in ("sd", "ss") else spelt.get(part, part.capitalize()) for part in preset.split("_"))
         if (env_id := f"ddil/{name}-v0") not in gymnasium.registry:
             gymnasium.register(
                 id=env_id,

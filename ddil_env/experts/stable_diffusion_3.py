@@ -1,0 +1,141 @@
+"""Stable Diffusion 3 and 3.5 as an expert: any `StableDiffusion3Pipeline`, a flow-matching transformer (Esser et al. 2024).
+
+    û = Transformer(x_t, 1000 σ_t, [text₁(c), text₂(c); T5(c)], [pooled₁(c), pooled₂(c)]) ,   u = ε − x_0
+    x_t = (1 − σ_t) x_0 + σ_t ε ,   σ_t = s u/(1 + (s − 1) u) ,  u = t/1000          s: the scheduler's shift
+
+The third text encoder, T5, may be absent from the folder or left out; zeros then stand where its tokens were, as in the pipeline, and
+diffusers loads the student's folder if `text_encoder_3=None, tokenizer_3=None` are passed, as its README.md says.
+What cannot be written as a pipeline is refused: students of another prediction type than flow, and students that are told the guidance.
+
+    python -m ddil_agents.dagger --env sd3 --env.model ./stable-diffusion-3.5-medium --env.prompts prompts.txt --env.t5 false
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from ddil_env.pipelines.expert import Dtype, Embed, PromptedExpert
+from ddil_env.pipelines.folder import PipelineFolder
+from ddil_env.pipelines.networks import PipelineNetwork, token_features
+from ddil_env.pipelines.prompts import Embeddings, TextReader, read_prompts
+from ddil_env.pipelines.samplers import FlowNoise
+from ddil_env.schedule import NoiseSchedule
+
+MODELS = {
+    "transformer": SD3Transformer2DModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModelWithProjection,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "text_encoder_3": T5EncoderModel,
+}
+TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5TokenizerFast}
+T5 = ("text_encoder_3", "tokenizer_3")
+T5_TOKENS = 256  # the pipeline's max_sequence_length
+
+
+class SD3(PipelineNetwork):
+    """A transformer that reads texts beside the picture's tokens: (x_t, t, c) → û.
+
+    Args:
+        transformer: Computes in its own dtype.
+        embeddings: `clip`, (prompts + 1, tokens, channels), `pooled`, (prompts + 1, channels), and `t5`, (prompts + 1, 256, channels),
+            unless the third encoder is left out.
+        schedule: Gives the network's time, 1000 σ_t.
+    """
+
+    interface = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "patch_size")
+
+    def __init__(self, transformer: SD3Transformer2DModel, embeddings: Embeddings, schedule: NoiseSchedule) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.embeddings = embeddings
+        self.schedule = schedule
+
+    @property
+    def core(self) -> SD3Transformer2DModel:
+        return self.transformer
+
+    def features(self, sample_shape: tuple[int, ...]) -> nn.Module:
+        """The picture's tokens after the block in the middle, (b, channels, h, w)."""
+        blocks, patch = self.transformer.transformer_blocks, self.transformer.config.patch_size
+        return token_features(blocks, patch, sample_shape, lambda output: output[1])  # [0] is the text
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        dtype = self.transformer.pos_embed.proj.weight.dtype
+        rows = {name: row.to(dtype) for name, row in self.embeddings.rows(c, len(x_t)).items()}
+        width = self.transformer.config.joint_attention_dim
+        clip = pad(rows["clip"], (0, width - rows["clip"].shape[-1]))  # (b, tokens, width)
+        t5 = rows["t5"] if "t5" in rows else clip.new_zeros(len(x_t), T5_TOKENS, width)
+        _, sigma = self.schedule.coefficients(t, torch.float32)
+        output: Tensor = self.transformer(
+            hidden_states=x_t.to(dtype),
+            timestep=sigma * self.schedule.num_train_steps,
+            encoder_hidden_states=torch.cat([clip, t5], dim=1),
+            pooled_projections=rows["pooled"],
+        ).sample
+        return output
+
+
+class StableDiffusion3(PromptedExpert):
+    """A Stable Diffusion 3 or 3.5 teacher.
+
+    Args:
+        model: A folder that holds model_index.json, or a hub id.
+        prompts: A list, a text file with one prompt a line, or COCO's captions (.json); default: 16 built-in ones.
+        guidance_scale: Classifier-free guidance in diffusers' convention, 1 is none.
+        t5: Whether the third text encoder, of 9 GB in half precision, is read where the folder has one; students are saved with it.
+        dtype: Of the transformer and the VAE. x̂_0 and ε̂ are float32 in any case.
+        height, width: Of the pictures, in pixels; default: what the transformer was trained on.
+        max_batch: Samples put through the transformer at once (a guided pair counts as one) when states are labelled or sampled.
+        local_files_only: Never ask the hub.
+        device: Where it computes.
+
+    Raises:
+        ValueError: as `StableDiffusion`; also a scheduler that is not FlowMatchEulerDiscreteScheduler with one shift.
+    """
+
+    noise_kind = FlowNoise
+
+    def __init__(
+        self,
+        model: str = "stabilityai/stable-diffusion-3.5-medium",
+        prompts: str | list[str] | None = None,
+        guidance_scale: float = 7.0,
+        t5: bool = True,
+        dtype: Dtype = "float32",
+        height: int | None = None,
+        width: int | None = None,
+        max_batch: int = 4,
+        local_files_only: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        texts = read_prompts(prompts)
+        without = () if t5 else T5
+        files = PipelineFolder.find(model, StableDiffusion3Pipeline, MODELS, TOKENIZERS, T5, without, local_files_only)
+        shape = self.latent_shape(files, height, width, files.config("transformer").get("patch_size", 2))
+        files.require("transformer", "a text-to-image transformer over this VAE", out_channels=shape[0])
+        super().__init__(files, shape, texts, guidance_scale=guidance_scale, dtype=dtype, max_batch=max_batch, model=model, device=device)
+
+    def wrap(self, core: Any) -> SD3:
+        return SD3(core, self.embeddings, self.schedule)
+
+    def embedder(self) -> Embed:
+        first, second = (TextReader(self.files, number, self.device) for number in ("", "_2"))
+        third = TextReader(self.files, "_3", self.device, T5_TOKENS) if "text_encoder_3" in self.files.models else None
+
+        def embed(texts: Sequence[str]) -> dict[str, Tensor]:
+            clips = [reader(texts, lambda output: (output.hidden_states[-2], output.text_embeds)) for reader in (first, second)]
+            text, pooled = (torch.cat(column, dim=-1) for column in zip(*clips, strict=True))
+            rows = {"clip": text, "pooled": pooled}  # (n, tokens, both's channels), (n, both's channels)
+            if third is not None:
+                (rows["t5"],) = third(texts, lambda output: (output.last_hidden_state,))  # (n, 256, channels)
+            return {name: row.to(self.dtype) for name, row in rows.items()}
+
+        return embed

@@ -1,0 +1,114 @@
+"""SDXL and its distilled kin (SSD-1B, Segmind-Vega) as an expert: any `StableDiffusionXLPipeline`.
+
+    ε̂ or v̂ = UNet(x_t, t, [text₁(c), text₂(c)], pooled₂(c), sizes)        Podell et al. 2023, §2.2
+
+The network reads the next-to-last layers of two text encoders side by side, the pooled output of the second, and six numbers: the
+size and crop of the training picture and the size asked for, here all of the picture itself. Guidance pushes away from zeros
+where the pipeline says so (`force_zeros_for_empty_prompt`), from the empty prompt otherwise.
+
+    python -m ddil_agents.dmd2 --env ssd1b --env.model ./SSD-1B --env.prompts prompts.txt
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ddil_env.pipelines.expert import Dtype, Embed, PromptedExpert
+from ddil_env.pipelines.folder import PipelineFolder
+from ddil_env.pipelines.networks import PromptedUNet
+from ddil_env.pipelines.prompts import Embeddings, TextReader, read_prompts
+from ddil_env.pipelines.samplers import DiffusionNoise
+
+MODELS = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
+TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer}
+
+
+class SDXLUNet(PromptedUNet):
+    """A UNet that is told pooled embeddings and sizes besides.
+
+    Args:
+        unet: Computes in its own dtype.
+        embeddings: `text`, (prompts + 1, tokens, channels), and `pooled`, (prompts + 1, channels).
+        time_ids: Original height and width, top and left of the crop, height and width asked for.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, embeddings: Embeddings, time_ids: tuple[int, ...]) -> None:
+        super().__init__(unet, embeddings)
+        self.time_ids = time_ids
+
+    def added(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        pooled = rows["pooled"]
+        return {"text_embeds": pooled, "time_ids": pooled.new_tensor(self.time_ids).expand(len(pooled), -1)}  # (b, channels), (b, 6)
+
+
+class StableDiffusionXL(PromptedExpert):
+    """An SDXL or SSD-1B teacher.
+
+    Args:
+        model: A folder that holds model_index.json, or a hub id.
+        prompts: A list, a text file with one prompt a line, or COCO's captions (.json); default: 16 built-in ones.
+        guidance_scale: Classifier-free guidance in diffusers' convention, 1 is none.
+        dtype: Of the UNet and the VAE; the VAE is in float32 where float16 makes it overflow.
+        height, width: Of the pictures, in pixels; default: what the UNet was trained on.
+        max_batch: Samples put through the UNet at once (a guided pair counts as one) when states are labelled or sampled.
+        local_files_only: Never ask the hub.
+        device: Where it computes.
+
+    Raises:
+        ValueError: as `StableDiffusion`.
+    """
+
+    noise_kind = DiffusionNoise
+
+    def __init__(
+        self,
+        model: str = "stabilityai/stable-diffusion-xl-base-1.0",
+        prompts: str | list[str] | None = None,
+        guidance_scale: float = 5.0,
+        dtype: Dtype = "float32",
+        height: int | None = None,
+        width: int | None = None,
+        max_batch: int = 4,
+        local_files_only: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        texts = read_prompts(prompts)
+        files = PipelineFolder.find(model, StableDiffusionXLPipeline, MODELS, TOKENIZERS, local_files_only=local_files_only)
+        shape = self.latent_shape(files, height, width)
+        files.require("unet", "an SDXL UNet over this VAE", out_channels=shape[0], time_cond_proj_dim=None, addition_embed_type="text_time")
+        stride = 2 ** (len(files.config("vae").get("block_out_channels", [0])) - 1)
+        size = (shape[1] * stride, shape[2] * stride)
+        self.time_ids = (*size, 0, 0, *size)
+        self.zero_null = bool(files.index.get("force_zeros_for_empty_prompt", True))
+        super().__init__(files, shape, texts, guidance_scale=guidance_scale, dtype=dtype, max_batch=max_batch, model=model, device=device)
+
+    def pipeline_options(self) -> dict[str, Any]:
+        return {"force_zeros_for_empty_prompt": self.zero_null, "add_watermarker": False}
+
+    def wrap(self, core: Any) -> SDXLUNet:
+        return SDXLUNet(core, self.embeddings, self.time_ids)
+
+    def embedder(self) -> Embed:
+        first, second = (TextReader(self.files, number, self.device) for number in ("", "_2"))
+
+        def embed(texts: Sequence[str]) -> dict[str, Tensor]:
+            (text,) = first(texts, lambda output: (output.hidden_states[-2],))
+            text_2, pooled = second(texts, lambda output: (output.hidden_states[-2], output.text_embeds))
+            rows = {"text": torch.cat([text, text_2], dim=-1), "pooled": pooled}  # (n, tokens, both's channels), (n, channels)
+            if self.zero_null:
+                empty = torch.tensor([not text for text in texts], device=self.device)
+                rows = {name: row.masked_fill(empty.reshape(-1, *(1,) * (row.ndim - 1)), 0.0) for name, row in rows.items()}
+            return {name: row.to(self.dtype) for name, row in rows.items()}
+
+        return embed
