@@ -1,0 +1,75 @@
+"""Facts about examples/: an expert in a package of its own is found by its entry point and by its class path, and trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SMALL = ["--num_updates", "3", "--batch_size", "8", "--collect_size", "16", "--evaluate.n", "16", "--evaluate.n_paths", "4"]
+
+
+def run(arguments: list[str], cwd: Path, path: Path) -> str:
+    found = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, env={**os.environ, "PYTHONPATH": found}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's package, installed beside nothing else and without a network."""
+    folder = tmp_path_factory.mktemp("installed")
+    source = shutil.copytree(EXAMPLES / "my_expert", folder / "source")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--target"]
+    subprocess.run([*pip, str(folder / "site"), str(source)], check=True, capture_output=True)
+    return folder / "site"
+
+
+def test_an_installed_expert_trains_by_its_entry_point(installed: Path, tmp_path: Path) -> None:
+    command = ["-m", "ddil_agents.dagger", "--env.expert", "smooth_signals", "--env.length", "32", *SMALL, "--out", "run"]
+    run(command, tmp_path, installed)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["env_config"] == {"expert": "smooth_signals", "length": 32, "smoothness": 6.0}
+    assert result["num_updates"] == 3
+    assert (tmp_path / "run" / "samples.png").is_file()
+
+
+def test_a_yaml_names_the_entry_point(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "signals.yaml").write_text("expert: smooth_signals\nlength: 16\n")
+    code = "import ddil_env; e = ddil_env.load_expert('signals.yaml'); ddil_env.check_expert(e); print(type(e).__module__, e.sample_shape)"
+    assert run(["-c", code], tmp_path, installed) == "my_expert (1, 16)\n"
+
+
+def test_a_module_on_the_path_trains_by_its_class_path(tmp_path: Path) -> None:
+    command = ["-m", "ddil_agents.bc", "--env.expert", "my_expert.SmoothSignals", "--env.length", "16", *SMALL, "--out", "run"]
+    run(command, tmp_path, EXAMPLES / "my_expert")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["env_config"]["length"] == 16
+    run([str(EXAMPLES / "my_expert" / "my_expert.py")], tmp_path, tmp_path)
+
+
+def test_the_examples_denoiser_is_the_posterior_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "my_expert"))
+    from my_expert import SmoothSignals
+
+    expert = SmoothSignals(length=16)
+    generator = torch.Generator().manual_seed(0)
+    x_0, _ = expert.sample_data(100_000, generator)
+    t = torch.full((len(x_0),), 600.0)
+    x_t = expert.schedule.add_noise(x_0, torch.randn(x_0.shape, generator=generator), t)
+    error = x_0 - expert.predict(x_t, t).x_0
+    assert float((error * x_t).mean(0).abs().max()) < 0.02  # what is left is uncorrelated with what was seen
+
+
+def test_the_readme_shows_what_the_package_says() -> None:
+    readme = (EXAMPLES / "README.md").read_text()
+    (toml,) = re.findall(r"```toml\n(.*?)```", readme, re.S)
+    assert toml in (EXAMPLES / "my_expert" / "pyproject.toml").read_text()
