@@ -25,7 +25,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ddil_env.schedule import NoiseSchedule, Prediction, PredictionType
+from ddil_env.schedule import NoiseSchedule, Prediction, PredictionType, TimeGrid
 from ddil_env.support import Support, Unbounded
 
 __all__ = ["Denoiser", "Expert", "NetworkDenoiser", "NoDataError", "Prediction", "check_device"]
@@ -257,6 +257,20 @@ class Expert(ABC):
         from safetensors.torch import save_model
 
         save_model(student, str(directory / "student.safetensors"))
+
+    def check_export(
+        self, num_steps: int, grid: str = "linspace", kernel: str = "ddim", prediction_type: PredictionType | None = None
+    ) -> None:
+        """Refuses, before any training, a student that `save_student` would refuse after it.
+
+        Args:
+            num_steps, grid, kernel: As in `save_student`.
+            prediction_type: The student's; default: what `make_student` gives.
+
+        Raises:
+            ValueError: an impossible grid, or a way to sample that the format of this expert's students has no place for.
+        """
+        TimeGrid(self.schedule, num_steps, grid)  # type: ignore[arg-type]  # checked there
 
     def load_student(self, directory: Path, *args: Any, **overrides: Any) -> NetworkDenoiser:
         """Reads what `save_student` wrote, into `make_student` with the same options.

@@ -99,10 +99,14 @@ def drawn(pipeline: Any, **arguments: Any) -> Tensor:
     return kept[-1][:N]  # DiT's are doubled under guidance
 
 
-def assert_same_samples(ours: Tensor, theirs: Tensor) -> None:
-    """Equal to 1e-4 in units of the latents' spread: a random ε-network's have spread 16, where float32 resolves 1e-5."""
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest, in units of the latents' spread: a random ε-network's have spread 16 to 280, where float32 resolves no 1e-5."""
     assert torch.isfinite(ours).all()
-    assert (ours - theirs).abs().max() <= 1e-4 * max(1.0, float(ours.std()))
+    return float((ours - theirs).abs().max()) / max(1.0, float(ours.std()))
+
+
+def assert_same_samples(ours: Tensor, theirs: Tensor) -> None:
+    assert difference(ours, theirs) <= 1e-5
 
 
 def trained(expert: Any, **given: Any) -> NetworkDenoiser:
@@ -280,7 +284,7 @@ def test_a_saved_student_is_a_pipeline_that_draws_our_samples(
     ours = sampled(StudentPolicy(student, expert), expert, num_steps, grid, kernel)
     assert_same_samples(ours, theirs)
     teachers = sampled(ExpertPolicy(expert, guidance_scale=1.0, project=False), expert, num_steps, grid, kernel)
-    assert (ours - teachers).abs().max() > 0.01  # it is the student that was saved
+    assert difference(ours, teachers) > 1e-3  # it is the student that was saved
 
 
 @pytest.mark.parametrize(("grid", "kernel"), [("linspace", "ddim"), ("lcm", "renoise")])
@@ -296,7 +300,7 @@ def test_a_told_student_is_a_pipeline_that_hears_the_scale(
     ours = sampled(StudentPolicy(student, expert, guidance_scale=guidance_scale), expert, 4, grid, kernel)
     assert_same_samples(ours, theirs)
     other = sampled(StudentPolicy(student, expert, guidance_scale=guidance_scale + 1), expert, 4, grid, kernel)
-    assert (ours - other).abs().max() > 0.01
+    assert difference(ours, other) > 1e-3
     assert expert.load_student(tmp_path, guidance_embedding=True).guidance_embedding
 
 
@@ -328,11 +332,11 @@ def test_times_that_a_pipelines_call_cannot_be_given_are_refused(family: str, ex
     expert = experts[family]
     for num_steps, grid, kernel, cure in ((4, "lcm", "ddim", "linspace or trailing"), (4, "linspace", "renoise", "lcm")):
         with pytest.raises(ValueError, match=rf"grid='{grid}' in 4 steps .* takes a number of steps and no timesteps.*choose grid {cure}"):
-            expert.check_export("eps", num_steps, grid, kernel)
+            expert.check_export(num_steps, grid, kernel)
         with pytest.raises(ValueError, match="takes a number of steps"):
             expert.save_student(expert.make_student(), tmp_path / "student", num_steps, grid, kernel)
     assert not (tmp_path / "student").exists()
-    expert.check_export("eps", 5, "lcm", "ddim")  # every tenth of 50 times is trailing's
+    expert.check_export(5, "lcm", "ddim")  # every tenth of 50 times is trailing's
 
 
 @pytest.mark.parametrize("kind", ["v", "x_0"])
@@ -442,7 +446,7 @@ def test_sd3_reads_t5_where_it_is_there_and_wanted(tmp_path: Path) -> None:
     with_t5 = sampled(ExpertPolicy(whole, guidance_scale=5.0), whole, 2)
     assert_same_samples(with_t5, drawn(pipeline, **sigmas))
     without = sampled(ExpertPolicy(less, guidance_scale=5.0), less, 2)
-    assert (with_t5 - without).abs().max() > 1e-3
+    assert difference(with_t5, without) > 1e-3
     for expert in (whole, less):
         student = trained(expert)
         expert.save_student(student, tmp_path / f"{expert is whole}", 2)

@@ -40,16 +40,17 @@ class SDXLUNet(PromptedUNet):
     Args:
         unet: Computes in its own dtype.
         embeddings: `text`, (prompts + 1, tokens, channels), and `pooled`, (prompts + 1, channels).
-        time_ids: Original height and width, top and left of the crop, height and width asked for.
+        time_ids: Original height and width, top and left of the crop, height and width asked for, (6,).
     """
 
-    def __init__(self, unet: UNet2DConditionModel, embeddings: Embeddings, time_ids: tuple[int, ...]) -> None:
+    def __init__(self, unet: UNet2DConditionModel, embeddings: Embeddings, time_ids: Tensor) -> None:
         super().__init__(unet, embeddings)
-        self.time_ids = time_ids
+        self.time_ids: Tensor
+        self.register_buffer("time_ids", time_ids, persistent=False)
 
     def added(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         pooled = rows["pooled"]
-        return {"text_embeds": pooled, "time_ids": pooled.new_tensor(self.time_ids).expand(len(pooled), -1)}  # (b, channels), (b, 6)
+        return {"text_embeds": pooled, "time_ids": self.time_ids.to(pooled.dtype).expand(len(pooled), -1)}  # (b, channels), (b, 6)
 
 
 class StableDiffusionXL(PromptedExpert):
@@ -97,7 +98,7 @@ class StableDiffusionXL(PromptedExpert):
         return {"force_zeros_for_empty_prompt": self.zero_null, "add_watermarker": False}
 
     def wrap(self, core: Any) -> SDXLUNet:
-        return SDXLUNet(core, self.embeddings, self.time_ids)
+        return SDXLUNet(core, self.embeddings, torch.tensor(self.time_ids, dtype=torch.float32, device=self.device))
 
     def embedder(self) -> Embed:
         first, second = (TextReader(self.files, number, self.device) for number in ("", "_2"))

@@ -169,12 +169,17 @@ class PipelineExpert(Expert):
         """The middle of the network, (b, channels, h, w)."""
         return self._own(student, "take features of a {}").features(self.sample_shape)
 
-    def check_export(self, prediction_type: PredictionType, num_steps: int, grid: str = "linspace", kernel: str = "ddim") -> Sampler:
-        """The sampler that a student of this kind would be written with, before there is one.
+    def check_export(
+        self, num_steps: int, grid: str = "linspace", kernel: str = "ddim", prediction_type: PredictionType | None = None
+    ) -> None:
+        """Refuses an impossible grid, an unknown kernel, and times that the pipeline's call cannot be given.
 
         Raises:
-            ValueError: an impossible grid, an unknown kernel, or times that the pipeline's call cannot be given.
+            ValueError: so.
         """
+        self._sampler(prediction_type or self.prediction_type, num_steps, grid, kernel)
+
+    def _sampler(self, prediction_type: PredictionType, num_steps: int, grid: str, kernel: str) -> Sampler:
         sampler = self.noise.sampler(prediction_type, TimeGrid(self.schedule, num_steps, grid), kernel)  # type: ignore[arg-type]  # checked there
         takes = inspect.signature(self.files.pipeline.__call__).parameters
         if strange := [name for name in sampler.arguments if name not in takes]:
@@ -195,7 +200,7 @@ class PipelineExpert(Expert):
             ValueError: the student is not one of this expert's, or what `check_export` refuses.
         """
         network = self._own(student, "save a {} as a pipeline")
-        sampler = self.check_export(student.prediction_type, num_steps, grid, kernel)
+        sampler = self._sampler(student.prediction_type, num_steps, grid, kernel)
         files = self.files
         others = {name: files.load(name) for name in files.models if name != self.denoiser}
         others |= {name: files.tokenizer(name) for name in files.tokenizers} | dict.fromkeys(files.absent)
