@@ -497,6 +497,15 @@ def test_dit_names_its_classes_and_so_do_its_students(experts: dict[str, Any], f
         ClassConditionalDiT(str(index.parent)).captions(torch.tensor([0]))
 
 
+def test_a_dit_of_the_time_of_transformer_2d_model_loads(experts: dict[str, Any], folders: dict[str, Path], tmp_path: Path) -> None:
+    config = Path(shutil.copytree(folders["dit"], tmp_path / "old")) / "transformer" / "config.json"
+    old = {"_class_name": "Transformer2DModel", "attention_type": "default", "cross_attention_dim": None, "num_vector_embeds": None}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **old}))  # as facebook/DiT-XL-2-256 has it
+    expert: Any = ClassConditionalDiT(str(tmp_path / "old"))
+    x_t, t, c = torch.randn(N, *expert.sample_shape), torch.full((N,), 500.0), conditions(expert)
+    assert torch.equal(expert.predict(x_t, t, c).eps, experts["dit"].predict(x_t, t, c).eps)
+
+
 def test_a_dit_without_a_learned_variance_and_of_other_classes_fits_too(tmp_path: Path) -> None:
     expert = ClassConditionalDiT(str(write_tiny_dit(tmp_path / "dit", classes=10, learned_sigma=False)))
     assert (expert.num_conditions, expert.null_condition) == (10, 10)
