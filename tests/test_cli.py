@@ -221,7 +221,7 @@ def test_an_expert_of_ones_own_is_found_by_its_class_path() -> None:
         ),
         (["--env", "nothing.yaml"], "no file 'nothing.yaml'"),
         (["--env"], "--env needs a value"),
-        ([], r"which expert\? pass --env NAME; presets: digits"),
+        ([], r"which expert\? pass --env NAME; presets: ddpm, digits"),
         ([*ENV, "--config", "absent.yaml"], "no file 'absent.yaml'"),
         ([*ENV, "--bath_size", "3"], r"--bath_size.*did you mean --batch_size"),
         ([*ENV, "--batch_size", "many"], r"batch_size.*many"),
