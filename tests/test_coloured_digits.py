@@ -63,7 +63,7 @@ def test_real_pictures_are_read_as_their_captions(split: object, unseen: bool) -
 
 def test_another_ink_is_another_caption() -> None:
     pictures, c = draw_pictures(50, "train", False, seeded())
-    digit, ink, ground = combinations()[c].T
+    _, ink, ground = combinations()[c].T
     reader = ColouredDigitReader()
     covers, _, _ = reader.read(as_bytes(pictures))
     other = (ground + 1) % len(COLOURS)

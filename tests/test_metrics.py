@@ -188,7 +188,7 @@ def test_fitting_is_one_command(tmp_path, capsys):
         (lambda: sliced_wasserstein(normal(9, 3, 0), normal(8, 3, 0)), "9 samples against 8"),
         (lambda: sliced_wasserstein(normal(9, 3, 0), normal(9, 3, 0), num_projections=0), "num_projections=0"),
         (lambda: sliced_wasserstein(normal(9, 3, 0), normal(9, 3, 0).log()), "NaN or infinite"),
-        (lambda: load_extractor("fid"), "unknown extractor 'fid'; choose one of: identity, latent_pool8, fd_mnist16_clf, fd_digits8_clf"),
+        (lambda: load_extractor("fid"), "unknown extractor 'fid'; choose one of: identity, latent_pool8, fd_coloured"),
         (lambda: load_extractor("fd_digits8_clf").features(torch.zeros(2, 1, 16, 16)), r"\(n, 1, 8, 8\)"),
         (lambda: load_extractor("fd_digits8_clf").features(torch.zeros(0, 1, 8, 8)), "n ≥ 1"),
         (lambda: load_extractor("fd_digits8_clf").features(torch.full((2, 1, 8, 8), torch.inf)), "2 of 2 samples"),
