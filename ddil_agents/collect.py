@@ -13,12 +13,13 @@ a number, so the run is the vanilla method bit for bit.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from ddil_agents import ranks
 from ddil_agents.buffer import SOURCES
 from ddil_env import ExpertPolicy, StudentPolicy, TimeGrid
 from ddil_env.mdp import Kernel
@@ -30,6 +31,11 @@ STREAMS = ("data", "noise", "time", "rollout", "guidance", "mixture", "loss", "r
 def stream_seed(seed: int, name: str) -> int:
     """A seed of its own for each named stream of a run."""
     return (seed * 1_000_003 + sum(ord(ch) * 257**i for i, ch in enumerate(name))) % 2**63
+
+
+def own_seed(seed: int, name: str) -> int:
+    """A seed for this rank's own stream of that name; rank 0's is that of a single process."""
+    return stream_seed(seed, f"{name}, rank {ranks.rank()}" if ranks.rank() else name)
 
 
 class Collector:
@@ -44,6 +50,8 @@ class Collector:
         p_expert: Probability that the expert acts in a step of a student rollout.
         guidance_range: Draw each state's guidance scale w from here; default: the expert policy's own scale throughout.
     """
+
+    shared: ClassVar[tuple[str, ...]] = ()  # streams that all ranks have in common
 
     def __init__(
         self,
@@ -62,7 +70,8 @@ class Collector:
         self.kernel = kernel
         self.p_expert = p_expert
         self.guidance_range = guidance_range
-        self.streams = {name: torch.Generator(self.expert.device).manual_seed(stream_seed(seed, name)) for name in STREAMS}
+        seeds = {name: (stream_seed if name in self.shared else own_seed)(seed, name) for name in STREAMS}
+        self.streams = {name: torch.Generator(self.expert.device).manual_seed(seeds[name]) for name in STREAMS}
         self._owed = [0.0] * len(SOURCES)  # states that each source's share still owes, so that small collects add up to β exactly
 
     @torch.no_grad()

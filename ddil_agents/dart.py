@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ddil_agents.bc import BCConfig, BehaviourCloning
-from ddil_agents.collect import Collector, stream_seed
+from ddil_agents.collect import Collector, own_seed
 from ddil_agents.learner import LearnerConfig
 from ddil_env import ExpertPolicy, StudentPolicy, TimeGrid
 
@@ -54,7 +54,7 @@ class DisturbedCollector(Collector):
     ) -> None:
         super().__init__(expert_policy, student_policy, grid, seed, **settings)
         self.perturbation = perturbation
-        self.streams["disturbance"] = torch.Generator(self.expert.device).manual_seed(stream_seed(seed, "disturbance"))
+        self.streams["disturbance"] = torch.Generator(self.expert.device).manual_seed(own_seed(seed, "disturbance"))
 
     def noised(self, x_0: Tensor, t: Tensor) -> Tensor:
         return self.disturbed(super().noised(x_0, t), t)

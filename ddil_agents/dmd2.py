@@ -144,8 +144,7 @@ class DistributionMatching(Learner):
         if not self.config.gan_weight:
             fake, _ = critic.network(x_tau, tau, c)
             return self._denoising_error(fake, x, eps)
-        real, c_real = self.expert.sample_data(len(x), self.collector.streams["real"])
-        real_eps = torch.randn(x.shape, generator=self.collector.streams["real"], device=x.device)
+        real, c_real, real_eps = self.data(x)
         real_tau = self.expert.schedule.add_noise(real, real_eps, tau)
         both = None if c is None or c_real is None else torch.cat([c, c_real])
         pred, realness = critic.network(torch.cat([x_tau, real_tau]), torch.cat([tau, tau]), both)  # one forward for both
@@ -157,6 +156,12 @@ class DistributionMatching(Learner):
         kind = self.trainables["critic"].bare.denoiser.prediction_type
         truth = Prediction(x, eps, pred.t, self.expert.schedule)
         return (pred.output(kind) - truth.output(kind)).square().flatten(1).mean(1)
+
+    def data(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Of the expert's data as many as x has, their conditions, and noise for them."""
+        stream = self.collector.streams["real"]
+        real, c = self.expert.sample_data(len(x), stream)
+        return real, c, torch.randn(x.shape, generator=stream, device=x.device)
 
     def diffusion(self, x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
         """τ ~ U[low, high] of the chain, above 0, (b,) and ε of x's shape."""
@@ -171,9 +176,8 @@ class DistributionMatching(Learner):
         before, parts, measured = self.expert.nfe, self.parts(batch), {}
         student, critic = self.trainables["student"], self.trainables["critic"]
         if self.step % self.config.critic_updates == 0:
-            critic.bare.requires_grad_(False)
-            measured["loss"], measured["grad_norm"] = student.minimise(self.loss, parts)
-            critic.bare.requires_grad_(True)
+            with critic.frozen():
+                measured["loss"], measured["grad_norm"] = student.minimise(self.loss, parts)
             self.ema.update_parameters(student.bare)
         else:
             with torch.no_grad():

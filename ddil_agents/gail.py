@@ -179,9 +179,8 @@ class Gail(Learner):
     def update(self, batch: TensorDict) -> dict[str, Tensor]:
         """The student's step, and the discriminator's on the same states and actions."""
         parts, student, discriminator = self.parts(batch), self.trainables["student"], self.trainables["discriminator"]
-        discriminator.bare.requires_grad_(False)
-        loss, norm = student.minimise(self.loss, parts)
-        discriminator.bare.requires_grad_(True)
+        with discriminator.frozen():
+            loss, norm = student.minimise(self.loss, parts)
         self.ema.update_parameters(student.bare)
         its_loss, its_norm = discriminator.minimise(self.discriminator_loss, parts)
         self.step += 1

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast, get_args
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ddil_agents import ranks
 from ddil_agents.beta import Beta
 from ddil_agents.buffer import SourceBuffer
 from ddil_agents.checkpoint import load_checkpoint, save_checkpoint
-from ddil_agents.collect import Collector, stream_seed
+from ddil_agents.collect import Collector, own_seed, stream_seed
 from ddil_agents.trainable import Trainable
 from ddil_env import Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, Unbounded, load_expert, unroll
 from ddil_env.mdp import Kernel
@@ -84,13 +83,13 @@ class LearnerConfig(AgentConfig):
     p_expert: float = 0.0
     """Probability that the expert acts in a step of a student rollout (mixed rollouts)."""
     batch_size: int = 64
-    """States of a gradient step."""
+    """States of a gradient step, of each process."""
     collect_size: int = 256
-    """States that one collection labels."""
+    """States that one collection labels, of each process."""
     updates_per_collect: int = 16
     """Gradient steps between collections. Each label serves about updates_per_collect · batch_size / collect_size of them."""
     capacity: int | None = 4096
-    """States held per source; the oldest give way. null keeps all of the run (DAgger's aggregate)."""
+    """States held per source, by each process; the oldest give way. null keeps all of the run (DAgger's aggregate)."""
     prioritised: bool = False
     """Draw states within a source in proportion to their last loss."""
     learning_rate: float = 1e-3
@@ -176,7 +175,7 @@ class Agent(ABC):
     support: Support | None = None  # where its estimates are projected
     step: int = 0  # gradient steps so far
     horizon: int  # and at the end of training
-    teacher_nfe: int = 0  # teacher forwards so far
+    teacher_nfe: int = 0  # teacher forwards so far, of this process
 
     def __init__(self, expert: Expert | str, config: Any = None, support: Support | None = None) -> None:
         self.config = self.Config() if config is None else config
@@ -198,7 +197,13 @@ class Agent(ABC):
     @property
     @abstractmethod
     def student_nfe(self) -> int:
-        """Student forwards so far, training and rollouts together."""
+        """Student forwards so far, training and rollouts together, of this process."""
+
+    def spent(self) -> tuple[int, int]:
+        """Teacher and student forwards so far, of all processes; each of them has to call it."""
+        nfe = torch.tensor([self.teacher_nfe, self.student_nfe], device=self.expert.device)
+        teacher, student = ranks.total(nfe).tolist()
+        return teacher, student
 
     @abstractmethod
     def extend(self, num_updates: int) -> None:
@@ -224,8 +229,9 @@ class Agent(ABC):
         if more < 1:
             raise ValueError(f"num_updates={more}: need at least 1")
         directory = None if out is None else Path(out)
-        if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise ValueError(f"{directory} exists and is not empty; choose another `out`")
+        with ranks.together():  # before any of them writes there
+            if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+                raise ValueError(f"{directory} exists and is not empty; choose another `out`")
         self.extend(more)
         self.train(directory, progress=progress)
         return self
@@ -311,22 +317,18 @@ class Learner(Agent):
         self.ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.ema.module.eval()
         self.horizon = config.num_updates
-        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision a process: that of the last learner built
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation,
-            cpu=self.expert.device.type == "cpu",
-            device_placement=False,
-        )
+        self.accelerator = ranks.join(config.mixed_precision, self.expert.device)
+        if not ranks.is_main():
+            torch.manual_seed(own_seed(config.seed, "dropout"))  # the main rank's is the caller's, as in a single process
         self.trainables = {"student": self.trainable(student, config.learning_rate, self.turns("student", self.horizon))}
         self.expert_policy = self.labeller()
         self.student_policy = self.policy(self.average, self.support if "student" in config.thresholding.roles else None)
-        self.collector = self.make_collector(self.policy(self.student, self.thresholds["student"]))
+        self.collector = self.make_collector(self.policy(self.trainables["student"].bare, self.thresholds["student"]))
         self.collect_size, self.collect_every = self.collection()
         capacity = config.capacity or -(-config.num_updates // self.collect_every) * (self.collect_size + max(config.units))
         used = (config.beta.forward > 0 or config.beta.schedule != "constant", config.beta.teacher > 0, config.beta.student > 0)
         self.buffer = SourceBuffer(
-            [capacity if u else 1 for u in used], self.expert.device, config.prioritised, seed=stream_seed(config.seed, "source")
+            [capacity if u else 1 for u in used], self.expert.device, config.prioritised, seed=own_seed(config.seed, "source")
         )
         self.teacher_nfe = self.expert.nfe - before  # of a calibration on the teacher's samples
 
@@ -426,7 +428,7 @@ class Learner(Agent):
 
     @property
     def student(self) -> NetworkDenoiser:
-        """The student in training."""
+        """The student in training, as a loss calls it."""
         return cast(NetworkDenoiser, self.trainables["student"].network)
 
     @property
@@ -440,7 +442,10 @@ class Learner(Agent):
 
     def clipped(self) -> dict[str, Tensor]:
         """The fraction of entries that thresholding has moved since the last call, by role; NaN where it met none."""
-        return {role: support.take() for role, support in self.thresholds.items() if isinstance(support, Metered)}
+        meters = {role: support for role, support in self.thresholds.items() if isinstance(support, Metered)}
+        counts = [meter.take_counts() for meter in meters.values()]  # (2,) each
+        shares = [moved / seen for moved, seen in ranks.total(torch.stack(counts).to(self.expert.device))] if counts else []
+        return dict(zip(meters, shares, strict=True))
 
     def extend(self, num_updates: int) -> None:
         if self.config.capacity is None and self.step + num_updates > self.config.num_updates:
@@ -473,7 +478,7 @@ class Learner(Agent):
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next gradient steps depend on, in tensors and plain values."""
+        """All that the next gradient steps depend on, in tensors and plain values; `checkpoint.OWN` of it differs by process."""
         scaler = self.accelerator.scaler
         return {
             "step": self.step,

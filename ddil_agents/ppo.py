@@ -36,6 +36,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtr
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ddil_agents import ranks
 from ddil_agents.beta import Beta
 from ddil_agents.collect import stream_seed
 from ddil_agents.learner import Agent, AgentConfig
@@ -198,6 +199,8 @@ class PPOAgent(Agent):
 
     def __init__(self, expert: Expert | str, config: PPOConfig | None = None, support: Support | None = None) -> None:
         super().__init__(expert, config)
+        if ranks.world() > 1:
+            raise ValueError(f"ppo trains in one process, and here are {ranks.world()}; start it by python -m ddil_agents.ppo")
         config, expert = self.config, self.expert
         self.extend(config.num_updates)
         env = DenoisingVectorEnv(

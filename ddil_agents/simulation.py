@@ -1,6 +1,6 @@
 """Backward simulation: the states that distribution matching trains on (Yin et al. 2024; DDIL §4.2, "DMD2 + DDIL").
 
-One index j is drawn for each collection; the state x_{t_j} is, by source,
+One index j is drawn for each collection, the same on all ranks; the state x_{t_j} is, by source,
 
     student:  steps 0 … j−1 of the student, whose x̂_0 is diffused to the next time anew in each
     teacher:  steps 0 … j−1 of the teacher's DDIM; with p_expert the two alternate within a trajectory
@@ -12,7 +12,7 @@ and at j = 0 pure noise, whatever the source: that is what the sampler starts fr
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict
@@ -30,6 +30,8 @@ class BackwardSimulation(Collector):
     Raises:
         ValueError: a noise_level beyond the chain.
     """
+
+    shared: ClassVar[tuple[str, ...]] = ("time",)  # gives j alone, and with it the work of a collection
 
     def __init__(self, *args: Any, noise_level: float | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -20,6 +20,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
+from ddil_agents import ranks
 from ddil_agents.buffer import SOURCES
 from ddil_agents.checkpoint import save_checkpoint, write_atomically, write_support
 from ddil_agents.tracking import Tracker, start
@@ -51,8 +52,9 @@ def train(
         FloatingPointError: the loss is not finite; names the step and the sources.
     """
     config = learner.config
-    log = MetricsLog(learner, out, track)
-    bar = tqdm(total=learner.horizon, initial=learner.step, desc=learner.name, unit="update", disable=not progress)
+    log = MetricsLog(learner, out if ranks.is_main() else None, track)
+    quiet = not (progress and ranks.is_main())
+    bar = tqdm(total=learner.horizon, initial=learner.step, desc=learner.name, unit="update", disable=quiet)
     with log, bar:
         while learner.step < learner.horizon:
             if learner.step % learner.collect_every == 0:
@@ -126,18 +128,15 @@ class RunFiles:
 
 
 class MetricsLog(RunFiles):
-    """Sums up gradient steps on the device and writes them a line at a time, so that no step waits for a number."""
+    """Sums up gradient steps on the device and writes them a line at a time, so that no step waits for a number, or for another rank."""
 
     def __init__(self, learner: Learner, out: Path | None, track: Tracker = "none") -> None:
         super().__init__(learner, out, track)
         self.learner = learner
         self._pending: list[dict[str, Tensor]] = []
-        self._nfe_since = self._nfe()
+        self._nfe_since = sum(learner.spent())
         if out is not None and learner.config.thresholding.kind == "quantile" and not (out / "support.json").is_file():
             write_support(out, learner.support, learner.teacher_nfe)
-
-    def _nfe(self) -> int:
-        return self.learner.teacher_nfe + self.learner.student_nfe
 
     def add(self, batch: TensorDict, measured: dict[str, Tensor]) -> None:
         """Keeps one gradient step, on the device: each source's count, and what `update` measured.
@@ -155,16 +154,16 @@ class MetricsLog(RunFiles):
         self._pending.append(kept)
 
     def check(self) -> list[dict[str, float]]:
-        """The steps since the last line as numbers: the one wait for the device.
+        """The steps since the last line as numbers, over all ranks: the one wait for the device.
 
         Raises:
             FloatingPointError: a loss or a gradient is not finite; names the step and the sources.
         """
         if not self._pending:
             return []
-        flat = torch.stack([value.double() for step in self._pending for value in step.values()]).tolist()
-        values = iter(flat)
-        steps = [{name: next(values) for name in step} for step in self._pending]
+        flat = torch.stack([value.double() for step in self._pending for value in step.values()])
+        values = iter(ranks.total(flat).tolist())
+        steps = [{name: next(values) / (1 if "/" in name else ranks.world()) for name in step} for step in self._pending]
         scaled = self.learner.accelerator.scaler is not None  # fp16's scaler meets infinite gradients and skips those steps
         for i, step in enumerate(steps):
             broken = [name for name, x in step.items() if not (math.isfinite(x) or (scaled and name.endswith("grad_norm")))]
@@ -197,7 +196,9 @@ class MetricsLog(RunFiles):
         others = sorted({name for step in steps for name in step if "/" not in name})
         clipped = {role: float(fraction) for role, fraction in learner.clipped().items()}
         elapsed = self.lap()
-        nfe, self._nfe_since = self._nfe() - self._nfe_since, self._nfe()
+        teacher_nfe, student_nfe = learner.spent()
+        nfe, self._nfe_since = teacher_nfe + student_nfe - self._nfe_since, teacher_nfe + student_nfe
+        held = ranks.total(torch.tensor(list(learner.buffer.counts.values()), device=learner.expert.device)).tolist()
         row = {
             "step": learner.step,
             "loss": sum(sums.values()) / sum(counts.values()) if with_loss else None,
@@ -207,10 +208,10 @@ class MetricsLog(RunFiles):
             "learning_rate": learner.trainables["student"].last_learning_rate,
             "beta": dict(zip(SOURCES, learner.beta(), strict=True)),
             "source_counts": drawn,
-            "held": learner.buffer.counts,
-            "teacher_nfe": learner.teacher_nfe,
-            "student_nfe": learner.student_nfe,
-            "teacher_nfe_per_update": learner.teacher_nfe / learner.step,
+            "held": dict(zip(SOURCES, held, strict=True)),
+            "teacher_nfe": teacher_nfe,
+            "student_nfe": student_nfe,
+            "teacher_nfe_per_update": teacher_nfe / learner.step,
             "nfe_per_second": nfe / elapsed,
             "seconds": self.seconds,
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,13 +32,33 @@ class Trainable:
         optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay)
         self.config, self.accelerator, self.horizon = config, accelerator, horizon
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._warm_up_then_linear)
-        self.network, self.optimizer = accelerator.prepare(network, optimizer)
+        self._wrapped, self.optimizer = accelerator.prepare(network, optimizer)
+        self._frozen = False
         self.last_learning_rate = 0.0
 
     @property
+    def network(self) -> Any:
+        """The network as a loss calls it: where it learns, what averages its gradients over the ranks is around it."""
+        return self.bare if self._frozen else self._wrapped
+
+    @property
     def bare(self) -> Any:
-        """The network itself, out of whatever the accelerator wrapped it in."""
-        return self.accelerator.unwrap_model(self.network)
+        """The network itself: to be called without gradient, and looked into."""
+        return self.accelerator.unwrap_model(self._wrapped)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Gradient goes through the network and none into it: for the turn of another one, whose loss it is in."""
+        learning = [p for p in self.bare.parameters() if p.requires_grad]
+        for p in learning:
+            p.requires_grad_(False)
+        self._frozen = True
+        try:
+            yield
+        finally:
+            for p in learning:
+                p.requires_grad_(True)
+            self._frozen = False
 
     def minimise(self, loss: Loss, parts: Sequence[TensorDict]) -> tuple[Tensor, Tensor]:
         """One gradient step.
@@ -52,11 +73,11 @@ class Trainable:
         losses = []
         self.accelerator.gradient_accumulation_steps = len(parts)  # accelerate keeps one number a process
         for part in parts:
-            with self.accelerator.accumulate(self.network):
+            with self.accelerator.accumulate(self._wrapped):
                 each = loss(part)
                 self.accelerator.backward(each.mean())
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.network.parameters(), self.config.max_grad_norm)
+                    norm = self.accelerator.clip_grad_norm_(self._wrapped.parameters(), self.config.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 losses.append(each.detach())

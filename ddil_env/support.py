@@ -195,9 +195,15 @@ class Metered:
 
     def take(self) -> Tensor:
         """Share of the entries that were moved since the last take, a scalar; NaN where none were projected."""
-        share = torch.as_tensor(self._moved / self._seen if self._seen else math.nan)
+        moved, seen = self.take_counts()
+        return moved / seen
+
+    def take_counts(self) -> Tensor:
+        """Entries that were moved since the last take, and entries in all, (2,) int64, on the device."""
+        moved = torch.as_tensor(self._moved)
+        counts = torch.stack([moved, torch.full_like(moved, self._seen)])
         self._moved, self._seen = 0, 0
-        return share
+        return counts
 
 
 @dataclass(frozen=True)
