@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step_00000500/` of `state.pt`, read with weights_only, and `manifest.json`, which holds the
 file's SHA-256. It is written beside its place, flushed to the disk and renamed there, so a run that is killed at any moment
-leaves only whole checkpoints; a damaged one is refused by its checksum.
+leaves only whole checkpoints; a damaged one is refused by its checksum. Of a run on several processes `state.pt` is the main one's,
+and each other's own states and streams are in `rank_0001.pt`, … beside it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ddil_agents import ranks
 from ddil_env.support import Support, support_from_dict, support_to_dict
 
 if TYPE_CHECKING:
     from ddil_agents.learner import Learner
 
 KEEP = 2  # checkpoints of a run that stay on the disk
+OWN = ("buffer", "collector", "nfe", "random")  # of a learner's state, what differs by process
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -39,17 +42,40 @@ def _flush(path: Path) -> None:
 
 
 def save_checkpoint(learner: Learner, directory: Path) -> Path:
-    """Writes `directory/step_N` and removes all but the newest two; returns its path."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Writes `directory/step_N` and removes all but the newest two; returns its path. Every rank has to call it."""
     final = directory / f"step_{learner.step:08d}"
     partial = directory / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    torch.save(learner.state_dict(), partial / "state.pt")
-    digest = _sha256(partial / "state.pt")
-    manifest = {"step": learner.step, "agent": learner.name, "sha256": digest, "config": learner.config_dict()}
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for path in (partial / "state.pt", partial / "manifest.json", partial):
+    with ranks.together():
+        if ranks.is_main():
+            directory.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+    with ranks.together():
+        state = learner.state_dict()
+        own = partial / _file(ranks.rank())
+        torch.save(state if ranks.is_main() else {key: state[key] for key in OWN}, own)
+        _flush(own)
+        digest = _sha256(own)
+    digests = ranks.gathered(digest)
+    with ranks.together():
+        if ranks.is_main():
+            manifest = {"step": learner.step, "agent": learner.name, "sha256": digest, "config": learner.config_dict()}
+            if len(digests) > 1:
+                manifest["ranks"] = digests[1:]
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            _put(partial, final)
+    return final
+
+
+def _file(rank: int) -> str:
+    """A rank's part of a checkpoint."""
+    return f"rank_{rank:04d}.pt" if rank else "state.pt"
+
+
+def _put(partial: Path, final: Path) -> None:
+    """Flushes a checkpoint, moves it to its place and removes the old ones."""
+    directory = final.parent
+    for path in (partial / "manifest.json", partial):
         _flush(path)
     stale = directory / f".{final.name}.stale"
     if final.exists():  # the same step again; moved aside whole, since a removal can be cut short
@@ -62,7 +88,6 @@ def save_checkpoint(learner: Learner, directory: Path) -> Path:
         hidden = directory / f".{old.name}.stale"  # a removal can be cut short, a renaming cannot
         os.replace(old, hidden)
         shutil.rmtree(hidden)
-    return final
 
 
 def _sha256(path: Path) -> str:
@@ -76,33 +101,47 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def load_checkpoint(learner: Learner, directory: Path) -> None:
-    """Restores the learner from a checkpoint folder, or from the newest in a folder of them.
+    """Restores the learner from a checkpoint folder, or from the newest in a folder of them. Every rank has to call it.
 
     Raises:
-        ValueError: none there, a damaged one, or one of another agent or config.
+        ValueError: none there, a damaged one, or one of another agent or config, or of another number of processes.
     """
+    with ranks.together():
+        learner.load_state_dict(_read(learner, directory))
+
+
+def _read(learner: Learner, directory: Path) -> dict[str, Any]:
+    """This rank's state in a checkpoint."""
     found = [directory] if (directory / "manifest.json").is_file() else checkpoints(directory)
     if not found:
         raise ValueError(f"no checkpoint in {directory}")
     path = found[-1]
     cure = f"remove {path} to resume from the one before it" if len(found) > 1 else "start a new run"
+    parts = dict.fromkeys([0, ranks.rank()])  # the main rank's, and what is this one's own over it
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        digest, agent, theirs = manifest["sha256"], manifest["agent"], manifest["config"]
-        whole = _sha256(path / "state.pt") == digest
+        digests, agent, theirs = [manifest["sha256"], *manifest.get("ranks", [])], manifest["agent"], manifest["config"]
+        damaged = [_file(part) for part in parts if part < len(digests) and _sha256(path / _file(part)) != digests[part]]
         ours = json.loads(json.dumps(learner.config_dict()))
         different = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); {cure}") from error
-    if not whole:
-        raise ValueError(f"{path}/state.pt is damaged: its SHA-256 is not the manifest's; {cure}")
+    if len(digests) != ranks.world():
+        raise ValueError(
+            f"{path} is of {len(digests)} processes, each with states and random numbers of its own, and here are {ranks.world()}; "
+            f"go on with {len(digests)} (torchrun --nproc_per_node), or start a new run"
+        )
+    if damaged:
+        raise ValueError(f"{path}/{damaged[0]} is damaged: its SHA-256 is not the manifest's; {cure}")
     if agent != learner.name or different:
         raise ValueError(
             f"{path} is of {agent} with another config; it differs in: {', '.join(different) or 'the agent'}. "
             "Load it into a learner built with the same config."
         )
-    state: dict[str, Any] = torch.load(path / "state.pt", weights_only=True, map_location="cpu")
-    learner.load_state_dict(state)
+    state: dict[str, Any] = {}
+    for part in parts:
+        state |= torch.load(path / _file(part), weights_only=True, map_location="cpu")
+    return state
 
 
 def write_support(directory: Path, support: Support, teacher_nfe: int) -> None:
