@@ -31,6 +31,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 
+from ddil_agents import ranks
 from ddil_agents.checkpoint import read_support, write_atomically
 from ddil_agents.evaluate import Evaluation, Judge, extractor_for, judge_student, load_scorers, provenance
 from ddil_agents.learner import Agent, LearnerConfig
@@ -48,13 +49,14 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 @contextmanager
 def clear_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     """What the user can mend ends in one line and exit status 2, not in a traceback."""
+    where = parser.prog if ranks.is_main() else f"{parser.prog}, rank {ranks.rank()}"
     try:
         yield
     except OSError as error:  # a path that cannot be read or written, a full disk
-        print(f"{parser.prog}: error: {error}; choose another path, or mend this one", file=sys.stderr)
+        print(f"{where}: error: {error}; choose another path, or mend this one", file=sys.stderr)
         raise SystemExit(2) from error
     except (ValueError, ArithmeticError, ImportError) as error:  # ImportError: an extra that is not installed
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{where}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
@@ -62,6 +64,7 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
     """The main of a learner's file: parses, trains, evaluates and writes the run directory."""
     argv = list(sys.argv[1:] if argv is None else argv)
     outer = argparse.ArgumentParser(prog=f"python -m ddil_agents.{agent.name}")
+    ranks.choose_device()
     with clear_errors(outer):
         resume = _take(argv, "--resume")
         if resume is not None:
@@ -88,14 +91,15 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
         stages = plan(config)
         chain = learners(agent, expert, stages, None if resume is None else Path(resume))
         first = next(chain)
-        check_expert(expert, student=first[1].student)
         evaluation = Evaluation(**vars(cfg.evaluate))
         check_tracker(cfg.track)
-        check_evaluable(expert, stages, evaluation)
-        out = Path(resume) if resume is not None else new_directory(cfg, agent)
-        if resume is None:
-            out.mkdir(parents=True, exist_ok=True)
-            write_atomically(out / "config.yaml", parser.dump(Namespace({**vars(cfg.clone()), "out": None, "config": None})))
+        with ranks.together():
+            check_expert(expert, student=first[1].average)
+            if ranks.is_main():
+                check_evaluable(agent, expert, stages, evaluation)
+        out = Path(resume) if resume is not None else ranks.from_main(lambda: begin(agent, parser, cfg))
+        if not (out / "config.yaml").is_file():
+            raise ValueError(f"{out} is not to be seen from here; give an --out on a disk that all machines share")
         env = {"env": name_of_env(cfg), "env_config": {k: v for k, v in vars(cfg.env).items() if k != "device"}}
         chain = itertools.chain([first], chain)
         del first  # so that each learner goes before the next one is built
@@ -103,20 +107,47 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
             directory = out / stage.directory
             if config.stages and (directory / "result.json").is_file():
                 continue
-            if config.stages:
+            if config.stages and ranks.is_main():
                 print(f"{directory}: {stage.config.num_steps} steps, teacher: {stage.teacher}", file=sys.stderr)
-            if learner.step:
+            if learner.step and ranks.is_main():
                 print(f"resuming {directory} at step {learner.step} of {learner.horizon}", file=sys.stderr)
             learner.train(directory, checkpoint_every=cfg.checkpoint_every, log_every=cfg.log_every, track=cfg.track)
-            finish(learner, directory, evaluation, env, judged(config, stage.config), expert)
+            nfe = learner.spent()
+            if stage is stages[-1]:
+                ranks.leave()  # nobody waits for the last evaluation
+            with ranks.together():
+                if ranks.is_main():
+                    finish(learner, directory, evaluation, env, judged(config, stage.config), expert, nfe)
             del learner
+        if not ranks.is_main():
+            return
         if config.stages:
             gather(out, [out / stage.directory for stage in stages], config.seed)
         print(table(read_result(out / "result.json")))
         print(f"\n{out}: config.yaml, metrics.jsonl, result.json, student/{', samples.png' if (out / 'samples.png').is_file() else ''}")
 
 
-def finish(learner: Agent, out: Path, evaluation: Evaluation, env: dict[str, Any], judged: LearnerConfig, expert: Expert) -> None:
+def begin(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> Path:
+    """Makes the run directory, with its config.yaml.
+
+    Raises:
+        ValueError: it exists and is not empty.
+    """
+    out = new_directory(cfg, agent)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "config.yaml", parser.dump(Namespace({**vars(cfg.clone()), "out": None, "config": None})))
+    return out
+
+
+def finish(
+    learner: Agent,
+    out: Path,
+    evaluation: Evaluation,
+    env: dict[str, Any],
+    judged: LearnerConfig,
+    expert: Expert,
+    nfe: tuple[int, int],
+) -> None:
     """Saves the student, judges it beside the original teacher, and writes result.json and samples.png.
 
     Args:
@@ -126,6 +157,7 @@ def finish(learner: Agent, out: Path, evaluation: Evaluation, env: dict[str, Any
         env: Name and settings of the env, for the record.
         judged: The settings that it is judged under: num_steps, grid, teacher_steps, guidance_scale.
         expert: The original teacher.
+        nfe: Teacher and student forwards of the training, of all processes.
     """
     n, name = judged.num_steps, f"{learner.name}@{judged.num_steps}"
     (out / "student").mkdir(exist_ok=True)
@@ -133,10 +165,10 @@ def finish(learner: Agent, out: Path, evaluation: Evaluation, env: dict[str, Any
     store = out / "evaluation" if evaluation.n > evaluation.batch_size else None  # long ones go on where a kill stopped them
     judge = Judge(ExpertPolicy(expert, judged.substeps, judged.guidance_scale), learner.grid, evaluation, store)
     rows = read_metrics(out / "metrics.jsonl")
-    cost: dict[str, Any] = {"teacher_nfe": learner.teacher_nfe, "student_nfe": learner.student_nfe}
-    cost["train_seconds"] = rows[-1]["seconds"] if rows else None
+    cost: dict[str, Any] = dict(zip(("teacher_nfe", "student_nfe"), nfe, strict=True))
+    seconds = {"train_seconds": rows[-1]["seconds"] if rows else None}
     models = judge_student(judge, learner.name, learner.student_policy, learner.kernel, judged.grid)
-    models[name] = cost | models[name]
+    models[name] = cost | seconds | models[name]
     result = {
         "agent": learner.name,
         **env,
@@ -145,8 +177,7 @@ def finish(learner: Agent, out: Path, evaluation: Evaluation, env: dict[str, Any
         "num_updates": learner.step,
         "grid": judged.grid,
         "times": learner.grid.times.tolist(),
-        "teacher_nfe": learner.teacher_nfe,
-        "student_nfe": learner.student_nfe,
+        **cost,
         "settings": judge.describe(),
         "floors": judge.floors(),
         "models": models,
@@ -254,7 +285,7 @@ def refuse_early(agent: type[Agent], arguments: list[str], expert: Expert | None
     stages = plan(config)
     next(learners(agent, expert, stages))
     evaluation = Evaluation(**vars(cfg.evaluate))
-    check_evaluable(expert, stages, evaluation)
+    check_evaluable(agent, expert, stages, evaluation)
     return expert, judged(config, stages[-1].config), evaluation
 
 
@@ -378,8 +409,8 @@ def _config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> Learn
     return agent.Config(**{f.name: getattr(made, f.name) for f in fields(agent.Config)})
 
 
-def check_evaluable(expert: Expert, stages: list[Stage], evaluation: Evaluation) -> None:
-    """Refuses before training what would fail after it: an extractor that does not fit, absent weights, or absent data of a source."""
+def check_evaluable(agent: type[Agent], expert: Expert, stages: list[Stage], evaluation: Evaluation) -> None:
+    """Refuses before training what would fail after it: an extractor that does not fit, absent weights or data, times of no format."""
     extractor_for(expert, evaluation)
     load_scorers(evaluation, expert.device)
     if evaluation.lpips:
@@ -391,6 +422,7 @@ def check_evaluable(expert: Expert, stages: list[Stage], evaluation: Evaluation)
                     f"the expert has {m} {'held-out' if held_out else 'training'} samples to judge against; the metrics need 10"
                 )
     for config in (stage.config for stage in stages):
+        expert.check_export(config.num_steps, config.grid, agent.kernel, config.student.get("prediction_type"))
         for more in evaluation.also_steps:
             TimeGrid(expert.schedule, more, config.grid)
         if config.beta.forward > 0 or config.beta.schedule != "constant":

@@ -1,0 +1,412 @@
+"""Two processes on gloo do what one does on both their batches; they resume exactly, write once, count both and stop together.
+
+Every rank is a process of its own, forked from a server that has imported the library once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from test_resume import ARGV, ENV, after, before, is_checkpoint, outcome, patch, same_weights
+from torch import Tensor
+
+from ddil_agents import (
+    Beta,
+    Dagger,
+    DistributionMatching,
+    Gail,
+    LatentConsistency,
+    Learner,
+)
+from ddil_agents import ranks as ranks_module
+from ddil_agents.collect import STREAMS, own_seed, stream_seed
+from ddil_agents.train import read_metrics
+from ddil_env import GaussianMixtureExpert
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["ddil_agents", "ddil_agents.cli", "torch.distributed", "torch.utils.tensorboard", "pytest"])
+SECONDS = 100  # that a rank may take on a busy machine
+
+MEANS = [[-0.8, 0.0, 0.3], [0.8, 0.2, 0.0], [0.0, -0.7, 0.5]]
+SMALL: dict[str, Any] = {
+    "num_updates": 9,
+    "teacher_steps": 8,
+    "batch_size": 8,
+    "collect_size": 24,
+    "updates_per_collect": 3,
+    "capacity": 32,
+    "warmup_updates": 2,
+    "learning_rate": 5e-3,
+    "ema": 0.8,
+    "student": {"width": 16, "depth": 2},
+}
+ALL = Beta(0.5, 0.2, 0.3)
+CASES: dict[str, tuple[type[Learner], dict[str, Any]]] = {
+    "dagger": (Dagger, {"beta": ALL, "p_expert": 0.3}),
+    "dagger, accumulated, bf16": (Dagger, {"beta": ALL, "gradient_accumulation": 2, "mixed_precision": "bf16"}),
+    "lcm": (LatentConsistency, {"beta": ALL, "teacher_steps": 4, "collect_size": 120, "capacity": 200, "solver_steps": 50}),
+    "dmd2": (DistributionMatching, {"beta": ALL, "critic_updates": 3}),
+    "dmd2, accumulated, gan": (
+        DistributionMatching,
+        {"beta": ALL, "critic_updates": 2, "gan_weight": 0.1, "gradient_accumulation": 2, "on_policy": False},
+    ),
+    "gail": (Gail, {"beta": ALL, "discriminator_width": 8}),
+}
+
+
+def expert() -> GaussianMixtureExpert:
+    return GaussianMixtureExpert(MEANS, 0.2, [1, 2, 3], labels=[0, 1, 1])
+
+
+def build(case: str, **changed: Any) -> Learner:
+    agent, settings = CASES[case]
+    return agent(expert(), agent.Config(**{**SMALL, **settings, **changed}))
+
+
+# Processes
+
+
+def rank_of(function: Callable[..., Any], rank: int, world: int, directory: Path, args: tuple[Any, ...]) -> None:
+    """The body of a process: joins the group by a file, so that no port is taken, and runs the function."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    with (directory / f"{rank}.txt").open("w") as said:
+        sys.stdout = sys.stderr = said
+        os.dup2(said.fileno(), 2)
+        dist.init_process_group("gloo", init_method=f"file://{directory}/group", rank=rank, world_size=world)
+        function(*args)
+
+
+def launch(function: Callable[..., Any], *args: Any, world: int = 2, scratch: Path) -> tuple[list[int], list[str]]:
+    """Exit codes of the ranks, and what they said. As torchrun does, ends the others when one has died of a signal."""
+    directory = scratch / f"ranks{len(list(scratch.glob('ranks*')))}"
+    directory.mkdir()
+    started = [SERVER.Process(target=rank_of, args=(function, rank, world, directory, args)) for rank in range(world)]
+    for process in started:
+        process.start()
+    multiprocessing.connection.wait([process.sentinel for process in started], SECONDS)
+    for process in started:
+        process.join(SECONDS if all(p.exitcode is None or p.exitcode >= 0 for p in started) else 5)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    said = [(directory / f"{rank}.txt").read_text() for rank in range(world)]
+    assert codes.count(None) < world, f"hangs: {said}"
+    return [-signal.SIGKILL if code is None else code for code in codes], said
+
+
+@contextlib.contextmanager
+def as_rank(rank: int) -> Iterator[None]:
+    """What is built inside draws as that rank does."""
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(ranks_module, "rank", lambda: rank)
+        yield
+
+
+def networks(learner: Learner) -> dict[str, Tensor]:
+    """All weights: of each network that learns, and of the average."""
+    found = {name: trainable.bare for name, trainable in learner.trainables.items()} | {"average": learner.average}
+    return {name: torch.cat([p.detach().flatten() for p in network.parameters()]) for name, network in found.items()}
+
+
+# The same weights
+
+
+def learn_all(out: Path) -> None:
+    """Each case in turn, in one group; what this rank ends with."""
+    ended = {}
+    for case in CASES:
+        learner = build(case)
+        drawn = [learner.collector.j] if isinstance(learner, DistributionMatching) else []
+        collect = learner.collector.collect
+
+        def watched(*args: Any, collect: Any = collect, learner: Any = learner, drawn: list[int] = drawn) -> Any:
+            states = collect(*args)
+            drawn.append(getattr(learner.collector, "j", -1))
+            return states
+
+        learner.collector.collect = watched  # type: ignore[method-assign]
+        learner.learn(progress=False)
+        ended[case] = {
+            "weights": networks(learner),
+            "j": drawn,
+            "nfe": (learner.teacher_nfe, learner.student_nfe),
+            "spent": learner.spent(),
+        }
+        ended[case]["next"] = learner.collector.streams["noise"].get_state()
+    torch.save(ended, out / f"{ranks_module.rank()}.pt")
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the two ranks end with."""
+    directory = tmp_path_factory.mktemp("learned")
+    codes, said = launch(learn_all, directory, scratch=directory)
+    assert codes == [0, 0], said
+    return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def in_one(case: str) -> tuple[Learner, list[Learner]]:
+    """A single process that takes the concatenation of both ranks' batches, and the two that draw them."""
+    whole, halves = build(case, batch_size=2 * SMALL["batch_size"]), []
+    for rank in range(2):
+        with as_rank(rank):
+            halves.append(build(case))
+    if isinstance(whole, DistributionMatching):
+        of: Any = halves
+
+        def diffusion(x: Tensor, *span: float) -> tuple[Tensor, ...]:
+            return tuple(map(torch.cat, zip(*(half.diffusion(x, *span) for half, x in zip(of, x.chunk(2), strict=True)), strict=True)))
+
+        def data(x: Tensor) -> tuple[Tensor, ...]:
+            return tuple(map(torch.cat, zip(*(half.data(x) for half, x in zip(of, x.chunk(2), strict=True)), strict=True)))
+
+        whole.diffusion, whole.data = diffusion, data  # type: ignore[method-assign, assignment]
+    while whole.step < whole.horizon:
+        for half in halves:
+            half.step = whole.step
+            half.trainables["student"].bare.load_state_dict(whole.trainables["student"].bare.state_dict())
+            if whole.step % whole.collect_every == 0:
+                half.collect()
+        parts = zip(*(half.parts(half.draw()) for half in halves), strict=True)
+        whole.update(torch.cat([part for pair in parts for part in pair]))
+    return whole, halves
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_end_with_one_and_the_same_weights(case: str, ended: list[dict[str, Any]]) -> None:
+    first, second = (rank[case]["weights"] for rank in ended)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "bf16" not in case])  # where sums in another order round to other halves
+def test_two_ranks_learn_what_one_process_learns_from_both_batches(case: str, ended: list[dict[str, Any]]) -> None:
+    whole, halves = in_one(case)
+    start, end = networks(build(case)), networks(whole)
+    for name, theirs in ended[0][case]["weights"].items():
+        assert float((end[name] - start[name]).abs().max()) > 1e-3
+        torch.testing.assert_close(theirs, end[name], atol=1e-6, rtol=0, msg=lambda why, name=name: f"{name}: {why}")
+    if case != "dmd2":  # whose teacher answers the samples of the whole
+        assert [rank[case]["nfe"][0] for rank in ended] == [half.teacher_nfe + whole.teacher_nfe // 2 for half in halves]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_spent_is_the_sum_over_the_ranks(case: str, ended: list[dict[str, Any]]) -> None:
+    first, second = (rank[case] for rank in ended)
+    assert first["spent"] == second["spent"] == tuple(map(sum, zip(first["nfe"], second["nfe"], strict=True)))
+
+
+# Random numbers
+
+
+def test_ranks_draw_from_streams_of_their_own_and_the_first_one_from_those_of_a_single_process() -> None:
+    names = [*STREAMS, "source", "disturbance", "dropout"]
+    seeds = []
+    for rank in range(512):
+        with as_rank(rank):
+            seeds += [own_seed(seed, name) % 2**32 for seed in (0, 1) for name in names]  # all that a CPU's generator takes of a seed
+    assert seeds[: 2 * len(names)] == [stream_seed(seed, name) % 2**32 for seed in (0, 1) for name in names]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_ranks_start_from_the_same_weights_and_draw_other_states() -> None:
+    one, again = build("dagger"), build("dagger")
+    with as_rank(1):
+        other = build("dagger")
+    assert all(torch.equal(weights, networks(other)[name]) for name, weights in networks(one).items())
+    for learner in (one, again, other):
+        learner.collect()
+    x, same, different = (learner.draw()["x_t"] for learner in (one, again, other))
+    assert torch.equal(x, same)
+    assert not torch.isin(x, different).any()
+
+
+def test_a_rank_has_a_dropout_of_its_own() -> None:
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    build("dagger")
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's, in a single process
+    drawn = []
+    for rank in (1, 2):
+        with as_rank(rank):
+            build("dagger")
+            drawn.append(torch.rand(4))
+    assert not torch.isin(*drawn).any()
+
+
+@pytest.mark.parametrize("case", ["dmd2", "dmd2, accumulated, gan"])
+def test_all_ranks_unroll_to_the_same_time(case: str, ended: list[dict[str, Any]]) -> None:
+    first, second = (rank[case]["j"] for rank in ended)
+    assert first == second
+    assert len(set(first)) > 1
+
+
+# Runs
+
+
+def command(directory: Path, argv: list[str], fault: str | None) -> None:
+    """The body of a rank: the command line, with something amiss."""
+    os.chdir(directory)
+    Path("env.yaml").write_text(ENV)
+    if fault is not None:
+        faulty(fault)
+    from ddil_agents import dagger
+
+    dagger.main(argv)
+
+
+def faulty(fault: str) -> None:
+    """Arranges for that fault in this rank."""
+    from ddil_agents import checkpoint
+    from ddil_agents.buffer import SourceBuffer
+    from ddil_agents.learner import Learner
+
+    def not_finite(original: Callable[..., Any], *args: Any) -> Any:
+        batch = original(*args)
+        batch["x_s"] = batch["x_s"] * torch.nan
+        return batch
+
+    def full_disk(original: Callable[..., Any], *args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    faults: dict[tuple[str, int], Callable[[], None]] = {
+        ("rank 1 is killed in a gradient step", 1): lambda: patch(Learner, "update", 17, after),
+        ("rank 1 is killed in saving", 1): lambda: patch(torch, "save", 3, after),
+        ("rank 0 is killed before the renaming", 0): lambda: patch(checkpoint.os, "replace", 2, before, is_checkpoint),
+        ("a label of rank 1 is not finite", 1): lambda: patch(SourceBuffer, "sample", 5, not_finite),
+        ("the disk of rank 1 is full", 1): lambda: patch(torch, "save", 2, full_disk),
+    }
+    faults.get((fault, ranks_module.rank()), lambda: None)()
+
+
+def run(directory: Path, argv: list[str], fault: str | None = None, world: int = 2) -> tuple[list[int], list[str]]:
+    return launch(command, directory, argv, fault, world=world, scratch=directory)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("unbroken")
+    codes, said = run(directory, [*ARGV, "--out", "run"])
+    assert codes == [0, 0], said
+    assert "dagger@4" in said[0]
+    assert said[1] == ""
+    return directory / "run"
+
+
+@pytest.mark.parametrize(
+    "fault", ["rank 1 is killed in a gradient step", "rank 1 is killed in saving", "rank 0 is killed before the renaming"]
+)
+def test_a_run_of_two_ranks_goes_on_exactly_when(fault: str, unbroken: Path, tmp_path: Path) -> None:
+    codes, _ = run(tmp_path, [*ARGV, "--out", "run"], fault)
+    assert codes[int(fault[5])] == -signal.SIGKILL
+    codes, said = run(tmp_path, ["--resume", "run"])
+    assert codes == [0, 0], said
+    assert same_weights(tmp_path / "run", unbroken)
+    assert outcome(tmp_path / "run") == outcome(unbroken)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_run_of_two_ranks_does_not_go_on_with(world: int, unbroken: Path, tmp_path: Path) -> None:
+    shutil.copytree(unbroken, tmp_path / "run")
+    codes, said = run(tmp_path, ["--resume", "run"], world=world)
+    assert codes == [2] * world
+    assert f"is of 2 processes, each with states and random numbers of its own, and here are {world}; go on with 2" in said[0]
+
+
+def test_a_rank_whose_part_of_the_checkpoint_is_damaged_stops_all(unbroken: Path, tmp_path: Path) -> None:
+    shutil.copytree(unbroken, tmp_path / "run")
+    os.truncate(tmp_path / "run" / "checkpoints" / "step_00000024" / "rank_0001.pt", 1000)
+    codes, said = run(tmp_path, ["--resume", "run"])
+    assert codes == [2, 2]
+    assert all("step_00000024/rank_0001.pt is damaged: its SHA-256 is not the manifest's; remove" in text for text in said)
+
+
+@pytest.mark.parametrize("prioritised", ["true", "false"])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(prioritised: str, tmp_path: Path) -> None:
+    argv = [*ARGV, "--out", "run", "--prioritised", prioritised, "--beta.schedule", "constant", "--beta.forward", "1"]
+    codes, said = run(tmp_path, argv, "a label of rank 1 is not finite")
+    assert codes == [2, 2]
+    assert all("the loss is not finite at step 5, on states of: forward" in text for text in said)
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [3]
+
+
+def test_a_rank_that_cannot_save_stops_all(tmp_path: Path) -> None:
+    codes, said = run(tmp_path, [*ARGV, "--out", "run"], "the disk of rank 1 is full")
+    assert codes == [2, 2]
+    assert "No space left on device (on rank 1)" in said[0]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000007"]
+
+
+def test_torchrun_makes_one_run_that_counts_both_processes(unbroken: Path, tmp_path: Path) -> None:
+    (tmp_path / "env.yaml").write_text(ENV)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ddil_agents.dagger"]
+    words += [*ARGV, "--out", "run"]
+    alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        words, cwd=tmp_path, env={**alone, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("dagger@4") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["env.yaml", "run"]
+    assert same_weights(tmp_path / "run", unbroken)
+    assert outcome(tmp_path / "run") == outcome(unbroken)
+
+
+def test_metrics_and_result_count_all_ranks(unbroken: Path, tmp_path: Path) -> None:
+    codes, said = run(tmp_path, [*ARGV, "--out", "run"], world=1)
+    assert codes == [0], said
+    one, two = (read_metrics(path / "metrics.jsonl") for path in (tmp_path / "run", unbroken))
+    for a, b in zip(one, two, strict=True):
+        assert sum(b["source_counts"].values()) == 2 * sum(a["source_counts"].values())
+        assert b["held"] == {name: 2 * count for name, count in a["held"].items()}
+        assert b["beta"] == a["beta"]
+        assert b["loss"] != a["loss"]
+    a, b = (json.loads((path / "result.json").read_text()) for path in (tmp_path / "run", unbroken))
+    assert b["teacher_nfe"] == two[-1]["teacher_nfe"] == b["models"]["dagger@4"]["teacher_nfe"] == 2 * a["teacher_nfe"]
+    assert b["student_nfe"] == two[-1]["student_nfe"] > 1.8 * a["student_nfe"]
+    assert load_file(unbroken / "student" / "student.safetensors").keys() == load_file(tmp_path / "run/student/student.safetensors").keys()
+
+
+def test_stages_follow_one_another_on_all_ranks(tmp_path: Path) -> None:
+    stages = "[{num_steps: 4, num_updates: 3}, {num_steps: 2, num_updates: 3}]"
+    codes, said = run(tmp_path, [*ARGV, "--out", "run", "--stages", stages])
+    assert codes == [0, 0], said
+    whole, *each = (json.loads((tmp_path / "run" / place / "result.json").read_text()) for place in (".", "stage_1", "stage_2"))
+    assert whole["teacher_nfe"] == sum(result["teacher_nfe"] for result in each)
+    assert each[0]["teacher_nfe"] % 2 == 0
+    assert same_weights(tmp_path / "run", tmp_path / "run" / "stage_2")
+
+
+# What is refused
+
+
+def test_what_runs_in_one_process_alone_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("stable_baselines3")
+    from ddil_agents.ppo import PPOAgent
+
+    monkeypatch.setattr(ranks_module, "world", lambda: 2)
+    with pytest.raises(ValueError, match=r"ppo trains in one process, and here are 2; start it by python -m ddil_agents\.ppo"):
+        PPOAgent(expert())
+
+
+@pytest.mark.parametrize("plugin", ["DEEPSPEED", "MEGATRON_LM"])
+def test_a_plug_in_of_accelerate_that_is_not_supported_is_refused(plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
+    with pytest.raises(ValueError, match=f"accelerate's {plugin} is not supported; choose a config of configs/accelerate"):
+        build("dagger")
