@@ -13,7 +13,8 @@ A cache made elsewhere has the same files: shards of `latents`, `embeddings.NAME
 (a text) and `counts` (the shards' lengths).
 
 Every file is written in whole or not at all, and a stretch depends on nothing but itself: caching that was killed goes on
-where it was, to the same bytes, and a shard that is lost is made again alone.
+where it was, to the same bytes, and a shard that is lost is made again alone. Of several processes that want one cache the first
+makes it and the others wait, for which they lock `.coco.pairs.lock` beside it.
 """
 
 from __future__ import annotations
@@ -26,21 +27,24 @@ import os
 import sys
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ddil_env.expert import NoDataError
 from ddil_env.sources import Pair, Skipped, Source
 
-__all__ = ["Pairs", "cache_pairs", "load_picture"]
+__all__ = ["Pairs", "cache_pairs", "is_cache", "load_picture"]
 
 Encode = Callable[[Tensor], Tensor]  # uint8 (b, height, width, 3) → latents (b, *sample_shape)
 Embed = Callable[[list[str]], Mapping[str, Tensor]]  # b captions → named tables, (b, *any) each
@@ -197,6 +201,11 @@ def _name_skipped(folder: Path, skipped: list[Skipped]) -> str:
     return f"the first: {first}; all are named in {folder / 'skipped.txt'}"
 
 
+def is_cache(folder: str | Path) -> bool:
+    """Whether the folder is a cache of pairs, finished or not."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -213,10 +222,8 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds another cache, or no cache but something.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for partial in folder.glob(".*.partial"):  # of a process that was killed
-        partial.unlink(missing_ok=True)
-    if not (folder / MANIFEST).is_file():
+    if not is_cache(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         if others := sorted(path.name for path in folder.iterdir()):
             raise ValueError(f"{folder} holds {others[0]!r} and no {MANIFEST}: it is no cache of pairs; pass a new or an empty folder")
         _write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -230,6 +237,35 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
                 "pass another folder, or delete it to cache anew"
             )
     return theirs
+
+
+def _left_out(folder: Path, shards: range) -> dict[int, list[Skipped]]:
+    """Of each shard that is there, what of its stretch is not in it.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    return {k: _Shard(_shard(folder, k)).skipped for k in shards if _shard(folder, k).exists()}
+
+
+def _is_finished(folder: Path, manifest: dict[str, Any], shards: range) -> bool:
+    return "counts" in manifest and len(_left_out(folder, shards)) == len(shards) and (folder / NULL).is_file()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process makes this cache, and keeps others waiting; a process that dies lets go."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process, which makes {folder}", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def cache_pairs(
@@ -246,10 +282,11 @@ def cache_pairs(
     workers: int = 4,
     max_broken: float = 0.1,
 ) -> Path:
-    """Turns a source into a cache, or goes on with one that was begun; returns its folder. One process a folder.
+    """Turns a source into a cache, or goes on with one that was begun; returns its folder.
 
-    Pictures are read by workers and encoded here. The result is the same for any number of workers, and to rounding for any
-    batch size. Pictures that cannot be read are left out, counted in a warning, and named in `skipped.txt`.
+    Pictures are read by workers and encoded here; other processes that ask for the same cache wait. The result is the same for any
+    number of workers, and to rounding for any batch size. Pictures that cannot be read are left out, counted in a warning, and named
+    in `skipped.txt`.
 
     Args:
         source: Of `read_pairs`.
@@ -274,17 +311,39 @@ def cache_pairs(
         )
     folder, n = Path(out), len(source.pairs)
     identity = {"pairs_sha256": source.sha256, "model": model, "height": height, "width": width, "shard_size": shard_size}
-    manifest = _claim(folder, {"identity": identity, "source": f"{source.kind} {source.path}, {n} pairs"})
+    manifest = {"identity": identity, "source": f"{source.kind} {source.path}, {n} pairs"}
     shards = range(math.ceil(n / shard_size))
-    skipped = {k: _Shard(_shard(folder, k)).skipped for k in shards if _shard(folder, k).exists()}
-    if "counts" in manifest and len(skipped) == len(shards) and (folder / NULL).is_file():
+    if is_cache(folder) and _is_finished(folder, _claim(folder, manifest), shards):  # it may lie where nobody writes
         return folder
+    with _alone(folder):
+        for partial in folder.glob(".*.partial"):  # of a process that was killed
+            partial.unlink(missing_ok=True)
+        manifest = _claim(folder, manifest)
+        if not _is_finished(folder, manifest, shards):
+            _fill(source, folder, manifest, encode, embed, batch_size, workers, max_broken)
+    return folder
+
+
+def _fill(
+    source: Source,
+    folder: Path,
+    manifest: dict[str, Any],
+    encode: Encode,
+    embed: Embed,
+    batch_size: int,
+    workers: int,
+    max_broken: float,
+) -> None:
+    """Makes the shards that are missing, and the manifest whole; as `cache_pairs`."""
+    n, shard_size = len(source.pairs), manifest["identity"]["shard_size"]
+    shards = range(math.ceil(n / shard_size))
+    skipped = _left_out(folder, shards)
     todo = {k: source.pairs[k * shard_size : (k + 1) * shard_size] for k in shards if k not in skipped}
     batches = {k: [stretch[i : i + batch_size] for i in range(0, len(stretch), batch_size)] for k, stretch in todo.items()}
     in_order = [batch for of_shard in batches.values() for batch in of_shard]
     # torchrl sets the start method to spawn, by which every worker imports the user's script anew; all that these do is read pictures.
     context = "fork" if workers and sys.platform == "linux" else None
-    pictures_of = _Pictures(height, width)
+    pictures_of = _Pictures(manifest["identity"]["height"], manifest["identity"]["width"])
     read = iter(DataLoader(pictures_of, batch_sampler=in_order, num_workers=workers, collate_fn=list, multiprocessing_context=context))
     done = n - sum(map(len, todo.values()))
     with torch.no_grad(), tqdm(total=n, initial=done, desc=f"cache {folder.name}", unit=" pairs") as bar:
@@ -313,9 +372,8 @@ def cache_pairs(
     if missed:
         broken = len(missed) - len(source.skipped)
         warnings.warn(
-            f"{source.path}: {sum(counts)} pairs kept, {len(missed)} left out, {broken} for broken pictures; {named}", stacklevel=2
+            f"{source.path}: {sum(counts)} pairs kept, {len(missed)} left out, {broken} for broken pictures; {named}", stacklevel=3
         )
-    return folder
 
 
 def _check_broken(source: Source, folder: Path, skipped: dict[int, list[Skipped]], max_broken: float) -> None:
@@ -417,17 +475,21 @@ class Pairs:
 
         The generator, of any device, is the position: its state restored, the same pairs follow.
         """
-        device = "cpu" if generator is None else generator.device
-        ids = self._training[torch.randint(len(self._training), (n,), generator=generator, device=device).cpu()]
+        ids = self.draw_ids(n, generator)
         return self.latents(ids).float(), ids
+
+    def draw_ids(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """The ids (n,) of `draw` alone."""
+        device = "cpu" if generator is None else generator.device
+        return self._training[torch.randint(len(self._training), (n,), generator=generator, device=device).cpu()]
 
     def reference(self, n: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
         """The first n training pairs, or held-out ones, of the fixed permutation; fewer where there are not so many. As `draw`.
 
         Raises:
-            ValueError: none was held out.
+            NoDataError: none was held out.
         """
         ids = (self._held_out if held_out else self._training)[:n]
         if not len(ids):
-            raise ValueError(f"no pair of {self.folder} is held out; open it with held_out above 0, and n ≥ 1")
+            raise NoDataError(f"no pair of {self.folder} is held out; open it with held_out above 0, and n ≥ 1")
         return self.latents(ids).float(), ids
