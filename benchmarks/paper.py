@@ -220,7 +220,7 @@ def evaluate(runs: list[Run], root: Path, seed: int, n: int) -> dict[str, dict[s
 
 
 def summary(by_seed: dict[int, dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Each model's metrics over seeds, and each variant's differences from its baseline, paired by seed."""
+    """Each model's metrics over seeds, and its differences from the teacher in as many steps and from its baseline, paired by seed."""
     names = list(dict.fromkeys(name for models in by_seed.values() for name in models))
     rows: dict[str, Any] = {}
     for name in names:
@@ -228,14 +228,15 @@ def summary(by_seed: dict[int, dict[str, dict[str, float]]]) -> dict[str, Any]:
         rows[name] = {key: (*interval(v), v) for key in METRICS if (v := [m[key] for m in there if m.get(key) is not None])}
     paired: dict[str, Any] = {}
     for name in names:
-        for variant in ("+ Reflected + DDIL", "+ DDIL", "+ Reflected"):
-            base = name.replace(variant, "baseline", 1)
-            if variant in name and base in names:
-                pairs = [(models[name], models[base]) for models in by_seed.values() if name in models and base in models]
-                paired[f"{name} − baseline"] = {
-                    key: (*interval(d), d) for key in METRICS if (d := [a[key] - b[key] for a, b in pairs if key in a and key in b])
-                }
-                break
+        steps = name.rpartition(" @")[2]
+        against = {"teacher": f"teacher{', guidance 3' if 'guidance 3' in name else ''} @{steps}"}
+        if variant := next((v for v in ("+ Reflected + DDIL", "+ DDIL", "+ Reflected") if v in name), None):
+            against["baseline"] = name.replace(variant, "baseline", 1)
+        for what, other in against.items():
+            if other in names and not name.startswith("teacher"):
+                pairs = [(models[name], models[other]) for models in by_seed.values() if name in models and other in models]
+                found = {key: [a[key] - b[key] for a, b in pairs if key in a and key in b] for key in METRICS}
+                paired[f"{name} − {what}"] = {key: (*interval(d), d) for key, d in found.items() if d}
     return {"models": rows, "paired": paired}
 
 
@@ -244,7 +245,7 @@ def markdown(result: dict[str, Any]) -> str:
     columns = {
         "frechet": ("Fréchet ↓", 2), "coverage": ("coverage ↑", 3), "recall": ("recall ↑", 3), "accuracy": ("accuracy ↑", 3),
         "frechet_to_expert": ("Fréchet to teacher ↓", 2), "teacher_nfe": ("teacher NFE", 0), "student_nfe": ("student NFE", 0),
-        "minutes": ("minutes", 1), "grad_norm": ("gradient norm", 3), "grad_norm_max": ("largest", 3),
+        "minutes": ("minutes, median", 1), "grad_norm": ("gradient norm", 3), "grad_norm_max": ("largest", 3),
     }  # fmt: skip
     lines = [f"| model | seeds | {' | '.join(heading for heading, _ in columns.values())} |", "|---|---|" + "---|" * len(columns)]
 
@@ -257,9 +258,11 @@ def markdown(result: dict[str, Any]) -> str:
             f"{row[k][0]:,.{digits}f}" + (f" ± {row[k][1]:.{digits}f}" if digits else "") if k in row else "–"
             for k, (_, digits) in columns.items()
         ]
+        if "minutes" in row:  # of runs that shared their cores with others: the middle one says most
+            cells[list(columns).index("minutes")] = f"{statistics.median(row['minutes'][2]):.1f}"
         lines.append(f"| {name} | {len(row['frechet'][2])} | {' | '.join(cells)} |")
     lines += ["", "| paired difference | Fréchet | coverage | recall | accuracy | gradient norm |", "|---|---|---|---|---|---|"]
-    for name in sorted(result["paired"], key=lambda n: order(n.removesuffix(" − baseline"))):
+    for name in sorted(result["paired"], key=lambda n: (n.rpartition(" − ")[2], *order(n.rpartition(" − ")[0]))):
         row = result["paired"][name]
         keys = (("frechet", 2), ("coverage", 3), ("recall", 3), ("accuracy", 3), ("grad_norm", 3))
         lines.append(f"| {name} | {' | '.join(f'{row[k][0]:+.{d}f} ± {row[k][1]:.{d}f}' if k in row else '–' for k, d in keys)} |")
@@ -293,6 +296,7 @@ def main() -> None:
     result = summary(by_seed) | {"n": args.n, "extractor": load_expert("digits").extractor, **provenance(torch.device("cpu"))}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1))
+    args.out.with_suffix(".md").write_text(f"# Every method of the paper on the digits expert\n\n{markdown(result)}\n")
     print(markdown(result))
 
 
