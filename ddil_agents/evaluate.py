@@ -187,11 +187,11 @@ class Judge:
         self.expert_drawn = self._draw(expert_policy, grid, "ddim", self._baseline_names()[0])
         self.expert_path = self.expert_drawn.path
         self.real_features = self._real_features()
-        if self.real is not None and self.held_out is not None:
+        if self.real is not None:
             generator = self._generator(0)
             torch.randn(self._noise_shape(0), generator=generator, device=expert.device)  # x_T of the first batch
             self.real_noised = self._noised(self.real, generator)
-            self.held_out_noised = self._noised(self.held_out, generator)
+            self.held_out_noised = None if self.held_out is None else self._noised(self.held_out, generator)
 
     def _data(self) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None], Tensor | None]:
         """Real samples, held-out samples and their conditions, and the conditions of every model."""
@@ -200,7 +200,10 @@ class Judge:
         except NoDataError:  # data-free: each condition in turn
             ids = torch.arange(self.settings.n, device=self.expert.device)
             return None, (None, None), ids % self.expert.num_conditions if self.expert.num_conditions else None
-        return real, self.expert.reference_data(self.settings.n, held_out=True), c
+        try:
+            return real, self.expert.reference_data(self.settings.n, held_out=True), c
+        except NoDataError:  # none was held out
+            return real, (None, None), c
 
     def _real_features(self) -> Features | None:
         """Of the folder of pictures, or else of the expert's own data."""
@@ -319,7 +322,7 @@ class Judge:
         if self.settings.images is not None and self.real_features is not None:
             halves = split_half(frechet_distance, self.real_features)
             found["real_halves"] = {"n": len(self.real_features) // 2, "frechet": halves}
-        if self.held_out is not None and self.settings.images is None:
+        if self.held_out is not None and self.held_out_noised is not None and self.settings.images is None:
             scores = self.to_data(*self._read(self.held_out), self.held_out_c)
             found["held_out_real"] = {"n": len(self.held_out), **scores, **self._shift(self.held_out_noised.transpose(0, 1))}
         return found
@@ -429,7 +432,8 @@ class Judge:
 
     def judge_expert(self) -> dict[str, Any]:
         """The metrics of the expert's own samples, which are there already."""
-        return self._scored(self.expert_drawn, self.expert_policy, self.grid, "ddim") | self._shift(self.expert_path)
+        at_no_distance = {"frechet_to_expert": 0.0, "endpoint_rmse": 0.0}
+        return self._scored(self.expert_drawn, self.expert_policy, self.grid, "ddim") | at_no_distance | self._shift(self.expert_path)
 
     def _scored(self, drawn: Drawn, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel) -> dict[str, Any]:
         """What a policy's samples score and cost."""

@@ -57,7 +57,7 @@ def write_page(result: dict[str, Any], out: Path) -> Path:
         quality=quality(result),
         profile=profile(result),
         processes={b: [per_step(result, b, out), *training(result, b, out)] for b in result["budgets"]},
-        looks={**looks(result), "teacher": TEACHER},
+        looks={**dict.fromkeys(trajectories, TEACHER), **looks(result)},  # all that is no arm is the teacher, on some arm's times
         show=shown,
         ends=samples_in_the_plane(result, trajectories, shown["cloud"]),
         data=for_script(shown),
