@@ -140,7 +140,8 @@ def _read(learner: Learner, directory: Path) -> dict[str, Any]:
         )
     state: dict[str, Any] = {}
     for part in parts:
-        state |= torch.load(path / _file(part), weights_only=True, map_location="cpu")
+        # Ranks of one machine read the main one's part through one mapping.
+        state |= torch.load(path / _file(part), weights_only=True, map_location="cpu", mmap=ranks.world() > 1)
     return state
 
 

@@ -24,6 +24,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ddil_agents import sharding
 from ddil_agents.beta import Beta
 from ddil_agents.collect import Collector, stream_seed
 from ddil_agents.critic import Critic
@@ -114,7 +115,8 @@ class DistributionMatching(Learner):
 
     def start_from(self, student: NetworkDenoiser) -> None:
         super().start_from(student)
-        self.trainables["critic"].bare.denoiser.load_state_dict(student.state_dict())
+        denoiser = self.trainables["critic"].bare.denoiser
+        denoiser.load_state_dict(sharding.like(student.state_dict(), denoiser.state_dict()))
 
     def generate(self, batch: TensorDict) -> Tensor:
         """x, the student's sample from each state, (b, *sample_shape)."""

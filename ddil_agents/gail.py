@@ -26,6 +26,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from ddil_agents import sharding
 from ddil_agents.beta import Beta
 from ddil_agents.buffer import SOURCES
 from ddil_agents.collect import Collector, stream_seed
@@ -133,6 +134,8 @@ class Gail(Learner):
 
     def __init__(self, expert: Expert | str, config: GailConfig | None = None, support: Support | None = None) -> None:
         super().__init__(expert, config, support)
+        if sharding.asked():
+            raise ValueError("gail differentiates its discriminator twice, which sharded networks do not allow; leave fsdp out")
         with torch.random.fork_rng():  # seeded, and the caller's generator left alone
             torch.manual_seed(stream_seed(self.config.seed, "discriminator"))
             discriminator = Discriminator(self.expert, self.config.discriminator_width).to(self.expert.device)

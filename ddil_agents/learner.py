@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ddil_agents import ranks
+from ddil_agents import ranks, sharding
 from ddil_agents.beta import Beta
 from ddil_agents.buffer import SourceBuffer
 from ddil_agents.checkpoint import load_checkpoint, save_checkpoint
@@ -299,6 +299,8 @@ class Learner(Agent):
             )
         if config.mixed_precision == "fp16" and self.expert.device.type == "cpu":
             raise ValueError("mixed_precision=fp16 scales its losses on a GPU alone; on a CPU use bf16 or no")
+        if config.mixed_precision == "fp16" and sharding.asked():
+            raise ValueError("mixed_precision=fp16 scales losses by what one rank sees; where networks are sharded use bf16 or no")
         if strange := [role for role in config.thresholding.roles if role not in self.roles]:
             raise ValueError(
                 f"thresholding.roles={config.thresholding.roles}: {self.name} has no {strange[0]}; it has {', '.join(self.roles)}"
@@ -318,11 +320,12 @@ class Learner(Agent):
         self.ema.module.eval()
         self.horizon = config.num_updates
         self.accelerator = ranks.join(config.mixed_precision, self.expert.device)
+        sharding.shard(self.average, self.expert.device)
         if not ranks.is_main():
             torch.manual_seed(own_seed(config.seed, "dropout"))  # the main rank's is the caller's, as in a single process
         self.trainables = {"student": self.trainable(student, config.learning_rate, self.turns("student", self.horizon))}
         self.expert_policy = self.labeller()
-        self.student_policy = self.policy(self.average, self.support if "student" in config.thresholding.roles else None)
+        self.student_policy = self._judged_policy()
         self.collector = self.make_collector(self.policy(self.trainables["student"].bare, self.thresholds["student"]))
         self.collect_size, self.collect_every = self.collection()
         capacity = config.capacity or -(-config.num_updates // self.collect_every) * (self.collect_size + max(config.units))
@@ -396,7 +399,8 @@ class Learner(Agent):
     def fresh_states(self) -> TensorDict:
         """Labelled states of the present β; counts the expert forwards that they take."""
         before = self.expert.nfe
-        states = self.collector.collect(self.collect_size, self.beta(), self.step)
+        with sharding.gathered(self.trainables["student"].bare):
+            states = self.collector.collect(self.collect_size, self.beta(), self.step)
         self.teacher_nfe += self.expert.nfe - before
         return states
 
@@ -418,7 +422,7 @@ class Learner(Agent):
         """
         own = self.trainables["student"].bare
         try:
-            missing, strange = own.load_state_dict(student.state_dict(), strict=False)
+            missing, strange = own.load_state_dict(sharding.like(student.state_dict(), own.state_dict()), strict=False)
         except RuntimeError as error:
             raise ValueError(f"the student cannot start from the last one's weights: {error}") from error
         embedding = len(missing) == 1 and self.config.guidance_range is not None and not student.guidance_embedding
@@ -460,7 +464,21 @@ class Learner(Agent):
     def train(self, out: Path | None = None, **options: Any) -> None:
         from ddil_agents.train import train
 
+        if sharding.asked() and not sharding.is_sharded(self.average):
+            raise ValueError("a sharded learner trains once: its average has been brought together; load its checkpoint into a new one")
         train(self, out, **options)
+        self.unshard()
+
+    def unshard(self) -> None:
+        """Brings a sharded average together on every rank, which can then use it without the others."""
+        if sharding.is_sharded(self.average):
+            average = self._seeded_student()
+            average.load_state_dict(sharding.whole(self.average.state_dict()))
+            self.ema.module = average.eval()
+            self.student_policy = self._judged_policy()
+
+    def _judged_policy(self) -> StudentPolicy:
+        return self.policy(self.average, self.support if "student" in self.config.thresholding.roles else None)
 
     def save(self, directory: str | Path) -> Path:
         """Writes config, student and everything that a resumed run needs into the directory, atomically."""
@@ -484,7 +502,7 @@ class Learner(Agent):
             "step": self.step,
             "horizon": self.horizon,
             "trainables": {name: trainable.state_dict() for name, trainable in self.trainables.items()},
-            "ema": self.ema.state_dict(),
+            "ema": sharding.whole(self.ema.state_dict(), ranks.is_main()),
             "scaler": None if scaler is None else scaler.state_dict(),
             "buffer": self.buffer.state_dict(),
             "collector": self.collector.state_dict(),
@@ -504,7 +522,7 @@ class Learner(Agent):
         self.step, self.horizon = state["step"], state["horizon"]
         for name, trainable in self.trainables.items():
             trainable.load_state_dict(state["trainables"][name])
-        self.ema.load_state_dict(state["ema"])
+        self.ema.load_state_dict(sharding.like(state["ema"], self.ema.state_dict()))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.buffer.load_state_dict(state["buffer"])

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
 from torch import Tensor
 
 T = TypeVar("T")
@@ -54,16 +55,17 @@ def join(mixed_precision: str, device: torch.device) -> Accelerator:
     Raises:
         ValueError: a launcher's plug-in other than these, processes that no launcher has started, or a device that is another rank's.
     """
-    for plugin in ("DEEPSPEED", "MEGATRON_LM", "FSDP"):
+    for plugin in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() == "true":
             raise ValueError(f"accelerate's {plugin} is not supported; choose a config of configs/accelerate, or torchrun")
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision a process: that of the last learner built
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        cpu=device.type == "cpu",
-        device_placement=False,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # sharding.py does that
+        accelerator = Accelerator(
+            mixed_precision=mixed_precision,
+            cpu=device.type == "cpu",
+            device_placement=False,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE), DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
     if dist.is_initialized() and dist.get_world_size() != world():
         raise ValueError(
             f"{dist.get_world_size()} processes share a group that no launcher has made known (LOCAL_RANK, RANK, WORLD_SIZE); "

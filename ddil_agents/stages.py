@@ -19,6 +19,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from ddil_agents import sharding
 from ddil_agents.checkpoint import checkpoints, read_support
 from ddil_agents.collect import stream_seed
 from ddil_agents.learner import Agent, LearnerConfig
@@ -133,6 +134,8 @@ def learners(agent: type[Agent], expert: Expert, stages: list[Stage], out: Path 
         if place is not None and checkpoints(place / "checkpoints"):
             learner.load(place / "checkpoints")
         yield stage, learner
+        if sharding.asked():
+            learner.unshard()  # a teacher answers each rank by itself
         last, before, support = learner.average, stage.config, learner.support
         told = None if before.guidance_range is None else learner.reference.guidance_scale
         del learner

@@ -10,6 +10,9 @@ import torch
 from accelerate import Accelerator
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ddil_agents import ranks, sharding
 
 if TYPE_CHECKING:
     from ddil_agents.learner import LearnerConfig
@@ -29,10 +32,12 @@ class Trainable:
     """
 
     def __init__(self, network: nn.Module, config: LearnerConfig, accelerator: Accelerator, learning_rate: float, horizon: int) -> None:
+        sharding.shard(network, accelerator.device)
         optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay)
         self.config, self.accelerator, self.horizon = config, accelerator, horizon
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._warm_up_then_linear)
-        self._wrapped, self.optimizer = accelerator.prepare(network, optimizer)
+        self._wrapped = accelerator.prepare_model(network, evaluation_mode=sharding.asked())  # what is sharded, DDP has no part in
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         self._frozen = False
         self.last_learning_rate = 0.0
 
@@ -49,16 +54,17 @@ class Trainable:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Gradient goes through the network and none into it: for the turn of another one, whose loss it is in."""
-        learning = [p for p in self.bare.parameters() if p.requires_grad]
-        for p in learning:
-            p.requires_grad_(False)
-        self._frozen = True
-        try:
-            yield
-        finally:
+        with sharding.gathered(self.bare):
+            learning = [p for p in self.bare.parameters() if p.requires_grad]
             for p in learning:
-                p.requires_grad_(True)
-            self._frozen = False
+                p.requires_grad_(False)
+            self._frozen = True
+            try:
+                yield
+            finally:
+                for p in learning:
+                    p.requires_grad_(True)
+                self._frozen = False
 
     def minimise(self, loss: Loss, parts: Sequence[TensorDict]) -> tuple[Tensor, Tensor]:
         """One gradient step.
@@ -83,7 +89,7 @@ class Trainable:
                 losses.append(each.detach())
         self.last_learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self.scheduler.step()
-        return torch.cat(losses), torch.as_tensor(norm)
+        return torch.cat(losses), torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def extend_to(self, horizon: int) -> None:
         """Moves the horizon; the rate of the next step is that of the new course."""
@@ -97,15 +103,17 @@ class Trainable:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "network": self.bare.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "network": sharding.whole(self.bare.state_dict(), ranks.is_main()),
+            "optimizer": sharding.whole(self.optimizer.state_dict(), ranks.is_main()),
             "last_epoch": self.scheduler.last_epoch,
             "horizon": self.horizon,
             "last_learning_rate": self.last_learning_rate,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.bare.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.bare.load_state_dict(sharding.like(state["network"], self.bare.state_dict()))
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        momenta = {i: sharding.like(each, dict.fromkeys(each, weights[i])) for i, each in state["optimizer"]["state"].items()}
+        self.optimizer.load_state_dict({**state["optimizer"], "state": momenta})
         self.scheduler.last_epoch, self.horizon = state["last_epoch"], state["horizon"]
         self.last_learning_rate = state["last_learning_rate"]

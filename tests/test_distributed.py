@@ -24,6 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from test_resume import ARGV, ENV, after, before, is_checkpoint, outcome, patch, same_weights
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ddil_agents import (
     Beta,
@@ -32,6 +33,7 @@ from ddil_agents import (
     Gail,
     LatentConsistency,
     Learner,
+    sharding,
 )
 from ddil_agents import ranks as ranks_module
 from ddil_agents.collect import STREAMS, own_seed, stream_seed
@@ -42,6 +44,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ddil_agents", "ddil_agents.cli", "torch.distributed", "torch.utils.tensorboard", "pytest"])
 SECONDS = 100  # that a rank may take on a busy machine
 
+CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 MEANS = [[-0.8, 0.0, 0.3], [0.8, 0.2, 0.0], [0.0, -0.7, 0.5]]
 SMALL: dict[str, Any] = {
     "num_updates": 9,
@@ -122,16 +125,28 @@ def as_rank(rank: int) -> Iterator[None]:
 def networks(learner: Learner) -> dict[str, Tensor]:
     """All weights: of each network that learns, and of the average."""
     found = {name: trainable.bare for name, trainable in learner.trainables.items()} | {"average": learner.average}
-    return {name: torch.cat([p.detach().flatten() for p in network.parameters()]) for name, network in found.items()}
+    return {name: torch.cat([flat(p.detach()) for p in network.parameters()]) for name, network in found.items()}
+
+
+def flat(p: Tensor) -> Tensor:
+    return (p.full_tensor() if isinstance(p, DTensor) else p).flatten()
+
+
+def local(p: Tensor) -> Tensor:
+    return p.to_local() if isinstance(p, DTensor) else p
 
 
 # The same weights
 
 
-def learn_all(out: Path) -> None:
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_MIN_NUM_PARAMS": "100"}
+
+
+def learn_all(out: Path, environment: dict[str, str]) -> None:
     """Each case in turn, in one group; what this rank ends with."""
+    os.environ |= environment
     ended = {}
-    for case in CASES:
+    for case in cases(environment):
         learner = build(case)
         drawn = [learner.collector.j] if isinstance(learner, DistributionMatching) else []
         collect = learner.collector.collect
@@ -143,23 +158,39 @@ def learn_all(out: Path) -> None:
 
         learner.collector.collect = watched  # type: ignore[method-assign]
         learner.learn(progress=False)
+        student = learner.trainables["student"]
+        momenta = [state["exp_avg"] for state in student.optimizer.state_dict()["state"].values()]
+        held = [[local(p).numel() for p in tensors] for tensors in (student.bare.parameters(), momenta)]
         ended[case] = {
             "weights": networks(learner),
             "j": drawn,
             "nfe": (learner.teacher_nfe, learner.student_nfe),
             "spent": learner.spent(),
+            "held": list(map(sum, held)),
         }
         ended[case]["next"] = learner.collector.streams["noise"].get_state()
     torch.save(ended, out / f"{ranks_module.rank()}.pt")
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def cases(environment: dict[str, str]) -> list[str]:
+    return [case for case in CASES if not environment or case != "gail"]
+
+
+def learned(directory: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
     """What the two ranks end with."""
-    directory = tmp_path_factory.mktemp("learned")
-    codes, said = launch(learn_all, directory, scratch=directory)
+    codes, said = launch(learn_all, directory, environment, scratch=directory)
     assert codes == [0, 0], said
     return [torch.load(directory / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return learned(tmp_path_factory.mktemp("learned"), {})
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return learned(tmp_path_factory.mktemp("sharded"), SHARDED)
 
 
 def in_one(case: str) -> tuple[Learner, list[Learner]]:
@@ -204,6 +235,19 @@ def test_two_ranks_learn_what_one_process_learns_from_both_batches(case: str, en
         torch.testing.assert_close(theirs, end[name], atol=1e-6, rtol=0, msg=lambda why, name=name: f"{name}: {why}")
     if case != "dmd2":  # whose teacher answers the samples of the whole
         assert [rank[case]["nfe"][0] for rank in ended] == [half.teacher_nfe + whole.teacher_nfe // 2 for half in halves]
+
+
+@pytest.mark.parametrize("case", cases(SHARDED))
+def test_sharded_networks_learn_what_whole_ones_do(case: str, ended: list[dict[str, Any]], shared: list[dict[str, Any]]) -> None:
+    atol = 1e-6 if "bf16" not in case else 1e-3
+    for name, theirs in ended[0][case]["weights"].items():
+        torch.testing.assert_close(shared[0][case]["weights"][name], theirs, atol=atol, rtol=0, msg=lambda why, name=name: f"{name}: {why}")
+        assert torch.equal(shared[0][case]["weights"][name], shared[1][case]["weights"][name])
+    assert shared[0][case]["spent"] == ended[0][case]["spent"]
+    whole = [ended[0][case]["weights"]["student"].numel()] * 2
+    assert ended[0][case]["held"] == whole
+    assert [sum(of) for of in zip(*(rank[case]["held"] for rank in shared), strict=True)] == whole
+    assert max(shared[0][case]["held"]) < 0.6 * whole[0]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -260,8 +304,9 @@ def test_all_ranks_unroll_to_the_same_time(case: str, ended: list[dict[str, Any]
 # Runs
 
 
-def command(directory: Path, argv: list[str], fault: str | None) -> None:
+def command(directory: Path, argv: list[str], fault: str | None, environment: dict[str, str]) -> None:
     """The body of a rank: the command line, with something amiss."""
+    os.environ |= environment
     os.chdir(directory)
     Path("env.yaml").write_text(ENV)
     if fault is not None:
@@ -295,8 +340,10 @@ def faulty(fault: str) -> None:
     faults.get((fault, ranks_module.rank()), lambda: None)()
 
 
-def run(directory: Path, argv: list[str], fault: str | None = None, world: int = 2) -> tuple[list[int], list[str]]:
-    return launch(command, directory, argv, fault, world=world, scratch=directory)
+def run(
+    directory: Path, argv: list[str], fault: str | None = None, world: int = 2, environment: dict[str, str] | None = None
+) -> tuple[list[int], list[str]]:
+    return launch(command, directory, argv, fault, environment or {}, world=world, scratch=directory)
 
 
 @pytest.fixture(scope="module")
@@ -319,6 +366,28 @@ def test_a_run_of_two_ranks_goes_on_exactly_when(fault: str, unbroken: Path, tmp
     assert codes == [0, 0], said
     assert same_weights(tmp_path / "run", unbroken)
     assert outcome(tmp_path / "run") == outcome(unbroken)
+
+
+def test_a_sharded_run_goes_on_exactly_and_ends_as_one_of_whole_networks(unbroken: Path, tmp_path: Path) -> None:
+    for place, fault in (("through", None), ("killed", "rank 1 is killed in a gradient step")):
+        (tmp_path / place).mkdir()
+        codes, said = run(tmp_path / place, [*ARGV, "--out", "run"], fault, environment=SHARDED)
+        assert codes == [0, 0] if fault is None else codes[1] == -signal.SIGKILL, said
+    codes, said = run(tmp_path / "killed", ["--resume", "run"], environment=SHARDED)
+    assert codes == [0, 0], said
+    through, killed = (tmp_path / place / "run" for place in ("through", "killed"))
+    assert same_weights(through, killed)
+    assert outcome(through) == outcome(killed)
+    ours, theirs = (load_file(path / "student" / "student.safetensors") for path in (through, unbroken))
+    assert all(torch.allclose(ours[name], weight, atol=1e-5) for name, weight in theirs.items())
+    ours, theirs = (torch.load(path / "checkpoints/step_00000024/state.pt", weights_only=True) for path in (through, unbroken))
+    for part in ("network", "optimizer"):
+        assert shapes(ours["trainables"]["student"][part]) == shapes(theirs["trainables"]["student"][part])
+
+
+def shapes(state: Any) -> Any:
+    """A nested state's keys and shapes."""
+    return {key: shapes(value) for key, value in state.items()} if isinstance(state, dict) else getattr(state, "shape", None)
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -353,19 +422,36 @@ def test_a_rank_that_cannot_save_stops_all(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_00000007"]
 
 
-def test_torchrun_makes_one_run_that_counts_both_processes(unbroken: Path, tmp_path: Path) -> None:
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": [
+        "accelerate.commands.launch",
+        "--config_file",
+        str(CONFIGS / "fsdp.yaml"),
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_makes_one_run_that_counts_both_processes(launcher: str, unbroken: Path, tmp_path: Path) -> None:
     (tmp_path / "env.yaml").write_text(ENV)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ddil_agents.dagger"]
-    words += [*ARGV, "--out", "run"]
-    alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    words = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "ddil_agents.dagger", *ARGV, "--out", "run"]
     done = subprocess.run(
-        words, cwd=tmp_path, env={**alone, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=SECONDS, check=False
+        words, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=SECONDS, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("dagger@4") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["env.yaml", "run"]
-    assert same_weights(tmp_path / "run", unbroken)
-    assert outcome(tmp_path / "run") == outcome(unbroken)
+    ours, theirs = outcome(tmp_path / "run"), outcome(unbroken)
+    if launcher == "torchrun":
+        assert same_weights(tmp_path / "run", unbroken)
+        assert ours == theirs
+    for part in ("nfe", "checkpoints", "config", "lines"):
+        assert ours[part] == theirs[part]
 
 
 def test_metrics_and_result_count_all_ranks(unbroken: Path, tmp_path: Path) -> None:
@@ -383,9 +469,10 @@ def test_metrics_and_result_count_all_ranks(unbroken: Path, tmp_path: Path) -> N
     assert load_file(unbroken / "student" / "student.safetensors").keys() == load_file(tmp_path / "run/student/student.safetensors").keys()
 
 
-def test_stages_follow_one_another_on_all_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("environment", [{}, SHARDED], ids=["whole", "sharded"])
+def test_stages_follow_one_another_on_all_ranks(environment: dict[str, str], tmp_path: Path) -> None:
     stages = "[{num_steps: 4, num_updates: 3}, {num_steps: 2, num_updates: 3}]"
-    codes, said = run(tmp_path, [*ARGV, "--out", "run", "--stages", stages])
+    codes, said = run(tmp_path, [*ARGV, "--out", "run", "--stages", stages], environment=environment)
     assert codes == [0, 0], said
     whole, *each = (json.loads((tmp_path / "run" / place / "result.json").read_text()) for place in (".", "stage_1", "stage_2"))
     assert whole["teacher_nfe"] == sum(result["teacher_nfe"] for result in each)
@@ -403,6 +490,45 @@ def test_what_runs_in_one_process_alone_says_so(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ranks_module, "world", lambda: 2)
     with pytest.raises(ValueError, match=r"ppo trains in one process, and here are 2; start it by python -m ddil_agents\.ppo"):
         PPOAgent(expert())
+
+
+def arguments(config: str) -> Any:
+    """What accelerate launch makes of a config."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    return _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(CONFIGS / config), "-m", "ddil_agents.dagger"])
+    )[0]
+
+
+def test_accelerate_reads_every_config_as_it_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    read = {path.name: arguments(path.name) for path in CONFIGS.iterdir()}
+    processes = {name: (args.num_processes, args.num_machines, args.multi_gpu, args.use_fsdp) for name, args in read.items()}
+    assert processes == {
+        "1gpu.yaml": (1, 1, False, False),
+        "8gpu.yaml": (8, 1, True, False),
+        "2nodes.yaml": (16, 2, True, False),
+        "fsdp.yaml": (8, 1, False, True),
+    }
+    for name, value in prepare_multi_gpu_env(read["fsdp.yaml"]).items():
+        if "FSDP" in name:
+            monkeypatch.setenv(name, value)
+    assert not sharding.asked()  # one process has nobody to share with
+    monkeypatch.setattr(ranks_module, "world", lambda: 8)
+    assert sharding.asked()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("FSDP_VERSION", "1"), ("FSDP_OFFLOAD_PARAMS", "true"), ("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")]
+)
+def test_a_way_of_sharding_that_is_not_supported_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, setting in {**SHARDED, name: value}.items():
+        monkeypatch.setenv(key, setting)
+    monkeypatch.setattr(ranks_module, "world", lambda: 2)
+    with pytest.raises(ValueError, match=rf"{name.lower()}={value}: need .*; start from configs/accelerate/fsdp\.yaml"):
+        build("dagger")
 
 
 @pytest.mark.parametrize("plugin", ["DEEPSPEED", "MEGATRON_LM"])
