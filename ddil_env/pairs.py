@@ -187,7 +187,7 @@ def _rows(encode: Encode, embed: Embed, pictures: list[Tensor], pairs: list[Pair
             raise ValueError(f"{len(values)} rows of {name} for {len(pairs)} pairs; encode and embed give one for each")
         if values.dtype not in DTYPES.values():
             raise ValueError(f"{name} is {values.dtype}; a cache keeps {', '.join(DTYPES)}: convert it in encode or embed")
-        bad = (~torch.isfinite(values)).flatten(1).any(1)
+        bad = (~torch.isfinite(values)).reshape(len(values), -1).any(1)
         if bad.any():
             first = pairs[int(bad.nonzero()[0])].name
             raise ValueError(f"NaN or infinite {name} of {int(bad.sum())} pairs, the first {first!r}; compute in float32 or bfloat16")

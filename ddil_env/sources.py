@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Pair", "Source", "read_pairs"]
+__all__ = ["Pair", "Source", "read_pairs", "read_pictures"]
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 NO_CAPTION = "no caption (none there, an empty one, or not UTF-8)"
@@ -123,6 +123,20 @@ def read_pairs(path: str | Path, images: str | Path | None = None) -> Source:
             "put each caption beside its picture (a.jpg, a.txt), or pass another path"
         )
     return Source(kind, str(path), pairs, skipped)
+
+
+def read_pictures(path: str | Path) -> Source:
+    """Lists the pictures of a folder and the folders in it; a caption is the name of the folder that is one's class, or "".
+
+    Raises:
+        ValueError: no folder, or no picture in it.
+    """
+    root = Path(path).expanduser()
+    found = {file.relative_to(root).as_posix(): file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES}
+    if not found:
+        raise ValueError(f"no picture ({', '.join(SUFFIXES)}) in {str(path)!r} (looked in {root.absolute()}); pass a folder of pictures")
+    pairs = [_pair(name, name.rpartition("/")[0].partition("/")[0], file) for name, file in sorted(found.items())]
+    return Source("pictures", str(path), pairs, [])
 
 
 def _pair(name: str, caption: str, path: Path) -> Pair:

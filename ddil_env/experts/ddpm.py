@@ -2,7 +2,7 @@
 
 ε̂ = UNet(x_t, t) ,   x in [−1, 1]
 
-python -m ddil_agents.dagger --env ddpm --env.model ./ddpm-cifar10-32
+python -m ddil_agents.dagger --env ddpm --env.model ./ddpm-cifar10-32 --data ./pictures
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import torch
 from diffusers import DDPMPipeline, UNet2DModel
 from torch import Tensor, nn
 
+from ddil_env.pairs import Pairs
+from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.expert import Dtype, PipelineExpert, to_uint8
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.networks import PipelineNetwork
 from ddil_env.pipelines.samplers import DiffusionNoise
+from ddil_env.sources import read_pictures
 from ddil_env.support import Box
 
 MODELS = {"unet": UNet2DModel}
@@ -51,11 +54,15 @@ class DDPM(PipelineExpert):
         dtype: Of the UNet. x̂_0 and ε̂ are float32 in any case.
         max_batch: Samples put through the UNet at once when states are labelled or sampled.
         local_files_only: Never ask the hub.
+        data: A folder of pictures, or a cache of it.
+        data_cache: Folder for the data as tensors; default: the data's name with .pairs at its end.
+        held_out: Share of the pictures that is never trained on, to judge by.
+        workers: Processes that read pictures.
         device: Where it computes.
 
     Raises:
         ValueError: no weights to be had, weights that are damaged, pickled or of another pipeline, an unsupported noise schedule,
-            a UNet that learns its variance or reads classes, an absent device.
+            a UNet that learns its variance or reads classes, data that cannot be read or are not of its channels, an absent device.
     """
 
     extractor = "latent_pool8"  # its pixels are too many to be features, and their averages are always to be had
@@ -68,8 +75,13 @@ class DDPM(PipelineExpert):
         dtype: Dtype = "float32",
         max_batch: int = 64,
         local_files_only: bool = False,
+        data: str | None = None,
+        data_cache: str | None = None,
+        held_out: float = 0.05,
+        workers: int = 4,
         device: torch.device | str = "cpu",
     ) -> None:
+        own = OwnData(data, None, data_cache, held_out, workers)
         files = PipelineFolder.find(model, DDPMPipeline, MODELS, local_files_only=local_files_only)
         config = files.config("unet")
         channels, side = config.get("in_channels", 3), config.get("sample_size")
@@ -78,10 +90,21 @@ class DDPM(PipelineExpert):
         files.require("unet", "a UNet of this pipeline", out_channels=channels, class_embed_type=None, num_class_embeds=None)
         shape = (channels, *((side, side) if isinstance(side, int) else side))
         super().__init__(files, shape, dtype=dtype, max_batch=max_batch, model=model, support=Box(1.0), device=device)
+        if own.data is not None:
+            if channels != 3:
+                raise ValueError(f"data={data!r}: pictures are read with 3 channels, and this UNet has {channels}; leave data out")
+            self.pairs = self.open_pairs(own, lambda _: {}, lambda path, _: read_pictures(path))
         self.network = self.load_network()
 
     def wrap(self, core: Any) -> UnconditionalUNet:
         return UnconditionalUNet(core)
+
+    def conditions(self, pairs: Pairs, ids: Tensor) -> None:
+        return None
+
+    def encode(self, samples: Tensor) -> Tensor:
+        """Pictures uint8 (b, h, w, 3), or floats (b, 3, h, w) in [−1, 1] as they are → floats in [−1, 1]."""
+        return samples.permute(0, 3, 1, 2) / 127.5 - 1 if samples.dtype == torch.uint8 else samples
 
     def decode(self, x_0: Tensor) -> Tensor:
         return to_uint8(x_0)

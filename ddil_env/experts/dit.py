@@ -2,14 +2,15 @@
 
     [ε̂, Σ̂] = Transformer(x_t, t, c)        channels in that order; Σ̂, where it is learned, is for ancestral sampling and unused here
 
-A condition c is a class; the last id, `null_condition`, is "no class".
+A condition c is a class; the last id, `null_condition`, is "no class". Data are a folder that holds one folder of pictures a class.
 
-    python -m ddil_agents.dagger --env dit --env.model ./DiT-XL-2-256
+    python -m ddil_agents.dagger --env dit --env.model ./DiT-XL-2-256 --data ./imagenet/train
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ddil_env.expert import NetworkDenoiser
+from ddil_env.pairs import Pairs
+from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.expert import Dtype, LatentExpert
-from ddil_env.pipelines.folder import PipelineFolder
+from ddil_env.pipelines.folder import PipelineFolder, read_json
 from ddil_env.pipelines.networks import PipelineNetwork, token_features
 from ddil_env.pipelines.samplers import DiffusionNoise
+from ddil_env.sources import Source, read_pictures
 
 MODELS = {"transformer": DiTTransformer2DModel, "vae": AutoencoderKL}
 
@@ -53,6 +57,26 @@ class DiT(PipelineNetwork):
         return output[:, : x_t.shape[1]]  # (b, 2 · channels, h, w) → (b, channels, h, w)
 
 
+def read_classes(path: str, classes: int) -> Source:
+    """Lists the pictures of a folder with a folder for each class; a caption is a class's number.
+
+    Raises:
+        ValueError: no pictures, a folder that is of no class, or not a folder for each class where classes.json does not number them.
+    """
+    source = read_pictures(path)
+    names = sorted({pair.caption for pair in source.pairs})
+    listing = Path(path).expanduser() / "classes.json"
+    numbers = read_json(listing) if listing.is_file() else {name: i for i, name in enumerate(names)}
+    if not listing.is_file() and len(names) != classes:
+        raise ValueError(
+            f"{path!r} holds pictures in {len(names)} folders, and the model has {classes} classes: "
+            f'say in {listing} which class each is, {{"{names[0] or "folder"}": 0}}'
+        )
+    if strange := [name for name in names if numbers.get(name) not in range(classes)]:
+        raise ValueError(f"{listing} gives the folder {strange[0]!r} the class {numbers.get(strange[0])!r}; classes are 0 to {classes - 1}")
+    return replace(source, pairs=[pair._replace(caption=f"{numbers[pair.caption]:d}") for pair in source.pairs])
+
+
 class ClassConditionalDiT(LatentExpert):
     """A DiT teacher. No pipeline can tell its students the guidance scale: they have no guidance embedding.
 
@@ -62,11 +86,16 @@ class ClassConditionalDiT(LatentExpert):
         dtype: Of the transformer and the VAE. x̂_0 and ε̂ are float32 in any case.
         max_batch: Samples put through the transformer at once (a guided pair counts as one) when states are labelled or sampled.
         local_files_only: Never ask the hub.
+        data: A folder with a folder of pictures for each class, or a cache of it. Classes are numbered in order of the folders' names,
+            which must be all of them, or as `classes.json` among them says, {"folder": class}.
+        data_cache: Folder for the data's latents; default: the data's name with .pairs at its end.
+        held_out: Share of the pictures that is never trained on, to judge by.
+        workers: Processes that read pictures.
         device: Where it computes.
 
     Raises:
         ValueError: no weights to be had, weights that are damaged, pickled or of another pipeline, an unsupported noise schedule,
-            an absent device.
+            data that cannot be read, an absent device.
     """
 
     noise_kind = DiffusionNoise
@@ -79,8 +108,13 @@ class ClassConditionalDiT(LatentExpert):
         dtype: Dtype = "float32",
         max_batch: int = 16,
         local_files_only: bool = False,
+        data: str | None = None,
+        data_cache: str | None = None,
+        held_out: float = 0.05,
+        workers: int = 4,
         device: torch.device | str = "cpu",
     ) -> None:
+        own = OwnData(data, None, data_cache, held_out, workers)
         files = PipelineFolder.find(model, DiTPipeline, MODELS, local_files_only=local_files_only)
         config = files.config("transformer")
         shape = self.latent_shape(files, None, None)
@@ -99,10 +133,19 @@ class ClassConditionalDiT(LatentExpert):
             device=device,
         )
         self.labels: dict[str, str] = files.index.get("id2label") or {}
+        if own.data is not None:
+            self.pairs = self.open_pairs(
+                own,
+                lambda numbers: {"class": torch.tensor([int(number or classes) for number in numbers])},
+                lambda path, _: read_classes(path, classes),
+            )
         self.network = self.load_network()
 
     def wrap(self, core: Any) -> DiT:
         return DiT(core)
+
+    def conditions(self, pairs: Pairs, ids: Tensor) -> Tensor:
+        return pairs.embeddings(ids)["class"].to(self.device)
 
     def captions(self, c: Tensor) -> list[str]:
         if not self.labels:

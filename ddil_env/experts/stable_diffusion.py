@@ -6,6 +6,7 @@ A condition c is the number of a prompt; the last id, `null_condition`, is the e
 from. A student may be told the guidance scale, and its pipeline then is, too.
 
     python -m ddil_agents.dagger --env sd15 --env.model ./stable-diffusion-v1-5 --env.prompts prompts.txt
+    python -m ddil_agents.dagger --env sd15 --env.model ./stable-diffusion-v1-5 --data ./coco
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.expert import Dtype, Embed, PromptedExpert
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.networks import PromptedUNet
@@ -42,11 +44,16 @@ class StableDiffusion(PromptedExpert):
         height, width: Of the pictures, in pixels; default: what the UNet was trained on.
         max_batch: Samples put through the UNet at once (a guided pair counts as one) when states are labelled or sampled.
         local_files_only: Never ask the hub.
+        data: Pictures with captions, which are then the prompts: a folder, COCO's, webdataset shards, or a cache of them.
+        images: COCO's folder of pictures, where it is not beside the captions.
+        data_cache: Folder for the data's latents and embeddings; default: the data's name with .pairs at its end.
+        held_out: Share of the pairs that is never trained on, to judge by.
+        workers: Processes that read pictures.
         device: Where it computes.
 
     Raises:
         ValueError: no weights to be had, weights that are damaged, pickled or of another pipeline, an unsupported noise
-            schedule, unreadable prompts, a size that the VAE does not divide, an absent device.
+            schedule, unreadable prompts or data, prompts and data, a size that the VAE does not divide, an absent device.
     """
 
     noise_kind = DiffusionNoise
@@ -61,13 +68,21 @@ class StableDiffusion(PromptedExpert):
         width: int | None = None,
         max_batch: int = 16,
         local_files_only: bool = False,
+        data: str | None = None,
+        images: str | None = None,
+        data_cache: str | None = None,
+        held_out: float = 0.05,
+        workers: int = 4,
         device: torch.device | str = "cpu",
     ) -> None:
-        texts = read_prompts(prompts)
+        own = OwnData(data, images, data_cache, held_out, workers)
+        texts = own.texts(prompts)
         files = PipelineFolder.find(model, StableDiffusionPipeline, MODELS, TOKENIZERS, local_files_only=local_files_only)
         shape = self.latent_shape(files, height, width)
         files.require("unet", "a text-to-image UNet over this VAE", out_channels=shape[0], time_cond_proj_dim=None)
-        super().__init__(files, shape, texts, guidance_scale=guidance_scale, dtype=dtype, max_batch=max_batch, model=model, device=device)
+        super().__init__(
+            files, shape, texts, own, guidance_scale=guidance_scale, dtype=dtype, max_batch=max_batch, model=model, device=device
+        )
 
     def pipeline_options(self) -> dict[str, Any]:
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

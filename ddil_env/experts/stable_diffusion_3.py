@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.expert import Dtype, Embed, PromptedExpert
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.networks import PipelineNetwork, token_features
-from ddil_env.pipelines.prompts import Embeddings, TextReader, read_prompts
+from ddil_env.pipelines.prompts import Lookup, TextReader
 from ddil_env.pipelines.samplers import FlowNoise
 from ddil_env.schedule import NoiseSchedule
 
@@ -52,7 +53,7 @@ class SD3(PipelineNetwork):
 
     interface = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim", "patch_size")
 
-    def __init__(self, transformer: SD3Transformer2DModel, embeddings: Embeddings, schedule: NoiseSchedule) -> None:
+    def __init__(self, transformer: SD3Transformer2DModel, embeddings: Lookup, schedule: NoiseSchedule) -> None:
         super().__init__()
         self.transformer = transformer
         self.embeddings = embeddings
@@ -95,6 +96,11 @@ class StableDiffusion3(PromptedExpert):
         height, width: Of the pictures, in pixels; default: what the transformer was trained on.
         max_batch: Samples put through the transformer at once (a guided pair counts as one) when states are labelled or sampled.
         local_files_only: Never ask the hub.
+        data: Pictures with captions, which are then the prompts: a folder, COCO's, webdataset shards, or a cache of them.
+        images: COCO's folder of pictures, where it is not beside the captions.
+        data_cache: Folder for the data's latents and embeddings; default: the data's name with .pairs at its end.
+        held_out: Share of the pairs that is never trained on, to judge by.
+        workers: Processes that read pictures.
         device: Where it computes.
 
     Raises:
@@ -114,14 +120,22 @@ class StableDiffusion3(PromptedExpert):
         width: int | None = None,
         max_batch: int = 4,
         local_files_only: bool = False,
+        data: str | None = None,
+        images: str | None = None,
+        data_cache: str | None = None,
+        held_out: float = 0.05,
+        workers: int = 4,
         device: torch.device | str = "cpu",
     ) -> None:
-        texts = read_prompts(prompts)
+        own = OwnData(data, images, data_cache, held_out, workers)
+        texts = own.texts(prompts)
         without = () if t5 else T5
         files = PipelineFolder.find(model, StableDiffusion3Pipeline, MODELS, TOKENIZERS, T5, without, local_files_only)
         shape = self.latent_shape(files, height, width, files.config("transformer").get("patch_size", 2))
         files.require("transformer", "a text-to-image transformer over this VAE", out_channels=shape[0])
-        super().__init__(files, shape, texts, guidance_scale=guidance_scale, dtype=dtype, max_batch=max_batch, model=model, device=device)
+        super().__init__(
+            files, shape, texts, own, guidance_scale=guidance_scale, dtype=dtype, max_batch=max_batch, model=model, device=device
+        )
 
     def wrap(self, core: Any) -> SD3:
         return SD3(core, self.embeddings, self.schedule)

@@ -19,10 +19,11 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.expert import Dtype, Embed, PromptedExpert
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.networks import PromptedUNet
-from ddil_env.pipelines.prompts import Embeddings, TextReader, read_prompts
+from ddil_env.pipelines.prompts import Lookup, TextReader
 from ddil_env.pipelines.samplers import DiffusionNoise
 
 MODELS = {
@@ -43,7 +44,7 @@ class SDXLUNet(PromptedUNet):
         time_ids: Original height and width, top and left of the crop, height and width asked for, (6,).
     """
 
-    def __init__(self, unet: UNet2DConditionModel, embeddings: Embeddings, time_ids: Tensor) -> None:
+    def __init__(self, unet: UNet2DConditionModel, embeddings: Lookup, time_ids: Tensor) -> None:
         super().__init__(unet, embeddings)
         self.time_ids: Tensor
         self.register_buffer("time_ids", time_ids, persistent=False)
@@ -64,6 +65,11 @@ class StableDiffusionXL(PromptedExpert):
         height, width: Of the pictures, in pixels; default: what the UNet was trained on.
         max_batch: Samples put through the UNet at once (a guided pair counts as one) when states are labelled or sampled.
         local_files_only: Never ask the hub.
+        data: Pictures with captions, which are then the prompts: a folder, COCO's, webdataset shards, or a cache of them.
+        images: COCO's folder of pictures, where it is not beside the captions.
+        data_cache: Folder for the data's latents and embeddings; default: the data's name with .pairs at its end.
+        held_out: Share of the pairs that is never trained on, to judge by.
+        workers: Processes that read pictures.
         device: Where it computes.
 
     Raises:
@@ -82,9 +88,15 @@ class StableDiffusionXL(PromptedExpert):
         width: int | None = None,
         max_batch: int = 4,
         local_files_only: bool = False,
+        data: str | None = None,
+        images: str | None = None,
+        data_cache: str | None = None,
+        held_out: float = 0.05,
+        workers: int = 4,
         device: torch.device | str = "cpu",
     ) -> None:
-        texts = read_prompts(prompts)
+        own = OwnData(data, images, data_cache, held_out, workers)
+        texts = own.texts(prompts)
         files = PipelineFolder.find(model, StableDiffusionXLPipeline, MODELS, TOKENIZERS, local_files_only=local_files_only)
         shape = self.latent_shape(files, height, width)
         files.require("unet", "an SDXL UNet over this VAE", out_channels=shape[0], time_cond_proj_dim=None, addition_embed_type="text_time")
@@ -92,10 +104,15 @@ class StableDiffusionXL(PromptedExpert):
         size = (shape[1] * stride, shape[2] * stride)
         self.time_ids = (*size, 0, 0, *size)
         self.zero_null = bool(files.index.get("force_zeros_for_empty_prompt", True))
-        super().__init__(files, shape, texts, guidance_scale=guidance_scale, dtype=dtype, max_batch=max_batch, model=model, device=device)
+        super().__init__(
+            files, shape, texts, own, guidance_scale=guidance_scale, dtype=dtype, max_batch=max_batch, model=model, device=device
+        )
 
     def pipeline_options(self) -> dict[str, Any]:
         return {"force_zeros_for_empty_prompt": self.zero_null, "add_watermarker": False}
+
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()}{' zero null' if self.zero_null else ''}"
 
     def wrap(self, core: Any) -> SDXLUNet:
         return SDXLUNet(core, self.embeddings, torch.tensor(self.time_ids, dtype=torch.float32, device=self.device))

@@ -1,8 +1,8 @@
 """Diffusers pipelines as experts: what every family shares.
 
 A family is one file: which pipeline and which of its components it reads, how its network is called, and how its texts, if
-any, are embedded. `PipelineExpert` makes students of it and writes them as pipelines; `LatentExpert` has a VAE, `PromptedExpert`
-texts as conditions too.
+any, are embedded. `PipelineExpert` makes students of it, writes them as pipelines, and draws from the user's data; `LatentExpert`
+has a VAE, `PromptedExpert` texts as conditions too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import inspect
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -21,11 +21,14 @@ import yaml
 from torch import Tensor, nn
 
 from ddil_env.expert import Expert, NetworkDenoiser
+from ddil_env.pairs import Pairs
+from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.folder import HUB_ID, PipelineFolder
 from ddil_env.pipelines.networks import PipelineNetwork
-from ddil_env.pipelines.prompts import Embeddings
+from ddil_env.pipelines.prompts import Embeddings, Lookup, look_up
 from ddil_env.pipelines.samplers import Noise, Sampler
 from ddil_env.schedule import Prediction, PredictionType, TimeGrid
+from ddil_env.sources import Source, read_pairs
 from ddil_env.support import Support
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -53,6 +56,7 @@ class PipelineExpert(Expert):
     example: ClassVar[str]  # the first argument of its call, as a model card shows it
 
     network: PipelineNetwork
+    pairs: Pairs | None = None
 
     def __init__(
         self,
@@ -120,6 +124,54 @@ class PipelineExpert(Expert):
 
     def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         return self.schedule.prediction(self.network(x_t, t, c), x_t, t, self.prediction_type)
+
+    # Data
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width, in pixels."""
+        height, width = self.sample_shape[-2:]
+        return height, width
+
+    def fingerprint(self) -> str:
+        """What a cache of pairs depends on: size, dtype, and the files of the VAE, the text encoders and the tokenizers.
+
+        Not the denoiser's: fine-tunes of one model share a cache.
+        """
+        names = [name for name in (*self.files.models, *self.files.tokenizers) if name != self.denoiser]
+        height, width = self.picture_size
+        kind = f"{self.files.pipeline.__name__} {height}x{width} {str(self.dtype).removeprefix('torch.')}"
+        return f"{kind} {self.files.sha256(names)[:16]}"
+
+    def open_pairs(self, own: OwnData, embed: Embed, read: Callable[[str, str | None], Source] = read_pairs) -> Pairs:
+        """The user's data as latents, in float32 or float16, and what `embed` makes of their captions.
+
+        Raises:
+            ValueError: what cannot be read, a cache of another model, or of latents of another shape.
+        """
+        kept = torch.float32 if self.dtype == torch.float32 else torch.float16
+        pairs = own.open(read, lambda pictures: self.encode(pictures).to(kept), embed, self.fingerprint(), *self.picture_size)
+        if pairs.sample_shape != self.sample_shape:
+            raise ValueError(
+                f"{pairs.folder} holds latents of shape {pairs.sample_shape}, this expert's are {self.sample_shape}; cache anew"
+            )
+        return pairs
+
+    def conditions(self, pairs: Pairs, ids: Tensor) -> Tensor | None:
+        """The conditions of pairs, on the device: their own numbers."""
+        return ids.to(self.device)
+
+    def sample_data(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
+        if self.pairs is None:
+            return super().sample_data(n, generator)
+        x_0, ids = self.pairs.draw(n, generator)
+        return x_0.to(self.device), self.conditions(self.pairs, ids)
+
+    def reference_data(self, n: int, held_out: bool = False) -> tuple[Tensor, Tensor | None]:
+        if self.pairs is None:
+            return super().reference_data(n, held_out)
+        x_0, ids = self.pairs.reference(n, held_out)
+        return x_0.to(self.device), self.conditions(self.pairs, ids)
 
     # Students
 
@@ -296,6 +348,17 @@ class LatentExpert(PipelineExpert):
             raise ValueError(f"height={height}, width={width}: both must be positive multiples of {stride * multiple}, the latents' stride")
         return channels, height // stride, width // stride
 
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        stride = _stride(self.files.config("vae"))
+        height, width = (side * stride for side in self.sample_shape[-2:])
+        return height, width
+
+    def open_pairs(self, own: OwnData, embed: Embed, read: Callable[[str, str | None], Source] = read_pairs) -> Pairs:
+        pairs = super().open_pairs(own, embed, read)
+        self.__dict__.pop("vae", None)  # its memory; `vae` is read again at the first picture
+        return pairs
+
     @cached_property
     def vae(self) -> Any:
         """Loaded at the first picture: training on latents never needs it.
@@ -315,8 +378,7 @@ class LatentExpert(PipelineExpert):
         Raises:
             ValueError: another shape.
         """
-        stride = _stride(self.files.config("vae"))
-        height, width = (side * stride for side in self.sample_shape[1:])
+        height, width = self.picture_size
         expected = (height, width, 3) if samples.dtype == torch.uint8 else (3, height, width)
         if tuple(samples.shape[1:]) != expected:
             raise ValueError(f"{samples.dtype} pictures of shape {tuple(samples.shape)}: need (b, {', '.join(map(str, expected))})")
@@ -338,27 +400,46 @@ class PromptedExpert(LatentExpert):
     """A text-to-image pipeline: a condition c is the number of a prompt, and the last id, `null_condition`, is that of guidance.
 
     Every prompt is read by the text encoders once, before the first step, and the encoders are then let go: what remains is one table
-    of embeddings, on the device, shared by the expert and all of its students.
+    of embeddings, on the device, shared by the expert and all of its students. With data the prompts are their captions, a cache
+    holds the table, and where it is there already no encoder is loaded.
 
     Args:
-        prompts: The texts.
+        prompts: The texts; none with data.
+        own: The user's data.
         rest: As in `PipelineExpert`.
+
+    Attributes:
+        embeddings_on_device: Bytes of a cache's embeddings that are put on the device; larger ones stay on the disk.
+
+    Raises:
+        ValueError: as `PipelineExpert`, or data that cannot be read.
     """
 
     example = '"a prompt"'
+    embeddings_on_device: ClassVar[int] = 2**31
 
-    def __init__(self, files: PipelineFolder, sample_shape: tuple[int, ...], prompts: tuple[str, ...], **rest: Any) -> None:
+    def __init__(self, files: PipelineFolder, sample_shape: tuple[int, ...], prompts: tuple[str, ...], own: OwnData, **rest: Any) -> None:
         super().__init__(files, sample_shape, num_conditions=len(prompts), null_condition=len(prompts), **rest)
         self.prompts = prompts
-        self.embeddings = Embeddings(self.embedder()((*prompts, "")))
+        if own.data is None:
+            self.embeddings: Lookup = Embeddings(self.embedder()((*prompts, "")))
+        else:
+            encoders = cache(self.embedder)  # loaded at the first caption that is in no cache
+            self.pairs = self.open_pairs(own, lambda texts: encoders()(texts))
+            self.num_conditions = self.null_condition = len(self.pairs)
+            self.embeddings = look_up(self.pairs, self.device, self.embeddings_on_device)
         self.network = self.load_network()
 
     @abstractmethod
     def embedder(self) -> Embed:
         """What turns texts into rows of the tables, in the expert's dtype; "" into the null condition's. It holds the text encoders."""
 
+    def sample_condition(self, n: int, generator: torch.Generator | None = None) -> Tensor | None:
+        """n condition ids, uniform, (n,): of all prompts, or of the captions that are not held out."""
+        return super().sample_condition(n, generator) if self.pairs is None else self.pairs.draw_ids(n, generator).to(self.device)
+
     def captions(self, c: Tensor) -> list[str]:
-        return [self.prompts[i] for i in c.tolist()]
+        return [self.prompts[i] for i in c.tolist()] if self.pairs is None else self.pairs.captions(c)
 
 
 def to_uint8(pictures: Tensor) -> Tensor:

@@ -5,9 +5,11 @@ Weights are read from safetensors alone, and no code is taken from a model's fol
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"  # owner/name
 STEMS = {"text_encoder": "model"}  # how the weights' file is called: transformers' models so, diffusers' otherwise
 STEM = "diffusion_pytorch_model"
+TOKENIZER_FILES = ("*.json", "merges.txt", "spiece.model")
 
 
 def locate(model: str, patterns: list[str], local_files_only: bool = False) -> Path:
@@ -143,7 +146,7 @@ class PipelineFolder:
         patterns += [f"{name}/config.json" for name in models]
         patterns += [f"{stem}{end}" for stem in weights for end in (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")]
         texts = [name for name in tokenizers or () if name not in without]
-        patterns += [f"{name}/{kind}" for name in texts for kind in ("*.json", "merges.txt", "spiece.model")]
+        patterns += [f"{name}/{kind}" for name in texts for kind in TOKENIZER_FILES]
         return cls(locate(model, patterns, local_files_only), pipeline, models, tokenizers, optional, without)
 
     def part(self, name: str, config: str = "config.json") -> Path:
@@ -158,6 +161,19 @@ class PipelineFolder:
             ValueError: it cannot be read.
         """
         return read_json(self.part(name) / "config.json")
+
+    def sha256(self, names: Collection[str]) -> str:
+        """Of the components' configurations, weights and tokenizer files, by name and content."""
+        found = []
+        for name in names:
+            stem = _stem(name)
+            weights = ("config.json", f"{stem}.safetensors", f"{stem}-*-of-*.safetensors")
+            folder, kinds = (self.part(name), weights) if name in self.models else (self.path / name, TOKENIZER_FILES)
+            found += [(name, path) for kind in kinds for path in sorted(folder.glob(kind))]
+        with ThreadPoolExecutor() as pool:  # hashing holds no other thread up
+            digests = list(pool.map(_sha256, (path for _, path in found)))
+        listing = [(name, path.name, digest) for (name, path), digest in zip(found, digests, strict=True)]
+        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
     def require(self, name: str, what: str, **expected: Any) -> None:
         """Refuses a component of another configuration than `what` has; a value that it leaves out is taken to fit.
@@ -233,3 +249,8 @@ class PipelineFolder:
 
 def _stem(name: str) -> str:
     return STEMS.get(name.rstrip("_0123456789"), STEM)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

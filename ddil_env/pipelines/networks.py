@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from ddil_env.guidance import GUIDANCE_FEATURES, guidance_features, zero_projection
-from ddil_env.pipelines.prompts import Embeddings
+from ddil_env.pipelines.prompts import Lookup
 
 
 class PipelineNetwork(nn.Module, ABC):
@@ -63,7 +63,7 @@ class PromptedUNet(PipelineNetwork):
 
     interface = ("in_channels", "out_channels", "cross_attention_dim")
 
-    def __init__(self, unet: UNet2DConditionModel, embeddings: Embeddings) -> None:
+    def __init__(self, unet: UNet2DConditionModel, embeddings: Lookup) -> None:
         super().__init__()
         self.unet = unet
         self.embeddings = embeddings
