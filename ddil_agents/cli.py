@@ -4,7 +4,8 @@
     python -m ddil_agents.dagger --resume runs/mine
 
 An env is a preset of configs/env or a YAML file; its expert's arguments are flags, `--env.guidance_scale 3`. Where
-configs/<agent>/<env>.yaml exists its settings are this env's defaults. A run directory holds
+configs/<agent>/<env>.yaml exists its settings are this env's defaults, and those of configs/<agent>/data/<env>.yaml over them where
+`--data` names pictures of the user's own. A run directory holds
 
     config.yaml    reruns as it is: --config config.yaml
     metrics.jsonl, tensorboard/, checkpoints/, student/, samples.png, result.json
@@ -325,10 +326,10 @@ def _take(argv: list[str], flag: str) -> str | None:
 def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespace]:
     """The parser for this agent and the env that argv names, and what it reads."""
     argv = list(argv)
-    for flag in ("--env", "--config", "--device", "--env.expert"):
+    for flag in ("--env", "--config", "--device", "--data", "--env.expert"):
         if sum(word == flag or word.startswith(f"{flag}=") for word in argv) > 1:
             raise ValueError(f"{flag} is given more than once")
-    env_name, config, device = _take(argv, "--env"), _take(argv, "--config"), _take(argv, "--device")
+    env_name, config, device, data = (_take(argv, flag) for flag in ("--env", "--config", "--device", "--data"))
     expert_name = _take(argv, "--env.expert")
     config_path = None if config is None else find_preset(agent.name, config)
     given = {} if config_path is None else read_yaml(config_path)
@@ -337,11 +338,13 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
         env_name, in_config = env_name or in_config, {}
         from_config = ["--config", json.dumps({key: value for key, value in given.items() if key != "env"})]
     preset: dict[str, Any] = {}
-    own_settings: Path | None = None
+    own_settings: list[Path] = []
     if env_name is not None:
         preset = read_env(env_name)
         if find_preset("env", env_name).parent == config_dir() / "env":  # a file of the user's own has no settings of ours
-            own_settings = config_dir() / agent.name / f"{env_name}.yaml"
+            own_settings.append(config_dir() / agent.name / f"{env_name}.yaml")
+            if data is not None or in_config.get("data") is not None or "--env.data" in {word.partition("=")[0] for word in argv}:
+                own_settings.append(config_dir() / agent.name / "data" / f"{env_name}.yaml")
     elif expert_name is None and "expert" not in in_config and not {"--help", "-h"} & set(argv):
         raise ValueError(
             f"which expert? pass --env NAME; presets: {', '.join(preset_names('env'))}. Or a YAML path, or --env.expert my_pkg.MyExpert"
@@ -351,7 +354,7 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     parser = ArgumentParser(
         prog=f"python -m ddil_agents.{agent.name}",
         description=sys.modules[agent.__module__].__doc__,
-        default_config_files=[str(own_settings)] if own_settings is not None and own_settings.is_file() else [],
+        default_config_files=[str(path) for path in own_settings if path.is_file()],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -374,6 +377,8 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
         preset = {"device": "cuda" if torch.cuda.is_available() else "cpu", **preset}
     elif device is not None:
         raise ValueError(f"--device {device}: {expert} takes no device")
+    if data is not None and "env.data" not in known:
+        raise ValueError(f"--data {data}: {expert} takes no data; leave it out, or choose an expert of pictures, such as --env sd15")
     if unknown := sorted(key for key in preset if f"env.{key}" not in known):
         raise ValueError(f"{env_name}: {expert} takes no argument {', '.join(unknown)}")
     from_preset = [
@@ -382,6 +387,8 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     argv = from_preset + from_config + argv
     if device is not None:
         argv += ["--env.device", device]
+    if data is not None:
+        argv += ["--env.data", data]
     parser.exit_on_error = False
     try:
         return parser, parser.parse_args(argv)
@@ -419,7 +426,8 @@ def check_evaluable(agent: type[Agent], expert: Expert, stages: list[Stage], eva
         for held_out in (False, True):
             if (m := len(expert.reference_data(evaluation.n, held_out)[0])) < 10:
                 raise ValueError(
-                    f"the expert has {m} {'held-out' if held_out else 'training'} samples to judge against; the metrics need 10"
+                    f"the expert has {m} {'held-out' if held_out else 'training'} samples to judge against; the metrics need 10: "
+                    "give it more data, or another --env.held_out, 0 for none, where it takes one"
                 )
     for config in (stage.config for stage in stages):
         expert.check_export(config.num_steps, config.grid, agent.kernel, config.student.get("prediction_type"))
