@@ -124,7 +124,7 @@ def save_curves(path: Path, runs: dict[str, list[dict[str, Any]]], results: dict
         error.plot(steps, student["action_mse_expert"], marker="o", ls="--", color=line.get_color(), label=f"{name}, expert's states")
         if student["shift"]:
             shift.plot(steps, student["shift"], marker="o", label=name)
-            floor = result["floors"]["held_out_real"]["shift"]
+            floor = result["floors"].get("held_out_real", {}).get("shift")
     for axis in (error, shift):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     error.set(xlabel="step", ylabel="action error, E (a − a*)²", yscale="log")
