@@ -14,8 +14,9 @@ demo: $(READY)
 	$(BIN)/python -m ddil_agents.dagger --env digits --config demo --out $(OUT)/dagger
 	$(BIN)/python -m ddil_agents.report $(OUT)/bc $(OUT)/dagger --out $(OUT)
 
+# A process for each core, one thread each: more threads than cores would fight.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
