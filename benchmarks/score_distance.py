@@ -1,6 +1,6 @@
 """How far a sampler's distribution is from the teacher's own scores: what distribution matching makes small, measured from outside.
 
-    python benchmarks/score_distance.py --runs runs/paper-benchmark --seed 0
+    python benchmarks/score_distance.py --runs runs/paper-benchmark --seed 0        # goes on at the sampler where it stopped
 
     D = mean over τ of E ‖x̂_φ(x_τ) − x̂_teacher(x_τ)‖² / d ,   x_τ = α_τ x + σ_τ ε ,   x ~ the sampler
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from ddil_agents.checkpoint import write_atomically
 from ddil_agents.evaluate import provenance
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, TimeGrid, load_expert, unroll
 from ddil_env.mdp import Kernel
@@ -98,14 +99,16 @@ def main() -> None:
         run = Run(method, variant, args.seed, args.steps if method == "dmd2" else 4)
         policy, kind, kernel = students(run, args.runs / run.folder, expert)[args.steps]
         samplers[f"{method} {variant}"] = policy, TimeGrid(expert.schedule, args.steps, kind), kernel
-    models: dict[str, Any] = {}
+    settings = {key: value for key, value in vars(args).items() if key not in ("runs", "out")}
+    before = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    models: dict[str, Any] = before["D"] if before and all(before[key] == value for key, value in settings.items()) else {}
     for name, (policy, times, kernel) in (bar := tqdm(samplers.items(), unit="sampler")):
         bar.set_postfix_str(name)
-        x, c = drawn(policy, times, kernel, expert, args.n, args.seed)
-        values = [distance(x, c, expert, args.updates, fit) for fit in range(args.fits)]
-        models[name] = (*interval(values), values)
-    settings = {key: value for key, value in vars(args).items() if key not in ("runs", "out")}
-    args.out.write_text(json.dumps({"D": models, **settings, **provenance(torch.device("cpu"))}, indent=1))
+        if name not in models:
+            x, c = drawn(policy, times, kernel, expert, args.n, args.seed)
+            values = [distance(x, c, expert, args.updates, fit) for fit in range(args.fits)]
+            models[name] = (*interval(values), values)
+            write_atomically(args.out, json.dumps({"D": models, **settings, **provenance(torch.device("cpu"))}, indent=1))
     for name, (mean, half, _) in models.items():
         print(f"| {name} | {1e3 * mean:.3f} ± {1e3 * half:.3f} |")
 
