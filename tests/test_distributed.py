@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from scaling import Network, moved
 from test_resume import ARGV, ENV, after, before, is_checkpoint, outcome, patch, same_weights
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -145,31 +146,48 @@ SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_MIN_NUM_PAR
 def learn_all(out: Path, environment: dict[str, str]) -> None:
     """Each case in turn, in one group; what this rank ends with."""
     os.environ |= environment
-    ended = {}
+    ended, sent = {}, list[int]()
+    count_bytes(sent)
     for case in cases(environment):
         learner = build(case)
-        drawn = [learner.collector.j] if isinstance(learner, DistributionMatching) else []
+        drawn: list[list[int]] = []  # j, and the states of each source
         collect = learner.collector.collect
 
-        def watched(*args: Any, collect: Any = collect, learner: Any = learner, drawn: list[int] = drawn) -> Any:
+        def watched(*args: Any, collect: Any = collect, learner: Any = learner, drawn: list[list[int]] = drawn) -> Any:
             states = collect(*args)
-            drawn.append(getattr(learner.collector, "j", -1))
+            drawn.append([getattr(learner.collector, "j", -1), *states["source"].bincount(minlength=3).tolist()])
             return states
 
         learner.collector.collect = watched  # type: ignore[method-assign]
+        sent.clear()
         learner.learn(progress=False)
+        learning = sum(sent)
         student = learner.trainables["student"]
         momenta = [state["exp_avg"] for state in student.optimizer.state_dict()["state"].values()]
         held = [[local(p).numel() for p in tensors] for tensors in (student.bare.parameters(), momenta)]
         ended[case] = {
             "weights": networks(learner),
-            "j": drawn,
+            "drawn": drawn,
+            "sent": learning,
+            "average": 4 * sum(p.numel() for p in learner.average.parameters()),
             "nfe": (learner.teacher_nfe, learner.student_nfe),
             "spent": learner.spent(),
             "held": list(map(sum, held)),
         }
         ended[case]["next"] = learner.collector.streams["noise"].get_state()
     torch.save(ended, out / f"{ranks_module.rank()}.pt")
+
+
+def count_bytes(sent: list[int]) -> None:
+    """Notes the bytes of every gathering and scattering of sharded networks; torch has renamed these functions."""
+    for name in ("all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single"):
+        if (original := getattr(dist, name, None)) is not None:
+
+            def counted(*args: Any, original: Any = original, **options: Any) -> Any:
+                sent.append(max(t.numel() * t.element_size() for t in [*args, *options.values()] if isinstance(t, Tensor)))
+                return original(*args, **options)
+
+            setattr(dist, name, counted)
 
 
 def cases(environment: dict[str, str]) -> list[str]:
@@ -250,6 +268,14 @@ def test_sharded_networks_learn_what_whole_ones_do(case: str, ended: list[dict[s
     assert max(shared[0][case]["held"]) < 0.6 * whole[0]
 
 
+@pytest.mark.parametrize("case", ["dagger", "dagger, accumulated, bf16", "lcm", "dmd2"])
+def test_sharded_networks_send_what_the_cost_model_says(case: str, shared: list[dict[str, Any]]) -> None:
+    config, found = build(case).config, shared[0][case]
+    network = Network(found["average"] // 4, 0)
+    said = config.num_updates * moved(config, network, ranks=2, sharded=True)
+    assert said <= found["sent"] / 2 < 1.1 * said  # a half: (W − 1)/W; above: rows are padded
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_spent_is_the_sum_over_the_ranks(case: str, ended: list[dict[str, Any]]) -> None:
     first, second = (rank[case] for rank in ended)
@@ -295,10 +321,10 @@ def test_a_rank_has_a_dropout_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("case", ["dmd2", "dmd2, accumulated, gan"])
-def test_all_ranks_unroll_to_the_same_time(case: str, ended: list[dict[str, Any]]) -> None:
-    first, second = (rank[case]["j"] for rank in ended)
+def test_all_ranks_unroll_to_the_same_time_and_do_the_same_work(case: str, ended: list[dict[str, Any]]) -> None:
+    first, second = (rank[case]["drawn"] for rank in ended)
     assert first == second
-    assert len(set(first)) > 1
+    assert all(len(set(column)) > 1 for column in zip(*first, strict=True))  # j, and each source
 
 
 # Runs
