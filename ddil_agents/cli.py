@@ -176,6 +176,7 @@ def finish(
         "student": name,
         "training_seed": learner.config.seed,
         "num_updates": learner.step,
+        "processes": ranks.world(),
         "grid": judged.grid,
         "times": learner.grid.times.tolist(),
         **cost,

@@ -72,7 +72,7 @@ def join(mixed_precision: str, device: torch.device) -> Accelerator:
             "start them by torchrun or accelerate launch"
         )
     if accelerator.distributed_type == DistributedType.MULTI_GPU and accelerator.device != device:
-        raise ValueError(f"rank {rank()} computes on {accelerator.device}, and its expert is on {device}; build it with device='cuda'")
+        raise ValueError(f"rank {rank()}'s expert is on {device}; build it with device='{accelerator.device}', the rank's own")
     return accelerator
 
 

@@ -490,6 +490,7 @@ def test_metrics_and_result_count_all_ranks(unbroken: Path, tmp_path: Path) -> N
         assert b["beta"] == a["beta"]
         assert b["loss"] != a["loss"]
     a, b = (json.loads((path / "result.json").read_text()) for path in (tmp_path / "run", unbroken))
+    assert (a["processes"], b["processes"]) == (1, 2)
     assert b["teacher_nfe"] == two[-1]["teacher_nfe"] == b["models"]["dagger@4"]["teacher_nfe"] == 2 * a["teacher_nfe"]
     assert b["student_nfe"] == two[-1]["student_nfe"] > 1.8 * a["student_nfe"]
     assert load_file(unbroken / "student" / "student.safetensors").keys() == load_file(tmp_path / "run/student/student.safetensors").keys()
