@@ -126,8 +126,9 @@ def train_vae(updates: int, batch_size: int, generator: torch.Generator) -> Auto
     trainer = Trainer(vae, updates, 2e-3)
     for _ in (bar := trange(updates, desc="autoencoder")):
         x, _ = draw_pictures(batch_size, "train", False, generator)
-        posterior = vae.encode(x).latent_dist
-        error = F.l1_loss(vae.decode(posterior.sample()).sample, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            error = F.l1_loss(vae.decode(posterior.sample()).sample, x)
         trainer.step(error + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel())
         bar.set_postfix(error=f"{error.item():.4f}", refresh=False)
     average = cast(AutoencoderKL, trainer.average.module.eval().requires_grad_(False))
@@ -172,13 +173,14 @@ def train_unet(vae: AutoencoderKL, tokenizer: CLIPTokenizer, updates: int, batch
         text = tokens[torch.where(dropped, len(tokens) - 1, c[index])]
         t = torch.randint(schedule.num_train_steps, (batch_size,), generator=generator).float()
         eps = torch.randn(latents[index].shape, generator=generator)
-        loss = F.mse_loss(trainer.network(schedule.add_noise(latents[index], eps, t), t, text), eps)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.mse_loss(trainer.network(schedule.add_noise(latents[index], eps, t), t, text), eps)
         trainer.step(loss)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     return cast(Conditioned, trainer.average.module.eval().requires_grad_(False))
 
 
-def train(out: Path, seed: int = 0, vae_updates: int = 3000, updates: int = 12_000, batch_size: int = 128) -> Path:
+def train(out: Path, seed: int = 0, vae_updates: int = 3000, updates: int = 10_000, batch_size: int = 96) -> Path:
     """Trains all of it and writes the pipeline into `out`."""
     torch.manual_seed(seed)
     generator, start = torch.Generator().manual_seed(seed), time.monotonic()
@@ -209,8 +211,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("weights/coloured_digits"), help="folder that receives the pipeline")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae_updates", type=int, default=3000, help="gradient steps of the autoencoder")
-    parser.add_argument("--updates", type=int, default=12_000, help="gradient steps of text encoder and UNet")
-    parser.add_argument("--batch_size", type=int, default=128, help="of the UNet; the autoencoder's is half of it")
+    parser.add_argument("--updates", type=int, default=10_000, help="gradient steps of text encoder and UNet")
+    parser.add_argument("--batch_size", type=int, default=96, help="of the UNet; the autoencoder's is half of it")
     kwargs: dict[str, Any] = vars(parser.parse_args(argv))
     train(**kwargs)
 
