@@ -32,8 +32,8 @@ import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 
-from ddil_agents import ranks
-from ddil_agents.checkpoint import read_support, write_atomically
+from ddil_agents import out_of_memory, ranks
+from ddil_agents.checkpoint import FULL, MAY_DIFFER, folder_atomically, read_support, write_atomically
 from ddil_agents.evaluate import Evaluation, Judge, extractor_for, judge_student, load_scorers, provenance
 from ddil_agents.learner import Agent, LearnerConfig
 from ddil_agents.metrics.diversity import lpips_distance
@@ -44,6 +44,8 @@ from ddil_agents.train import read_metrics
 from ddil_env import Expert, ExpertPolicy, NoDataError, TimeGrid, check_expert
 from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
 
+OF_THE_MACHINE = MAY_DIFFER | {"env.device", "evaluate.batch_size"}  # what a resumed run may be given anew
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -52,11 +54,13 @@ def clear_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     """What the user can mend ends in one line and exit status 2, not in a traceback."""
     where = parser.prog if ranks.is_main() else f"{parser.prog}, rank {ranks.rank()}"
     try:
-        yield
+        with out_of_memory.named("here", "choose a smaller batch, model or picture, or a device with more"):
+            yield
     except OSError as error:  # a path that cannot be read or written, a full disk
-        print(f"{where}: error: {error}; choose another path, or mend this one", file=sys.stderr)
+        cure = "" if error.errno in FULL else "; choose another path, or mend this one"
+        print(f"{where}: error: {error}{cure}", file=sys.stderr)
         raise SystemExit(2) from error
-    except (ValueError, ArithmeticError, ImportError) as error:  # ImportError: an extra that is not installed
+    except (ValueError, ArithmeticError, ImportError, MemoryError) as error:  # ImportError: an extra that is not installed
         print(f"{where}: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 
@@ -81,7 +85,7 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
             _, was = parse(agent, ["--config", str(saved)])
             parser, cfg = parse(agent, ["--config", str(saved), *argv])
             before = vars(was.as_flat())
-            changed = sorted({k for k, v in vars(cfg.as_flat()).items() if before.get(k) != v} - {"env.device"})
+            changed = sorted({k for k, v in vars(cfg.as_flat()).items() if before.get(k) != v} - OF_THE_MACHINE)
             if changed:
                 raise ValueError(
                     f"--resume continues {resume} as it was configured, but {', '.join(changed)} differs; start a new run for that"
@@ -161,8 +165,8 @@ def finish(
         nfe: Teacher and student forwards of the training, of all processes.
     """
     n, name = judged.num_steps, f"{learner.name}@{judged.num_steps}"
-    (out / "student").mkdir(exist_ok=True)
-    expert.save_student(learner.average, out / "student", n, judged.grid, learner.kernel)
+    with folder_atomically(out / "student") as student:
+        expert.save_student(learner.average, student, n, judged.grid, learner.kernel)
     store = out / "evaluation" if evaluation.n > evaluation.batch_size else None  # long ones go on where a kill stopped them
     judge = Judge(ExpertPolicy(expert, judged.substeps, judged.guidance_scale), learner.grid, evaluation, store)
     rows = read_metrics(out / "metrics.jsonl")
@@ -208,10 +212,11 @@ def gather(out: Path, stages: list[Path], seed: int) -> None:
         own = result["models"][result["student"]]
         cost = {"teacher_nfe": total["teacher_nfe"], "student_nfe": total["student_nfe"], "train_seconds": rows[-1]["seconds"]}
         models |= result["models"] | {result["student"]: own | cost}  # of two stages with as many steps, the later one's student
-    shutil.copytree(stages[-1] / "student", out / "student", dirs_exist_ok=True)
+    with folder_atomically(out / "student") as student:
+        shutil.copytree(stages[-1] / "student", student, dirs_exist_ok=True)
     for name in ("samples.png", "support.json"):
         if (stages[-1] / name).is_file():
-            shutil.copy(stages[-1] / name, out / name)
+            write_atomically(out / name, (stages[-1] / name).read_bytes())
     write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_atomically(out / "result.json", json.dumps({**result, **total, "training_seed": seed, "models": models}, indent=1))
 

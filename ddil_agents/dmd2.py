@@ -179,13 +179,13 @@ class DistributionMatching(Learner):
         student, critic = self.trainables["student"], self.trainables["critic"]
         if self.step % self.config.critic_updates == 0:
             with critic.frozen():
-                measured["loss"], measured["grad_norm"] = student.minimise(self.loss, parts)
+                measured["loss"], measured["grad_norm"] = self.minimise("student", self.loss, parts)
             self.ema.update_parameters(student.bare)
         else:
             with torch.no_grad():
                 for part in parts:
                     part["x"] = self.generate(part)
-        measured["critic_loss"], measured["critic_grad_norm"] = critic.minimise(self.critic_loss, parts)
+        measured["critic_loss"], measured["critic_grad_norm"] = self.minimise("critic", self.critic_loss, parts)
         self.step += 1
         self.teacher_nfe += self.expert.nfe - before
         return measured

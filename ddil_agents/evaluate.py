@@ -34,6 +34,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from ddil_agents import out_of_memory
 from ddil_agents.checkpoint import write_atomically
 from ddil_agents.metrics.coverage import precision_recall_density_coverage
 from ddil_agents.metrics.distances import mmd2, sliced_wasserstein, split_half
@@ -269,16 +270,17 @@ class Judge:
         for k in tqdm(range(count), desc=name or "samples", unit="batch", disable=count == 1, leave=False):
             place = self._place(name, policy, grid, kernel, k)
             if place is not None and place.is_file():
-                kept.append(read_tensors(place))
+                kept.append(read_tensors(place, "remove it, and the batch is drawn again"))
                 continue
             start = time.monotonic()
             c = None if self.c is None else self.c[k * b : (k + 1) * b]
-            path = unroll(policy, grid, self.noise(k), c, kernel=kernel, generator=self._generator(k, 1))
-            if path.is_cuda:
-                torch.cuda.synchronize()
-            seconds = torch.tensor(time.monotonic() - start)
-            shown = max(self.settings.n_paths - k * b, 0)
-            kept.append(self._measured(path[:, -1], c) | {"path": path[:shown], "seconds": seconds})
+            with out_of_memory.named(f"while judging {min(b, self.n)} samples at a time", "lower the evaluation's batch_size"):
+                path = unroll(policy, grid, self.noise(k), c, kernel=kernel, generator=self._generator(k, 1))
+                if path.is_cuda:
+                    torch.cuda.synchronize()
+                seconds = torch.tensor(time.monotonic() - start)
+                shown = max(self.settings.n_paths - k * b, 0)
+                kept.append(self._measured(path[:, -1], c) | {"path": path[:shown], "seconds": seconds})
             if place is not None:
                 write_atomically(place, save({key: value.cpu().contiguous() for key, value in kept[-1].items()}))
         device = self.expert.device

@@ -183,9 +183,9 @@ class Gail(Learner):
         """The student's step, and the discriminator's on the same states and actions."""
         parts, student, discriminator = self.parts(batch), self.trainables["student"], self.trainables["discriminator"]
         with discriminator.frozen():
-            loss, norm = student.minimise(self.loss, parts)
+            loss, norm = self.minimise("student", self.loss, parts)
         self.ema.update_parameters(student.bare)
-        its_loss, its_norm = discriminator.minimise(self.discriminator_loss, parts)
+        its_loss, its_norm = self.minimise("discriminator", self.discriminator_loss, parts)
         self.step += 1
         return {"loss": loss, "grad_norm": norm, "discriminator_loss": its_loss, "discriminator_grad_norm": its_norm}
 

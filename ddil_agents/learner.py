@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +18,14 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
-from ddil_agents import ranks, sharding
+from ddil_agents import out_of_memory, ranks, sharding
 from ddil_agents.beta import Beta
 from ddil_agents.buffer import SourceBuffer
 from ddil_agents.checkpoint import load_checkpoint, save_checkpoint
 from ddil_agents.collect import Collector, own_seed, stream_seed
-from ddil_agents.trainable import Trainable
+from ddil_agents.trainable import Loss, Trainable
 from ddil_env import Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, Unbounded, load_expert, unroll
 from ddil_env.mdp import Kernel
 from ddil_env.schedule import GridKind
@@ -106,6 +108,8 @@ class LearnerConfig(AgentConfig):
     """Decay of the averaged student, which is the one that is evaluated and saved."""
     gradient_accumulation: int = 1
     """Parts that a batch is cut into, to save memory."""
+    halve_batch_on_oom: bool = False
+    """Where a gradient step runs out of memory, do it again with twice as many parts, and the later ones too; false: an error."""
     mixed_precision: Precision = "no"
     """no, fp16 or bf16."""
     stages: tuple[dict[str, Any], ...] = ()
@@ -301,6 +305,11 @@ class Learner(Agent):
             raise ValueError("mixed_precision=fp16 scales its losses on a GPU alone; on a CPU use bf16 or no")
         if config.mixed_precision == "fp16" and sharding.asked():
             raise ValueError("mixed_precision=fp16 scales losses by what one rank sees; where networks are sharded use bf16 or no")
+        if config.halve_batch_on_oom and ranks.world() > 1:
+            raise ValueError(
+                f"halve_batch_on_oom=true: {ranks.world()} processes cut their batches alike, and memory ends on one of them alone; "
+                "leave it out and raise gradient_accumulation"
+            )
         if strange := [role for role in config.thresholding.roles if role not in self.roles]:
             raise ValueError(
                 f"thresholding.roles={config.thresholding.roles}: {self.name} has no {strange[0]}; it has {', '.join(self.roles)}"
@@ -318,7 +327,7 @@ class Learner(Agent):
         self.thresholds = {role: Metered(self.support) if role in config.thresholding.roles else Unbounded() for role in self.roles}
         self.ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
         self.ema.module.eval()
-        self.horizon = config.num_updates
+        self.horizon, self.gradient_accumulation = config.num_updates, config.gradient_accumulation
         self.accelerator = ranks.join(config.mixed_precision, self.expert.device)
         sharding.shard(self.average, self.expert.device)
         if not ranks.is_main():
@@ -376,7 +385,7 @@ class Learner(Agent):
 
     def update(self, batch: TensorDict) -> dict[str, Tensor]:
         """One gradient step; what it measured, on the device: `loss` of each state (b,), `grad_norm` and any other scalars."""
-        losses, norm = self.trainables["student"].minimise(self.loss, self.parts(batch))
+        losses, norm = self.minimise("student", self.loss, self.parts(batch))
         self.ema.update_parameters(self.trainables["student"].bare)
         self.step += 1
         return {"loss": losses, "grad_norm": norm}
@@ -399,14 +408,54 @@ class Learner(Agent):
     def fresh_states(self) -> TensorDict:
         """Labelled states of the present β; counts the expert forwards that they take."""
         before = self.expert.nfe
-        with sharding.gathered(self.trainables["student"].bare):
+        cure = "lower collect_size, or batch_size where each update collects its own; of a pipeline's expert also max_batch"
+        with sharding.gathered(self.trainables["student"].bare), out_of_memory.named(f"while collecting {self.collect_size} states", cure):
             states = self.collector.collect(self.collect_size, self.beta(), self.step)
         self.teacher_nfe += self.expert.nfe - before
         return states
 
     def parts(self, batch: TensorDict) -> list[TensorDict]:
         """The batch as gradient accumulation takes it."""
-        return list(batch.chunk(self.config.gradient_accumulation))
+        return list(batch.chunk(self.gradient_accumulation))
+
+    def minimise(self, network: str, loss: Loss, parts: list[TensorDict]) -> tuple[Tensor, Tensor]:
+        """One gradient step of a network.
+
+        Where memory runs out and `halve_batch_on_oom` is set, it is begun again from the same draws with each part cut in two.
+
+        Args:
+            network: Of `trainables`.
+            loss: The loss of each state of a part, (b,).
+            parts: The batch, cut up; in place if it is cut anew.
+
+        Returns:
+            The loss of each state (b,) and the gradient's norm before clipping, both on the device.
+
+        Raises:
+            MemoryError: out of memory, and the parts may not be cut, or are of one state each.
+        """
+        size, config = max(map(len, parts)), self.config
+        halves = config.halve_batch_on_oom and size > 1
+        generators = [torch.default_generator, *torch.cuda.default_generators, *self.collector.streams.values()] if halves else []
+        draws = [(generator, generator.get_state()) for generator in generators]
+        doing = f"at step {self.step + 1}, in the gradient of {size} of batch_size={config.batch_size} states at a time"
+        cure = f"lower batch_size, raise gradient_accumulation={self.gradient_accumulation}, or set halve_batch_on_oom"
+        try:
+            with out_of_memory.named(doing, cure if size > 1 else "no fewer go; free memory, or make the student smaller"):
+                losses = self.trainables[network].accumulate(loss, parts)
+        except MemoryError:
+            if not halves:
+                raise
+        else:
+            return losses, self.trainables[network].step()
+        # From here on the error is gone, and with it the activations that its frames held.
+        torch.cuda.empty_cache()
+        for generator, state in draws:
+            generator.set_state(state)
+        parts[:] = [half for part in parts for half in part.chunk(2)]
+        self.gradient_accumulation *= 2
+        tqdm.write(f"out of memory {doing}; from here on gradient_accumulation is {self.gradient_accumulation}", file=sys.stderr)
+        return self.minimise(network, loss, parts)
 
     def _sample_teacher(self, n: int) -> Tensor:
         """n samples of the teacher, for calibration where there are no data."""
@@ -501,6 +550,7 @@ class Learner(Agent):
         return {
             "step": self.step,
             "horizon": self.horizon,
+            "gradient_accumulation": self.gradient_accumulation,
             "trainables": {name: trainable.state_dict() for name, trainable in self.trainables.items()},
             "ema": sharding.whole(self.ema.state_dict(), ranks.is_main()),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -520,6 +570,7 @@ class Learner(Agent):
         if state["support"] != self._calibration():
             raise ValueError("the saved learner's support was calibrated on other samples; pass it as support= (support.json of its run)")
         self.step, self.horizon = state["step"], state["horizon"]
+        self.gradient_accumulation = state["gradient_accumulation"]
         for name, trainable in self.trainables.items():
             trainable.load_state_dict(state["trainables"][name])
         self.ema.load_state_dict(sharding.like(state["ema"], self.ema.state_dict()))

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from ddil_agents import ranks
 from ddil_agents.beta import Beta
+from ddil_agents.checkpoint import folder_atomically
 from ddil_agents.collect import stream_seed
 from ddil_agents.learner import Agent, AgentConfig
 from ddil_agents.tracking import Tracker
@@ -286,9 +287,9 @@ class PPOAgent(Agent):
 
     def save(self, directory: str | Path) -> Path:
         """Writes the student into `directory`/student, as a run has it, and returns that."""
-        (student := Path(directory) / "student").mkdir(parents=True, exist_ok=True)
-        self.expert.save_student(self.student, student, self.config.num_steps, self.config.grid)
-        return student
+        with folder_atomically(Path(directory) / "student") as student:
+            self.expert.save_student(self.student, student, self.config.num_steps, self.config.grid)
+        return Path(directory) / "student"
 
     def load(self, directory: str | Path) -> Self:
         """Reads what `save` wrote, into an agent of the same expert and student: it acts as the saved one.

@@ -6,6 +6,7 @@ python -m ddil_agents.report runs/bc runs/dagger --out runs/report
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,8 @@ def save_samples(path: Path, rows: dict[str, np.ndarray], scale: int = 3) -> boo
         draw.text((6, y + strip.shape[0] // 2 - 6), name, fill="black")
         canvas.paste(Image.fromarray(strip), (margin, y))
         y += strip.shape[0] + 4
-    canvas.save(path)
+    canvas.save(drawn := io.BytesIO(), format="PNG")
+    write_atomically(path, drawn.getvalue())
     return True
 
 
@@ -91,7 +93,8 @@ def save_scatter(path: Path, judge: Judge, samples: dict[str, Tensor]) -> None:
         axis.scatter(*x_0.cpu().T, s=2)
         axis.set_title(name)
         axis.set_aspect("equal")
-    figure.savefig(path, dpi=110)
+    figure.savefig(drawn := io.BytesIO(), format="png", dpi=110)
+    write_atomically(path, drawn.getvalue())
 
 
 def save_pictures(path: Path, judge: Judge, samples: dict[str, Tensor]) -> bool:
@@ -135,7 +138,8 @@ def save_curves(path: Path, runs: dict[str, list[dict[str, Any]]], results: dict
         if axis.lines:
             axis.legend(fontsize=8)
             axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(drawn := io.BytesIO(), format="png", dpi=110)
+    write_atomically(path, drawn.getvalue())
 
 
 def read_result(path: Path) -> dict[str, Any]:

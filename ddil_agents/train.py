@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ddil_agents import ranks
 from ddil_agents.buffer import SOURCES
-from ddil_agents.checkpoint import save_checkpoint, write_atomically, write_support
+from ddil_agents.checkpoint import save_checkpoint, write_atomically, write_support, writing
 from ddil_agents.tracking import Tracker, start
 
 if TYPE_CHECKING:
@@ -82,18 +82,17 @@ class RunFiles:
 
     def __init__(self, agent: Agent, out: Path | None, track: Tracker = "none") -> None:
         self._since, self.seconds = time.monotonic(), 0.0
-        self._file: Any = None
+        self.path: Path | None = None
         self._board: Any = None
         self._live: Any = None
         if out is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            path = out / "metrics.jsonl"
-            rows = read_metrics(path, agent.step) if path.is_file() else []
+            self.path = out / "metrics.jsonl"
+            rows = read_metrics(self.path, agent.step) if self.path.is_file() else []
             out.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
             self.seconds = rows[-1]["seconds"] if rows else 0.0
-            self._file = path.open("a")
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=agent.step + 1)
             self._live = start(track, out, agent.config_dict())
 
@@ -101,9 +100,9 @@ class RunFiles:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
+        if self.path is not None:
+            with writing(self.path.with_name("tensorboard")):
+                self._board.close()
         if self._live is not None:
             self._live.finish()
 
@@ -115,14 +114,19 @@ class RunFiles:
         return elapsed
 
     def write(self, row: dict[str, Any]) -> None:
-        """Writes the line of a step."""
-        if self._file is None:
+        """Writes the line of a step.
+
+        Raises:
+            OSError: the disk is full; the next resume drops what there is of the line.
+        """
+        if self.path is None:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
         flat = flatten(row)
-        for key, value in flat.items():
-            self._board.add_scalar(key, value, row["step"])
+        with writing(self.path):
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            for key, value in flat.items():
+                self._board.add_scalar(key, value, row["step"])
         if self._live is not None:
             self._live.log(flat, step=row["step"])
 
@@ -206,6 +210,7 @@ class MetricsLog(RunFiles):
             **{name: statistics.fmean([step[name] for step in steps if name in step]) for name in others},
             "clipped": {role: x if math.isfinite(x) else None for role, x in clipped.items()},
             "learning_rate": learner.trainables["student"].last_learning_rate,
+            "gradient_accumulation": learner.gradient_accumulation,
             "beta": dict(zip(SOURCES, learner.beta(), strict=True)),
             "source_counts": drawn,
             "held": dict(zip(SOURCES, held, strict=True)),

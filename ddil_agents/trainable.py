@@ -66,30 +66,35 @@ class Trainable:
                     p.requires_grad_(True)
                 self._frozen = False
 
-    def minimise(self, loss: Loss, parts: Sequence[TensorDict]) -> tuple[Tensor, Tensor]:
-        """One gradient step.
+    def accumulate(self, loss: Loss, parts: Sequence[TensorDict]) -> Tensor:
+        """Adds up the gradient of a batch's mean loss, part by part; the weights stay.
 
         Args:
             loss: The loss of each state of a part, (b,).
-            parts: The batch in `gradient_accumulation` parts of equal size.
+            parts: The batch, cut up.
 
         Returns:
-            The loss of each state (b,) and the gradient's norm before clipping, both on the device.
+            The loss of each state (b,), on the device.
         """
-        losses = []
+        losses, size = [], sum(map(len, parts)) / len(parts)
+        self._wrapped.zero_grad()  # of a batch that memory did not suffice for
+        self.accelerator.step = 0
         self.accelerator.gradient_accumulation_steps = len(parts)  # accelerate keeps one number a process
         for part in parts:
             with self.accelerator.accumulate(self._wrapped):
                 each = loss(part)
-                self.accelerator.backward(each.mean())
-                if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self._wrapped.parameters(), self.config.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                self.accelerator.backward(each.sum() / size)
                 losses.append(each.detach())
+        return torch.cat(losses)
+
+    def step(self) -> Tensor:
+        """The gradient step; returns the gradient's norm before clipping, on the device."""
+        norm = self.accelerator.clip_grad_norm_(self._wrapped.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         self.last_learning_rate = float(self.optimizer.param_groups[0]["lr"])
         self.scheduler.step()
-        return torch.cat(losses), torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def extend_to(self, horizon: int) -> None:
         """Moves the horizon; the rate of the next step is that of the new course."""

@@ -10,8 +10,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, cure: str = "fetch or train it again") -> dict[str, Tensor]:
     """The tensors of a safetensors file.
+
+    Args:
+        path: The file.
+        cure: What to do about a damaged one.
 
     Raises:
         ValueError: the file is absent, is not safetensors, or is damaged.
@@ -23,7 +27,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch or train it again") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); {cure}") from error
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

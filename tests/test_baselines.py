@@ -504,7 +504,7 @@ def test_each_player_moves_only_itself_and_the_student_through_its_action() -> N
     assert all(p.grad is None for p in student.parameters())
     assert all(p.grad is not None for p in other.parameters())
     before = weights(other)
-    learner.trainables["discriminator"].minimise = lambda *_: (torch.zeros(16), torch.zeros(()))
+    learner.trainables["discriminator"].step = lambda: torch.zeros(())
     learner.update(batch)
     assert torch.equal(weights(other), before)
 

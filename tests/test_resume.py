@@ -64,15 +64,15 @@ def after(original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     die()
 
 
-def half_written(original: Callable[..., Any], state: Any, path: Path) -> None:
-    original(state, path)
-    os.truncate(path, path.stat().st_size // 2)
+def half_written(original: Callable[..., Any], state: Any, file: Any) -> None:
+    original(state, file)
+    file.truncate(file.tell() // 2)
     die()
 
 
 def cut_line(original: Callable[..., Any], log: Any) -> None:
     original(log)
-    os.truncate(log._file.name, os.path.getsize(log._file.name) - 40)
+    os.truncate(log.path, os.path.getsize(log.path) - 40)
     die()
 
 
