@@ -51,7 +51,7 @@ class Collector:
         guidance_range: Draw each state's guidance scale w from here; default: the expert policy's own scale throughout.
     """
 
-    shared: ClassVar[tuple[str, ...]] = ()  # streams that all ranks have in common
+    shared: ClassVar[tuple[str, ...]] = ()  # streams that all ranks have in common; drawn on the host, so that no GPU is waited for
 
     def __init__(
         self,
@@ -71,7 +71,9 @@ class Collector:
         self.p_expert = p_expert
         self.guidance_range = guidance_range
         seeds = {name: (stream_seed if name in self.shared else own_seed)(seed, name) for name in STREAMS}
-        self.streams = {name: torch.Generator(self.expert.device).manual_seed(seeds[name]) for name in STREAMS}
+        self.streams = {
+            name: torch.Generator("cpu" if name in self.shared else self.expert.device).manual_seed(seeds[name]) for name in STREAMS
+        }
         self._owed = [0.0] * len(SOURCES)  # states that each source's share still owes, so that small collects add up to β exactly
 
     @torch.no_grad()

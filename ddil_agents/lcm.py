@@ -121,7 +121,7 @@ class LatentConsistency(Learner):
 
     def loss(self, batch: TensorDict) -> Tensor:
         x_t, t, x_s, s, c, w = (batch.get(key, None) for key in ("x_t", "t", "x_s", "s", "c", "w"))
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():  # the student's own is around it, the average has none
             target = self.thresholds["target"].project(self.average(x_s, s, c, w).x_0)  # f_θ⁻(x̂_s, s, c, w)
         self.trainables["student"].bare.nfe += len(x_s)  # the average's forwards are the student's cost
         pred = self.student(x_t, t, c, w).projected(self.thresholds["student"], straight_through=True)

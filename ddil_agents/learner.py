@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Literal, Self, cast, get_args
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from ddil_agents import out_of_memory, ranks, sharding
+from ddil_agents.average import Average
 from ddil_agents.beta import Beta
 from ddil_agents.buffer import SourceBuffer
 from ddil_agents.checkpoint import load_checkpoint, save_checkpoint
@@ -325,7 +325,7 @@ class Learner(Agent):
         before = self.expert.nfe
         self.support = build_support(config.thresholding, self.expert, self._sample_teacher) if support is None else support
         self.thresholds = {role: Metered(self.support) if role in config.thresholding.roles else Unbounded() for role in self.roles}
-        self.ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.ema = Average(student, config.ema)
         self.ema.module.eval()
         self.horizon, self.gradient_accumulation = config.num_updates, config.gradient_accumulation
         self.accelerator = ranks.join(config.mixed_precision, self.expert.device)

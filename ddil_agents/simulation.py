@@ -45,13 +45,13 @@ class BackwardSimulation(Collector):
         self.j = 0
 
     def collect(self, n: int, beta: tuple[float, float, float], version: int) -> TensorDict:
-        drawn = torch.randint(self.grid.num_steps, (1,), generator=self.streams["time"], device=self.expert.device)
-        self.j = int(drawn) if self.fixed is None else self.fixed  # one wait for the device a collection
+        drawn = torch.randint(self.grid.num_steps, (1,), generator=self.streams["time"])
+        self.j = int(drawn) if self.fixed is None else self.fixed
         return super().collect(n, beta, version)
 
     def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:
         """n states in all, each of source i with probability βᵢ."""
-        shares = torch.tensor(beta, dtype=torch.float64, device=self.expert.device)
+        shares = torch.tensor(beta, dtype=torch.float64)
         source = torch.multinomial(shares, n, replacement=True, generator=self.streams["mixture"])
         return torch.bincount(source, minlength=3).tolist()
 

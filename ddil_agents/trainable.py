@@ -33,7 +33,9 @@ class Trainable:
 
     def __init__(self, network: nn.Module, config: LearnerConfig, accelerator: Accelerator, learning_rate: float, horizon: int) -> None:
         sharding.shard(network, accelerator.device)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay, fused=True
+        )
         self.config, self.accelerator, self.horizon = config, accelerator, horizon
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._warm_up_then_linear)
         self._wrapped = accelerator.prepare_model(network, evaluation_mode=sharding.asked())  # what is sharded, DDP has no part in

@@ -508,7 +508,7 @@ def vanilla(expert: Expert, updates: int, ratio: int, b: int = 8) -> tuple[Tenso
         torch.manual_seed(stream_seed(0, "weights"))
         student = expert.make_student(width=16, depth=2)
     fake, average = copy.deepcopy(student), copy.deepcopy(student)
-    optimizers = [torch.optim.AdamW(n.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=0.0) for n in (student, fake)]
+    optimizers = [torch.optim.AdamW(n.parameters(), lr=0, betas=(0.9, 0.99), weight_decay=0.0, fused=True) for n in (student, fake)]
     data, noise, time, loss_stream = (stream(name) for name in ("data", "noise", "time", "loss"))
     schedule, times = expert.schedule, TimeGrid(expert.schedule, 4, "dmd2").times
 

@@ -233,7 +233,7 @@ def vanilla(expert: GaussianMixtureExpert, config: LCMConfig) -> tuple[nn.Module
     torch.manual_seed(stream_seed(config.seed, "weights"))
     network = expert.make_student(**config.student).network
     average = copy.deepcopy(network)
-    optimizer = torch.optim.AdamW(network.parameters(), betas=config.adam_betas, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), betas=config.adam_betas, weight_decay=config.weight_decay, fused=True)
     buffer = SourceBuffer([config.capacity or 0, 1, 1], seed=stream_seed(config.seed, "source"))
     alpha, sigma = (a.float()[:, None] for a in expert.schedule.coefficients(torch.arange(1000)))
     end = [a.float().item() for a in NoiseSchedule(set_alpha_to_one=False).coefficients(torch.tensor(0))]
