@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -101,7 +102,8 @@ class RunFiles:
 
     def __exit__(self, *error: object) -> None:
         if self.path is not None:
-            with writing(self.path.with_name("tensorboard")):
+            # The first error is the one to tell.
+            with writing(self.path.with_name("tensorboard")) if error[0] is None else suppress(OSError):
                 self._board.close()
         if self._live is not None:
             self._live.finish()

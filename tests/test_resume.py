@@ -1,13 +1,16 @@
-"""A run killed with SIGKILL at any moment, and resumed, ends in the weights of the run that was never killed.
+"""A run killed with SIGKILL at any moment, or out of disk or memory, and resumed, ends in the weights of the one that went through.
 
 Every run is a process of its own, forked from a server that has imported the library once.
 """
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import multiprocessing
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -20,6 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ddil_agents.checkpoint import checkpoints
 from ddil_agents.train import read_metrics
 
 ARGV = shlex.split(
@@ -33,6 +37,7 @@ means: [[-0.8, 0.0, 0.3], [0.8, 0.2, 0.0], [0.0, -0.7, 0.5]]
 stds: 0.2
 labels: [0, 1, 1]
 """  # no picture to draw, which is half of a run this short
+ROOM = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ddil_agents.dagger", "ddil_env.experts.gaussian_mixture", "torch.utils.tensorboard", "pytest"])
 
@@ -86,6 +91,39 @@ def half_saved(original: Callable[..., Any], expert: Any, student: Any, director
     die()
 
 
+def fill_the_disk(most: int) -> None:
+    """From here on no file grows past so many bytes: the system refuses, as it does on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, ROOM))
+
+
+def full(most: int) -> Callable[..., Any]:
+    def instead(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        fill_the_disk(most)
+        return original(*args, **kwargs)
+
+    return instead
+
+
+def full_in_a_line(original: Callable[..., Any], log: Any, row: dict[str, Any]) -> None:
+    fill_the_disk(log.path.stat().st_size + 40)
+    original(log, row)
+
+
+def short_of_memory(most: int, since: int) -> None:
+    """After so many gradient steps the CPU's allocator refuses what more than `most` states at a time would take."""
+    from ddil_agents.trainable import Trainable
+
+    original, calls = Trainable.accumulate, [0]
+
+    def accumulate(self: Trainable, loss: Any, parts: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > since and max(map(len, parts)) > most:
+            torch.empty(2**60, dtype=torch.uint8)
+        return original(self, loss, parts)
+
+    Trainable.accumulate = accumulate  # type: ignore[method-assign]
+
+
 def is_checkpoint(source: Any, target: Any) -> bool:
     return Path(target).name.startswith("step_")
 
@@ -122,30 +160,40 @@ def fatal(moment: str) -> None:
         "after the last checkpoint": lambda: patch(checkpoint.os, "replace", 4, after, is_checkpoint),
         "the student half saved": lambda: patch(Expert, "save_student", 1, half_saved),
         "the evaluation": lambda: patch(evaluate.Judge, "judge", 2, before),
+        "the fifth batch of an evaluation": lambda: patch(evaluate.Judge, "_measured", 5, before),
+        "before the result of an evaluation": lambda: patch(checkpoint.os, "replace", 1, before, named("scores.json")),
         "the writing of the result": lambda: patch(checkpoint.os, "replace", 1, before, named("result.json")),
         "the drawing of the samples": lambda: patch(cli, "save_pictures", 1, before),
+        "before the student takes its place": lambda: patch(checkpoint.os, "replace", 1, before, named("student")),
+        "a checkpoint, the disk full": lambda: patch(torch, "save", 2, full(40_000)),
+        "a line of metrics, the disk full": lambda: patch(train.RunFiles, "write", 5, full_in_a_line),
+        "the student, the disk full": lambda: patch(Expert, "save_student", 1, full(2000)),
+        "the result, the disk full": lambda: patch(cli, "write_atomically", 1, full(1000), lambda path, _: path.name == "result.json"),
+        "memory short": lambda: short_of_memory(8, since=0),
+        "memory short after 10 steps": lambda: short_of_memory(8, since=10),
         "the writing of the config": lambda: patch(checkpoint.os, "replace", 1, before, named("config.yaml")),
     }
     moments[moment]()
 
 
-def command(directory: Path, argv: list[str], moment: str | None) -> None:
+def command(directory: Path, argv: list[str], moment: str | None, module: str) -> None:
     """The body of a process: the command line, killed at a moment."""
     os.chdir(directory)
     Path("env.yaml").write_text(ENV)
     torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere:
-        sys.stdout = sys.stderr = nowhere
-        if moment is not None:
-            fatal(moment)
-        from ddil_agents import dagger
+    sys.stdout, sys.stderr = io.StringIO(), (said := io.StringIO())
+    if moment is not None:
+        fatal(moment)
+    try:
+        importlib.import_module(f"ddil_agents.{module}").main(argv)
+    finally:
+        fill_the_disk(ROOM)
+        Path("stderr.txt").write_text(said.getvalue())
 
-        dagger.main(argv)
 
-
-def run(directory: Path, argv: list[str], moment: str | None = None) -> int:
+def run(directory: Path, argv: list[str], moment: str | None = None, module: str = "dagger") -> int:
     """The exit code of the command in a process of its own; −9 where it was killed."""
-    process = SERVER.Process(target=command, args=(directory, argv, moment))
+    process = SERVER.Process(target=command, args=(directory, argv, moment, module))
     process.start()
     process.join(60)
     assert process.exitcode is not None, "hangs"
@@ -204,6 +252,7 @@ def test_the_unbroken_run_is_as_the_moments_suppose(unbroken: Path) -> None:
         "an old checkpoint half removed",
         "after the last checkpoint",
         "the student half saved",
+        "before the student takes its place",
         "the evaluation",
         "the writing of the result",
         "the drawing of the samples",
@@ -214,6 +263,58 @@ def test_a_run_killed_in(moment: str, unbroken: Path, tmp_path: Path) -> None:
     assert run(tmp_path, ["--resume", "run"]) == 0
     assert same_weights(tmp_path / "run", unbroken)
     assert outcome(tmp_path / "run") == outcome(unbroken)
+
+
+def test_an_evaluation_killed_goes_on_at_its_last_batch(tmp_path: Path) -> None:
+    argv = shlex.split("--env env.yaml --steps 4 2 --n 60 --batch_size 20 --n_action 10 --out scores.json")
+    assert run(tmp_path, argv, "the fifth batch of an evaluation", "evaluate") == -signal.SIGKILL
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / ".scores.json.seed0").glob("*.safetensors")}
+    assert len(kept) == 4
+    assert run(tmp_path, argv, "before the result of an evaluation", "evaluate") == -signal.SIGKILL
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # none was drawn again
+    assert run(tmp_path, argv, None, "evaluate") == 0
+    (whole := tmp_path / "whole").mkdir()
+    assert run(whole, argv, None, "evaluate") == 0
+    ours, theirs = (json.loads((each / "scores.json").read_text())[0]["models"] for each in (tmp_path, whole))
+    for model in (*ours.values(), *theirs.values()):
+        del model["seconds"]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("what", "path", "kept"),
+    [
+        ("a checkpoint", "checkpoints/step_00000014", [7]),
+        ("a line of metrics", "metrics.jsonl", [7]),
+        ("the student", "student", [21, 24]),
+        ("the result", "result.json", [21, 24]),
+    ],
+)
+def test_a_run_whose_disk_is_full_at(what: str, path: str, kept: list[int], unbroken: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, [*ARGV, "--out", "run"], f"{what}, the disk full") == 2
+    error = (tmp_path / "stderr.txt").read_text().splitlines()[-1]
+    assert f"cannot write run/{path}: File too large; make room and go on with --resume: what has been saved is whole" in error
+    assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step_{step:08d}" for step in kept]
+    assert not [left for left in (tmp_path / "run").rglob("*") if "partial" in left.name]
+    assert path == "metrics.jsonl" or not (tmp_path / "run" / path).exists()
+    assert run(tmp_path, ["--resume", "run"]) == 0  # there is room again
+    assert same_weights(tmp_path / "run", unbroken)
+    assert outcome(tmp_path / "run") == outcome(unbroken)
+
+
+def test_a_run_out_of_memory_says_what_to_lower_and_goes_on_with_half_the_batch_at_a_time(unbroken: Path, tmp_path: Path) -> None:
+    assert run(tmp_path, [*ARGV, "--out", "run"], "memory short after 10 steps") == 2
+    error = (tmp_path / "stderr.txt").read_text().splitlines()[-1]
+    assert "out of memory at step 11, in the gradient of 16 of batch_size=16 states at a time (" in error
+    assert "DefaultCPUAllocator: can't allocate memory" in error
+    assert error.endswith("; lower batch_size, raise gradient_accumulation=1, or set halve_batch_on_oom")
+    assert run(tmp_path, ["--resume", "run", "--halve_batch_on_oom", "true"], "memory short") == 0
+    assert "out of memory at step 8, " in (tmp_path / "stderr.txt").read_text()
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [(row["step"], row["gradient_accumulation"]) for row in rows][:4] == [(3, 1), (6, 1), (7, 1), (9, 2)]
+    ours, theirs = (load_file(each / "student" / "student.safetensors") for each in (tmp_path / "run", unbroken))
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], atol=1e-4, rtol=0)
 
 
 def test_a_run_killed_again_and_again(unbroken: Path, tmp_path: Path) -> None:
