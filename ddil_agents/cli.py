@@ -33,8 +33,10 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 
 from ddil_agents import out_of_memory, ranks
+from ddil_agents.card import complete_card
 from ddil_agents.checkpoint import FULL, MAY_DIFFER, folder_atomically, read_support, write_atomically
 from ddil_agents.evaluate import Evaluation, Judge, extractor_for, judge_student, load_scorers, provenance
+from ddil_agents.hub import check_push, push
 from ddil_agents.learner import Agent, LearnerConfig
 from ddil_agents.metrics.diversity import lpips_distance
 from ddil_agents.report import read_result, save_pictures, table
@@ -44,7 +46,7 @@ from ddil_agents.train import read_metrics
 from ddil_env import Expert, ExpertPolicy, NoDataError, TimeGrid, check_expert
 from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
 
-OF_THE_MACHINE = MAY_DIFFER | {"env.device", "evaluate.batch_size"}  # what a resumed run may be given anew
+OF_THE_MACHINE = MAY_DIFFER | {"env.device", "evaluate.batch_size", "push_to_hub", "hub_private"}  # what a resumed run may be given anew
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -102,6 +104,8 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
             check_expert(expert, student=first[1].average)
             if ranks.is_main():
                 check_evaluable(agent, expert, stages, evaluation)
+                if cfg.push_to_hub is not None:
+                    check_push(cfg.push_to_hub)
         out = Path(resume) if resume is not None else ranks.from_main(lambda: begin(agent, parser, cfg))
         if not (out / "config.yaml").is_file():
             raise ValueError(f"{out} is not to be seen from here; give an --out on a disk that all machines share")
@@ -128,8 +132,11 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
             return
         if config.stages:
             gather(out, [out / stage.directory for stage in stages], config.seed)
+        complete_card(out, config)
         print(table(read_result(out / "result.json")))
         print(f"\n{out}: config.yaml, metrics.jsonl, result.json, student/{', samples.png' if (out / 'samples.png').is_file() else ''}")
+        if cfg.push_to_hub is not None:
+            print(push(out / "student", cfg.push_to_hub, cfg.hub_private))
 
 
 def begin(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> Path:
@@ -372,6 +379,8 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     parser.add_argument("--checkpoint_every", type=PositiveInt, default=500, help="gradient steps between checkpoints")
     parser.add_argument("--log_every", type=PositiveInt, default=10, help="gradient steps that a line of metrics.jsonl sums up")
     parser.add_argument("--track", type=Tracker, default="none", help="also send the metrics to a live page: trackio or wandb")
+    parser.add_argument("--push_to_hub", type=str | None, default=None, help="OWNER/NAME on the Hugging Face hub, to upload student/ to")
+    parser.add_argument("--hub_private", type=bool, default=False, help="whether that repository is private, if it is made by this run")
     parser.add_class_arguments(agent.Config, None)
     parser.add_class_arguments(Evaluation, "evaluate")
     parser.add_argument(

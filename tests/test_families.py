@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from PIL import Image
 from tiny_pipelines import WRITERS, write_tiny_ddpm, write_tiny_dit, write_tiny_sd3, write_tiny_sdxl
 from torch import Tensor
 
@@ -354,15 +355,29 @@ def test_students_of_any_prediction_type_are_saved_as_that(family: str, kind: An
     assert expert.load_student(tmp_path).prediction_type == kind
 
 
+def test_the_model_cards_snippet_draws_a_picture_as_it_is_written(
+    family: str, experts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expert = experts[family]
+    expert.save_student(trained(expert), tmp_path / "student", 4, "lcm", "renoise")
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "student" / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)  # whose folder `student` is
+    exec(snippet, {})
+    with Image.open("sample.png") as picture:
+        assert picture.size == expert.picture_size
+
+
 def test_the_model_card_names_the_teachers_licence(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders[family], tmp_path / "teacher"))
     expert: Any = load_expert(family, model=str(folder), **options(family))
     expert.save_student(expert.make_student(), tmp_path / "plain", 4)
-    assert "its folder states none; look it up" in (tmp_path / "plain" / "README.md").read_text()
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\nlicense: unknown\ntags:\n")
+    assert "which holds for its students too: unknown: its folder states none; look it up" in card
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: open-weights-1\nlicense_link: LICENSE.md\n---\n# A teacher\n")
     expert.save_student(expert.make_student(), tmp_path / "licensed", 4)
     card = (tmp_path / "licensed" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: diffusers\nlicense: other\nlicense_name: open-weights-1\nlicense_link: LICENSE.md\n---\n")
+    assert card.startswith("---\nlibrary_name: diffusers\nlicense: other\nlicense_name: open-weights-1\nlicense_link: LICENSE.md\ntags:\n")
     assert "Licence of the teacher, which holds for its students too: `open-weights-1`, as its model card states." in card
 
 

@@ -68,6 +68,7 @@ class DDPM(PipelineExpert):
     extractor = "latent_pool8"  # its pixels are too many to be features, and their averages are always to be had
     noise_kind = DiffusionNoise
     example = "batch_size=4"
+    task = "unconditional-image-generation"
 
     def __init__(
         self,

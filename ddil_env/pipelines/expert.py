@@ -54,6 +54,7 @@ class PipelineExpert(Expert):
 
     noise_kind: ClassVar[type[Noise]]
     example: ClassVar[str]  # the first argument of its call, as a model card shows it
+    task: ClassVar[str | None] = None  # the hub's name for it, its `pipeline_tag`; None where the hub has none
 
     network: PipelineNetwork
     pairs: Pairs | None = None
@@ -299,7 +300,9 @@ class PipelineExpert(Expert):
         if guided:
             arguments["guidance_scale"] = float(self.guidance_scale) if student.guidance_embedding else 1.0
         licence = self.files.licence()
-        head = {"library_name": "diffusers", **licence}
+        head: dict[str, Any] = {"library_name": "diffusers", "license": "unknown", **licence, "tags": ["ddil", "distillation", "few-step"]}
+        if self.task is not None:
+            head["pipeline_tag"] = self.task
         if re.fullmatch(HUB_ID, self.model) and not Path(self.model).is_dir():
             head["base_model"] = self.model
         guidance = (TOLD if student.guidance_embedding else LEARNED) if guided else ""
@@ -312,8 +315,16 @@ class PipelineExpert(Expert):
             call=", ".join([self.example, *(f"{name}={value}" for name, value in arguments.items())]),
             guidance=guidance,
             noise=RENOISED if kernel == "renoise" and num_steps > 1 else "",
+            states=self._states(),
             licence=stated,
         )
+
+
+    def _states(self) -> str:
+        """What the states of training are made of."""
+        if self.pairs is not None:
+            return f"{len(self.pairs)} pictures of its maker's, less what was held out to judge it by"
+        return f"noise and {self.num_conditions} conditions (prompts or classes), without pictures" if self.num_conditions else "noise alone"
 
 
 class LatentExpert(PipelineExpert):
@@ -416,6 +427,7 @@ class PromptedExpert(LatentExpert):
     """
 
     example = '"a prompt"'
+    task = "text-to-image"
     embeddings_on_device: ClassVar[int] = 2**31
 
     def __init__(self, files: PipelineFolder, sample_shape: tuple[int, ...], prompts: tuple[str, ...], own: OwnData, **rest: Any) -> None:
@@ -457,16 +469,21 @@ CARD = """---
 {head}---
 A {num_steps}-step student of a diffusion model, trained by imitation of its teacher with ddil_agents.
 
-    from diffusers import DiffusionPipeline
+```python
+from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained("student", use_safetensors=True{absent})  # a {pipeline}
-    pipe({call})
+pipe = DiffusionPipeline.from_pretrained("student", use_safetensors=True{absent})  # a {pipeline}
+output = pipe({call})
+output.images[0].save("sample.png")
+```
 
 {guidance}{noise}
+Its data: {states}.
+
 Licence of the teacher, which holds for its students too: {licence}.
 """
 
-UNSTATED = "its folder states none; look it up before you pass the student on"
+UNSTATED = "unknown: its folder states none; look it up before you pass the student on, and enter it above"
 
 LEARNED = """`guidance_scale=1.0` runs the network once a step; it is right for a student of a guided teacher, which has learned the
 guidance. A student of an unguided teacher can be guided like any pipeline.
