@@ -27,11 +27,13 @@ from ddil_agents.checkpoint import load_checkpoint, save_checkpoint
 from ddil_agents.collect import Collector, own_seed, stream_seed
 from ddil_agents.trainable import Loss, Trainable
 from ddil_env import Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, Unbounded, load_expert, unroll
+from ddil_env.adapters import LoRA
 from ddil_env.mdp import Kernel
 from ddil_env.schedule import GridKind
 from ddil_env.support import Metered, Role, Thresholding, build_support, support_to_dict
 
 Precision = Literal["no", "fp16", "bf16"]
+Optimizer = Literal["adamw", "adamw8bit"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class AgentConfig:
     """Of weights, data, noise, times, rollouts and draws, each its own stream."""
     student: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the expert's make_student."""
+    lora: LoRA | None = None
+    """Adapters over the teacher's own weights for every network that would start from a copy of them; null: full fine-tuning."""
     init: str | None = None
     """A run directory whose student to start from, such as an LCM's for DMD2; null: what make_student gives, the expert's weights."""
 
@@ -98,6 +102,8 @@ class LearnerConfig(AgentConfig):
     """AdamW's, after warm-up; falls linearly to 0."""
     warmup_updates: int = 50
     """Gradient steps of linear warm-up, of each network in its own steps."""
+    optimizer: Optimizer = "adamw"
+    """adamw, or adamw8bit, whose momenta take 2 bytes a weight in the place of 8."""
     weight_decay: float = 0.0
     """AdamW's."""
     adam_betas: tuple[float, float] = (0.9, 0.99)
@@ -151,8 +157,9 @@ class LearnerConfig(AgentConfig):
                 )
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(f"batch_size={self.batch_size} does not divide into gradient_accumulation={self.gradient_accumulation} parts")
-        if self.mixed_precision not in get_args(Precision):
-            raise ValueError(f"unknown mixed_precision {self.mixed_precision!r}; choose one of: {', '.join(get_args(Precision))}")
+        for name, known in (("mixed_precision", get_args(Precision)), ("optimizer", get_args(Optimizer))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(known)}")
 
     @property
     def units(self) -> tuple[int, int, int]:
@@ -259,7 +266,8 @@ class Agent(ABC):
         try:
             takes.bind(**options)
         except TypeError as error:
-            raise ValueError(f"student={options}: {error}; this expert's students take {', '.join(takes.parameters)}") from error
+            known = ", ".join(takes.parameters)
+            raise ValueError(f"student={options}: {error}; this expert's students take {known}; leave out the rest") from error
         with torch.random.fork_rng():
             torch.manual_seed(stream_seed(self.config.seed, "weights"))
             try:
@@ -270,7 +278,8 @@ class Agent(ABC):
     @property
     def student_options(self) -> dict[str, Any]:
         """Keyword arguments of the expert's make_student and load_student."""
-        return self.config.student | ({} if self.config.guidance_range is None else {"guidance_embedding": True})
+        told = {} if self.config.guidance_range is None else {"guidance_embedding": True}
+        return self.config.student | told | ({} if self.config.lora is None else {"lora": self.config.lora})
 
     def config_dict(self) -> dict[str, Any]:
         """The config as plain values."""
@@ -309,6 +318,11 @@ class Learner(Agent):
             raise ValueError(
                 f"halve_batch_on_oom=true: {ranks.world()} processes cut their batches alike, and memory ends on one of them alone; "
                 "leave it out and raise gradient_accumulation"
+            )
+        if (config.lora is not None or config.optimizer == "adamw8bit") and sharding.asked():
+            raise ValueError(
+                f"lora={config.lora}, optimizer={config.optimizer}: what is sharded are whole networks, with torch's AdamW; set lora "
+                "to null and optimizer to adamw, or replicate, as configs/accelerate/8gpu.yaml does: with LoRA little is left to shard"
             )
         if strange := [role for role in config.thresholding.roles if role not in self.roles]:
             raise ValueError(
@@ -515,6 +529,7 @@ class Learner(Agent):
 
         if sharding.asked() and not sharding.is_sharded(self.average):
             raise ValueError("a sharded learner trains once: its average has been brought together; load its checkpoint into a new one")
+        self.expert.release()
         train(self, out, **options)
         self.unshard()
 

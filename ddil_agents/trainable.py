@@ -20,6 +20,27 @@ if TYPE_CHECKING:
 Loss = Callable[[TensorDict], Tensor]
 
 
+def make_optimizer(network: nn.Module, config: LearnerConfig, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW, whose momenta take 8 bytes a weight; or bitsandbytes' with 2, in blocks of 256 (Dettmers et al. 2022).
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+        ValueError: it does not compute on the network's device.
+    """
+    options: dict[str, Any] = {"lr": learning_rate, "betas": config.adam_betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(network.parameters(), **options, fused=True)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError(f"optimizer={config.optimizer} needs bitsandbytes: pip install 'ddil[8bit]', or set it to adamw") from error
+    device = next(network.parameters()).device.type
+    if device not in bitsandbytes.supported_torch_devices:
+        raise ValueError(f"optimizer={config.optimizer}: bitsandbytes does not compute on {device}; set it to adamw")
+    made: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(network.parameters(), **options)
+    return made
+
+
 class Trainable:
     """AdamW on one network, its rate rising over the warm-up and then falling linearly to 0 at the horizon.
 
@@ -33,9 +54,7 @@ class Trainable:
 
     def __init__(self, network: nn.Module, config: LearnerConfig, accelerator: Accelerator, learning_rate: float, horizon: int) -> None:
         sharding.shard(network, accelerator.device)
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=learning_rate, betas=config.adam_betas, weight_decay=config.weight_decay, fused=True
-        )
+        optimizer = make_optimizer(network, config, learning_rate)
         self.config, self.accelerator, self.horizon = config, accelerator, horizon
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._warm_up_then_linear)
         self._wrapped = accelerator.prepare_model(network, evaluation_mode=sharding.asked())  # what is sharded, DDP has no part in

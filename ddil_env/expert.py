@@ -247,7 +247,7 @@ class Expert(ABC):
         raise ValueError(f"{type(self).__name__} names no layer for a discriminator (critic_features); train without the GAN loss")
 
     def save_student(self, student: NetworkDenoiser, directory: Path, num_steps: int, grid: str = "linspace", kernel: str = "ddim") -> None:
-        """Writes the student's weights as `student.safetensors` into the directory, which exists.
+        """Writes what the student has learned as `student.safetensors` into the directory, which exists: its weights, or its adapters.
 
         Args:
             student: One of `make_student`.
@@ -291,6 +291,10 @@ class Expert(ABC):
             ValueError: this expert's conditions are no texts.
         """
         raise ValueError(f"{type(self).__name__}'s conditions are no texts; leave out the scores of pictures and captions")
+
+    def release(self) -> None:
+        """Lets go of what `encode` and `decode` alone need, until they are called again; training begins with it."""
+        return
 
     def encode(self, samples: Tensor) -> Tensor:
         """Samples as the user sees them → latents; the identity where the model works on the data itself."""

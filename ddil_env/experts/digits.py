@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddil_env.adapters import LoRA, adapted
 from ddil_env.data import TensorData
 from ddil_env.expert import Expert, NetworkDenoiser
 from ddil_env.guidance import guidance_features, zero_projection
@@ -207,6 +208,7 @@ class Digits(Expert):
         channels: Sequence[int] | None = None,
         prediction_type: PredictionType | None = None,
         guidance_embedding: bool = False,
+        lora: LoRA | None = None,
     ) -> NetworkDenoiser:
         """A UNet that starts from the teacher's weights, and as the teacher if it predicts v as the teacher does.
 
@@ -214,13 +216,19 @@ class Digits(Expert):
             channels: Widths of its levels, if not the teacher's: such a student starts from random weights.
             prediction_type: What its output means; another than v takes a stage of conversion.
             guidance_embedding: Whether it is told the guidance scale.
+            lora: Adapters over the teacher's own weights, in the place of a copy.
 
         Raises:
-            ValueError: a prediction type that the schedule does not hold for.
+            ValueError: a prediction type that the schedule does not hold for, LoRA over other channels, or what `adapted` refuses.
         """
         kind = prediction_type or "v"
         self.schedule.check_prediction_type(kind)
-        network = copy.deepcopy(self.network) if channels is None else DigitsUNet(spec_of(self.dataset), channels).to(self.device)
+        if channels is not None and lora is not None:
+            raise ValueError(f"channels={channels} and {lora}: adapters are over the teacher's own weights; leave channels out, or lora")
+        if channels is not None:
+            network = DigitsUNet(spec_of(self.dataset), channels).to(self.device)
+        else:
+            network = copy.deepcopy(self.network) if lora is None else adapted(self.network, lora)
         if guidance_embedding:
             network.embed_guidance()
         return NetworkDenoiser(network.train().requires_grad_(True), self.schedule, kind, guidance_embedding)

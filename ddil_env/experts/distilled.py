@@ -97,6 +97,9 @@ class Distilled(Expert):
     def reference_data(self, n: int, held_out: bool = False) -> tuple[Tensor, Tensor | None]:
         return self.origin.reference_data(n, held_out)
 
+    def release(self) -> None:
+        self.origin.release()
+
     def encode(self, samples: Tensor) -> Tensor:
         return self.origin.encode(samples)
 

@@ -20,6 +20,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from ddil_env.adapters import LORA_FILE, LoRA, adapted, adapters, load_adapters, merge, save_adapters
 from ddil_env.expert import Expert, NetworkDenoiser
 from ddil_env.pairs import Pairs
 from ddil_env.pipelines.data import OwnData
@@ -179,7 +180,7 @@ class PipelineExpert(Expert):
     def _student(
         self, network: PipelineNetwork, prediction_type: PredictionType, gradient_checkpointing: bool, guidance_embedding: bool
     ) -> NetworkDenoiser:
-        network.core.float()  # master weights; mixed precision is the trainer's
+        network.core.float()  # master weights, an adapted network's without the teacher's; mixed precision is the trainer's
         if gradient_checkpointing:
             network.core.enable_gradient_checkpointing()
         network.core.requires_grad_(True)
@@ -191,6 +192,7 @@ class PipelineExpert(Expert):
         gradient_checkpointing: bool = False,
         prediction_type: PredictionType | None = None,
         guidance_embedding: bool = False,
+        lora: LoRA | None = None,
     ) -> NetworkDenoiser:
         """A network in float32 that starts from the teacher's weights, and reads the teacher's tables.
 
@@ -198,14 +200,15 @@ class PipelineExpert(Expert):
             gradient_checkpointing: Recompute activations in the backward pass: less memory, one more forward.
             prediction_type: What its output means; another than the teacher's takes a stage of conversion. Default: the teacher's.
             guidance_embedding: Whether it is told the guidance scale.
+            lora: Adapters over the teacher's own weights, which stay in its dtype, in the place of a copy.
 
         Raises:
-            ValueError: a prediction type that the schedule does not hold for or no pipeline samples with, or a network that
-                cannot be told the scale.
+            ValueError: a prediction type that the schedule does not hold for or no pipeline samples with, a network that cannot be
+                told the scale, or what `adapted` refuses.
         """
         kind = prediction_type or self.prediction_type
         self.noise.check_student(kind)
-        network = copy.deepcopy(self.network)
+        network = copy.deepcopy(self.network) if lora is None else adapted(self.network, lora)
         if guidance_embedding:
             network.embed_guidance()
         return self._student(network, kind, gradient_checkpointing, guidance_embedding)
@@ -247,7 +250,8 @@ class PipelineExpert(Expert):
         """Writes a pipeline that `DiffusionPipeline.from_pretrained` loads and that samples as this library does.
 
         The tests compare its samples to this library's from the same noise, to 1e-4. Its scheduler is that of samplers.py. The number of
-        steps and the guidance are arguments of a pipeline's call, which README.md beside it gives.
+        steps and the guidance are arguments of a pipeline's call, which README.md beside it gives. A student of adapters is written with
+        the weights that they make, and the adapters as a file for `load_lora_weights`, over the teacher's pipeline, beside them.
 
         Raises:
             ValueError: the student is not one of this expert's, or what `check_export` refuses.
@@ -257,10 +261,20 @@ class PipelineExpert(Expert):
         files = self.files
         others = {name: files.load(name) for name in files.models if name != self.denoiser}
         others |= {name: files.tokenizer(name) for name in files.tokenizers} | dict.fromkeys(files.absent)
-        parts = {self.denoiser: network.core, **others, "scheduler": sampler.scheduler}
+        parts = {self.denoiser: self._whole(student).core, **others, "scheduler": sampler.scheduler}
         files.pipeline(**parts, **self.pipeline_options()).save_pretrained(directory, safe_serialization=True)
+        if adapters(network.core):
+            save_adapters(network.core, directory / LORA_FILE, self.denoiser)
         card = self._card(student, num_steps, sampler, kernel)
         (directory / "README.md").write_text(card, encoding="utf-8")
+
+    def _whole(self, student: NetworkDenoiser) -> PipelineNetwork:
+        """The student's network; a plain one of the same weights, in float32, where it is adapted."""
+        if not adapters(student.network):
+            return student.network  # type: ignore[return-value]  # `_own` has seen it
+        plain = self.make_student(prediction_type=student.prediction_type, guidance_embedding=student.guidance_embedding).network
+        merge(student.network, plain)
+        return plain  # type: ignore[return-value]
 
     def load_student(
         self,
@@ -269,12 +283,15 @@ class PipelineExpert(Expert):
         gradient_checkpointing: bool = False,
         prediction_type: PredictionType | None = None,
         guidance_embedding: bool = False,
+        lora: LoRA | None = None,
     ) -> NetworkDenoiser:
         """Reads the network and the prediction type of what `save_student` wrote, with the options of `make_student`.
 
+        Without `lora` any student is read whole; with it one of adapters, as adapters.
+
         Raises:
             ValueError: the folder is absent or damaged, its network does not take this expert's latents and conditions, or it was
-                made with another prediction type or guidance embedding than is asked for.
+                made with another prediction type, guidance embedding or LoRA than is asked for, or over another teacher's weights.
         """
         saved = PipelineFolder(directory, self.files.pipeline, {self.denoiser: self.files.models[self.denoiser]})
         saved_type = self.noise_kind.read(saved).prediction_type
@@ -288,10 +305,23 @@ class PipelineExpert(Expert):
             )
         core = saved.load(self.denoiser).to(self.device)
         for key in self.network.interface:
-            theirs, ours = core.config[key], self.network.core.config[key]
-            if theirs != ours:
-                raise ValueError(f"{directory / self.denoiser} has {key}={theirs}, this expert {ours}: it is the student of another model")
-        return self._student(self.wrap(core), saved_type, gradient_checkpointing, guidance_embedding)
+            found, own = core.config[key], self.network.core.config[key]
+            if found != own:
+                raise ValueError(f"{directory / self.denoiser} has {key}={found}, this expert {own}: it is the student of another model")
+        if lora is None:
+            return self._student(self.wrap(core), saved_type, gradient_checkpointing, guidance_embedding)
+        student = self.make_student(
+            gradient_checkpointing=gradient_checkpointing, prediction_type=saved_type, guidance_embedding=guidance_embedding, lora=lora
+        )
+        load_adapters(self._own(student, "").core, directory / LORA_FILE, self.denoiser)
+        ours = self._whole(student).core.state_dict()
+        for name, theirs in core.named_parameters():
+            if (theirs - ours[name]).norm() > 0.01 * theirs.norm():  # in half precision where it was not, the teacher differs by .002
+                raise ValueError(
+                    f"{directory} differs from this teacher with its adapters in {name!r}: they were trained over other weights; "
+                    "pass the model that they were made with, or leave lora out to read the student whole"
+                )
+        return student
 
     def _card(self, student: NetworkDenoiser, num_steps: int, sampler: Sampler, kernel: str) -> str:
         """The model card: how the student is called, and under which licence its teacher is."""
@@ -314,17 +344,31 @@ class PipelineExpert(Expert):
             absent="".join(f", {name}=None" for name in self.files.absent),  # diffusers takes their absence from the call alone
             call=", ".join([self.example, *(f"{name}={value}" for name, value in arguments.items())]),
             guidance=guidance,
-            noise=RENOISED if kernel == "renoise" and num_steps > 1 else "",
+            noise=(RENOISED if kernel == "renoise" and num_steps > 1 else "") + self._on_adapters(student),
             states=self._states(),
             licence=stated,
         )
-
 
     def _states(self) -> str:
         """What the states of training are made of."""
         if self.pairs is not None:
             return f"{len(self.pairs)} pictures of its maker's, less what was held out to judge it by"
-        return f"noise and {self.num_conditions} conditions (prompts or classes), without pictures" if self.num_conditions else "noise alone"
+        return (
+            f"noise and {self.num_conditions} conditions (prompts or classes), without pictures" if self.num_conditions else "noise alone"
+        )
+
+    def _on_adapters(self, student: NetworkDenoiser) -> str:
+        """What the model card says of the adapters' file."""
+        if not adapters(student.network):
+            return ""
+        pipeline = self.files.pipeline
+        if student.guidance_embedding:
+            use = "holds the guidance embedding too, which\n`load_lora_weights` refuses: the student is this folder."
+        elif not hasattr(pipeline, "load_lora_weights"):
+            use = f"holds them alone,\nand a {pipeline.__name__} reads no such file: the student is this folder."
+        else:
+            use = OVER_ITS_TEACHER
+        return ADAPTED.format(file=LORA_FILE, use=use)
 
 
 class LatentExpert(PipelineExpert):
@@ -367,12 +411,15 @@ class LatentExpert(PipelineExpert):
 
     def open_pairs(self, own: OwnData, embed: Embed, read: Callable[[str, str | None], Source] = read_pairs) -> Pairs:
         pairs = super().open_pairs(own, embed, read)
-        self.__dict__.pop("vae", None)  # its memory; `vae` is read again at the first picture
+        self.release()
         return pairs
+
+    def release(self) -> None:
+        self.__dict__.pop("vae", None)  # it is read again at the next picture
 
     @cached_property
     def vae(self) -> Any:
-        """Loaded at the first picture: training on latents never needs it.
+        """Loaded at the first picture, and at the first after training, which never needs it.
 
         In float32 where its configuration says that it overflows in float16 (`force_upcast`, as SDXL's does).
         """
@@ -497,3 +544,15 @@ RENOISED = """
 Every step but the last draws fresh noise; for the same picture again, call `torch.manual_seed(0)` before, and pass no generator.
 Where `timesteps` are given, the scheduler may warn that they are not its own: they are the student's.
 """
+
+ADAPTED = """
+The network is its teacher's with LoRA adapters added to the weights. `{file}` {use}
+"""
+
+OVER_ITS_TEACHER = """holds them alone: over the
+teacher's own pipeline, `teacher`, they make the same student.
+
+```python
+teacher.load_lora_weights("student")
+teacher.scheduler = pipe.scheduler
+```"""
