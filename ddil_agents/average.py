@@ -1,6 +1,8 @@
 """The average of a student's weights over its gradient steps, which is the one that is evaluated and saved; LCM's target, too.
 
-    θ⁻ ← d θ⁻ + (1 − d) θ ,   and the first step's weights whole
+    θ⁻ ← d θ⁻ + (1 − d) θ
+
+and at the first step the weights whole.
 """
 
 from __future__ import annotations

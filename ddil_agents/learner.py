@@ -118,6 +118,8 @@ class LearnerConfig(AgentConfig):
     """Where a gradient step runs out of memory, do it again with twice as many parts, and the later ones too; false: an error."""
     mixed_precision: Precision = "no"
     """no, fp16 or bf16."""
+    compile: bool = False
+    """Compile the networks (torch.compile): minutes at the start, faster steps ever after; for long runs on a GPU."""
     stages: tuple[dict[str, Any], ...] = ()
     """A chain of runs in one: for each, the settings that differ, and `expert`, its teacher: last (the last stage's student),
     same (as the last stage's) or original. Each student starts from the last one's weights."""
@@ -341,6 +343,9 @@ class Learner(Agent):
         self.thresholds = {role: Metered(self.support) if role in config.thresholding.roles else Unbounded() for role in self.roles}
         self.ema = Average(student, config.ema)
         self.ema.module.eval()
+        if config.compile:
+            self.expert.compile()
+            self.average.network.compile()
         self.horizon, self.gradient_accumulation = config.num_updates, config.gradient_accumulation
         self.accelerator = ranks.join(config.mixed_precision, self.expert.device)
         sharding.shard(self.average, self.expert.device)

@@ -61,6 +61,8 @@ def shard(network: nn.Module, device: torch.device) -> None:
     if not asked():
         return
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # on outputs that are views: nothing here writes into an output
+    for p in network.parameters():
+        p.data = p.data.contiguous()  # FSDP2 takes no other, and convolutions may be laid out channels-last
     mesh, least = init_device_mesh(device.type, (ranks.world(),)), int(float(os.environ.get("FSDP_MIN_NUM_PARAMS", 1e7)))
     done: set[nn.Parameter] = set()
     for root in _roots(network):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ddil_agents import ranks, sharding
+from ddil_env import NetworkDenoiser
 
 if TYPE_CHECKING:
     from ddil_agents.learner import LearnerConfig
@@ -54,6 +55,9 @@ class Trainable:
 
     def __init__(self, network: nn.Module, config: LearnerConfig, accelerator: Accelerator, learning_rate: float, horizon: int) -> None:
         sharding.shard(network, accelerator.device)
+        for part in network.modules() if config.compile else ():
+            if isinstance(part, NetworkDenoiser):
+                part.network.compile()  # what is around it counts its calls, for which it would be compiled anew at each
         optimizer = make_optimizer(network, config, learning_rate)
         self.config, self.accelerator, self.horizon = config, accelerator, horizon
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._warm_up_then_linear)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from scaling import Network, moved
 from test_resume import ARGV, ENV, after, before, is_checkpoint, outcome, patch, same_weights
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ddil_agents import (
@@ -563,3 +563,14 @@ def test_a_plug_in_of_accelerate_that_is_not_supported_is_refused(plugin: str, m
     monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
     with pytest.raises(ValueError, match=f"accelerate's {plugin} is not supported; choose a config of configs/accelerate"):
         build("dagger")
+
+
+def test_networks_laid_out_channels_last_can_be_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "asked", lambda: True)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        network = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        sharding.shard(network, torch.device("cpu"))
+        assert sharding.is_sharded(network)
+    finally:
+        dist.destroy_process_group()

@@ -268,6 +268,17 @@ def vanilla(expert: GaussianMixtureExpert, config: LCMConfig) -> tuple[nn.Module
     return network, average
 
 
+def test_the_target_is_computed_in_the_students_precision() -> None:
+    learner = agent(mixed_precision="bf16", num_updates=1)
+    seen = []
+    for denoiser in (learner.student, learner.average):
+        last = [layer for layer in denoiser.modules() if isinstance(layer, nn.Linear)][-1]
+        last.register_forward_hook(lambda layer, given, output: seen.append(output.dtype))
+    learner.collect()
+    learner.update(learner.draw())
+    assert seen == [torch.bfloat16] * 2
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_forward_states_alone_are_vanilla_lcm_bit_for_bit(seed: int) -> None:
     learner = agent(num_updates=30, warmup_updates=7, learning_rate=1e-2, weight_decay=0.01, seed=seed)
