@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def complete_card(out: Path, config: Any) -> None:
         beta=", ".join(f"{name} {share:.3g}" for name, share in shares),
         student=result["student"],
         teacher_steps=config.teacher_steps,
-        version=version("ddil"),
+        version=result["ddil"],
         settings=yaml.safe_dump(yaml_values(changed), sort_keys=False, allow_unicode=True) if changed else "# none\n",
         table=table(result),
     )
