@@ -67,20 +67,22 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
-    """Wall-clock time of one call, the device's work included."""
+def seconds(call: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Time of one call, the device's work included."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
-    start = time.perf_counter()
+    start = clock()
     result = call()
     wait()
-    elapsed = time.perf_counter() - start
+    elapsed = clock() - start
     del result  # freed outside the clock
     return elapsed
 
 
-def measure(device: str, capacity: int, batch_size: int, repeats: int) -> dict[str, Any]:
-    """Medians in milliseconds, and of the ratios to the raw index of the same round."""
+def timed(
+    device: str, capacity: int, batch_size: int, repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each way in each round."""
     keep_freed_memory()
     buffers = {name: SourceBuffer(capacity // 3, device=device, prioritised=name == "prioritised") for name in ("uniform", "prioritised")}
     for source in range(len(SOURCES)):
@@ -98,18 +100,27 @@ def measure(device: str, capacity: int, batch_size: int, repeats: int) -> dict[s
         calls: list[tuple[str, Callable[[], object]]] = [("raw", raw)]
         calls += [(name, lambda buffer=buffer: buffer.sample(batch_size, BETA)) for name, buffer in buffers.items()]  # type: ignore[misc]
         for name, call in calls[repeat % 3 :] + calls[: repeat % 3]:  # each goes first as often as the others
-            times[name].append(seconds(call, device))
-    medians = {name: 1e3 * statistics.median(values[10:]) for name, values in times.items()}  # the first 10 warm up
+            times[name].append(seconds(call, device, clock))
+    return {name: values[10:] for name, values in times.items()}  # the first 10 warm up
+
+
+def measure(device: str, capacity: int, batch_size: int, repeats: int) -> dict[str, Any]:
+    """Medians in milliseconds, and of the ratios to the raw index of the same round."""
+    times = timed(device, capacity, batch_size, repeats)
     return {
         "device": device,
         "hardware": hardware(device),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
-        "capacity": len(buffers["uniform"]),
+        "capacity": capacity // 3 * 3,
         "batch_size": batch_size,
         "repeats": repeats,
-        "median_ms": medians,
-        "ratio": {name: statistics.median(b / a for a, b in zip(times["raw"][10:], times[name][10:], strict=True)) for name in buffers},
+        "median_ms": {name: 1e3 * statistics.median(values) for name, values in times.items()},
+        "ratio": {
+            name: statistics.median(b / a for a, b in zip(times["raw"], values, strict=True))
+            for name, values in times.items()
+            if name != "raw"
+        },
     }
 
 

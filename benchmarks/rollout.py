@@ -25,6 +25,7 @@ import random
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import date
 from itertools import pairwise
@@ -153,26 +154,30 @@ def bare_sd(expert: Any, grid: TimeGrid, x_T: Tensor, c: Tensor) -> dict[str, Wa
     return {"bare": bare, "limit": limit, "pipeline": pipeline}
 
 
+def sd_expert(name: str, device: str, dtype: str) -> Any:
+    """Stable Diffusion's expert over a UNet of random weights, with 8 prompts."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from tiny_sd import write_tiny_sd
+
+    torch.manual_seed(0)
+    expert: Any
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(write_tiny_sd(Path(folder)))
+        expert = load_expert("sd15", model=model, prompts=list("abcdefgh"), guidance_scale=GUIDANCE, dtype=dtype, device=device)
+    config = UNETS[name]
+    unet = UNet2DConditionModel(**config).to(device, getattr(torch, dtype)).eval().requires_grad_(False)
+    table = torch.randn(9, 77, config["cross_attention_dim"], device=device, dtype=unet.dtype)
+    expert.network = PromptedUNet(unet, Embeddings({"text": table}))
+    expert.sample_shape = (4, config["sample_size"], config["sample_size"])
+    return expert
+
+
 def ways(name: str, device: str, nothing: bool = False) -> dict[str, Way]:
     """Every way to run one case; with `nothing`, around a network that does nothing."""
     batch_size, num_steps = CASES[name]
     torch.manual_seed(0)
-    expert: Any
-    if name.startswith("digits"):
-        expert = load_expert("digits", device=device)
-    else:
-        sys.path.append(str(Path(__file__).parents[1] / "tests"))
-        from tiny_sd import write_tiny_sd
-
-        dtype = "bfloat16" if name == "sd15" else "float32"
-        with tempfile.TemporaryDirectory() as folder:
-            model = str(write_tiny_sd(Path(folder)))
-            expert = load_expert("sd15", model=model, prompts=list("abcdefgh"), guidance_scale=GUIDANCE, dtype=dtype, device=device)
-        config = UNETS[name]
-        unet = UNet2DConditionModel(**config).to(device, getattr(torch, dtype)).eval().requires_grad_(False)
-        table = torch.randn(9, 77, config["cross_attention_dim"], device=device, dtype=unet.dtype)
-        expert.network = PromptedUNet(unet, Embeddings({"text": table}))
-        expert.sample_shape = (4, config["sample_size"], config["sample_size"])
+    dtype = "bfloat16" if name == "sd15" else "float32"
+    expert: Any = load_expert("digits", device=device) if name.startswith("digits") else sd_expert(name, device, dtype)
     if nothing:
         expert.network.unet = Nothing(expert.network.unet)
     x_T = torch.randn(batch_size, *expert.sample_shape, device=device)
@@ -200,12 +205,12 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), values[low], values[n - 1 - low]
 
 
-def timed(calls: dict[str, Way], device: str, rounds: int) -> dict[str, list[float]]:
+def timed(calls: dict[str, Way], device: str, rounds: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
     """Seconds of each way in each round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 3):
         for name in random.sample(list(calls), len(calls)):
-            elapsed = seconds(calls[name], device)
+            elapsed = seconds(calls[name], device, clock)
             if i >= 3:  # the first rounds warm up
                 times[name].append(elapsed)
     return times
