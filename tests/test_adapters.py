@@ -192,9 +192,8 @@ def test_a_gan_loss_reaches_a_lora_student_through_a_lora_critic_that_stays() ->
 def test_a_checkpoint_holds_adapters_alone_and_resumes_exactly(optimizer: str, tmp_path: Path) -> None:
     if optimizer == "adamw8bit":
         pytest.importorskip("bitsandbytes")
-    config = DMD2Config(
-        **{**SMALL, "num_updates": 4, "batch_size": 2, "lora": LoRA(16)}, beta=OWN, gan_weight=0.5, critic_updates=2, optimizer=optimizer
-    )
+    settings = {**SMALL, "num_updates": 4, "batch_size": 2, "lora": LoRA(16), "optimizer": optimizer}
+    config = DMD2Config(**settings, beta=OWN, gan_weight=0.5, critic_updates=2)
     whole = DistributionMatching(load_expert("digits8"), config).learn(progress=False)
     learner = DistributionMatching(load_expert("digits8"), config)
     for _ in range(2):
@@ -247,23 +246,12 @@ def test_stages_go_on_from_adapters_with_adapters_as_the_teacher() -> None:
 
 
 def test_a_command_trains_resumes_and_starts_from_adapters(folders: dict[str, Path], tmp_path: Path) -> None:
-    argv = [
-        *(
-            "--env",
-            "sd15",
-            "--config",
-            str(tmp_path / "plain.yaml"),
-            "--env.model",
-            str(folders["sd15"]),
-            "--env.prompts",
-            json.dumps(WORDS),
-        ),
-        *("--num_updates", "2", "--num_steps", "2", "--teacher_steps", "4", "--batch_size", "4", "--collect_size", "8"),
-        *("--evaluate.n", "10", "--evaluate.n_action", "4", "--beta.forward", "0", "--beta.teacher", "0", "--beta.student", "1"),
-        *("--guidance_scale", "1", "--lora.rank", "4"),
-    ]
-    (tmp_path / "plain.yaml").write_text("stages: []\nguidance_range: null\nstudent: {}\n")
-    dagger.main([*argv, "--out", str(tmp_path / "first"), "--learning_rate", ".01", "--warmup_updates", "0"])
+    env = {"expert": "ddil_env.experts.stable_diffusion.StableDiffusion", "model": str(folders["sd15"]), "prompts": WORDS}
+    plain = {name: value for name, value in SMALL.items() if name != "lora"}
+    config = plain | {"env": env | {"guidance_scale": 1.0}, "beta": {"forward": 0, "student": 1}, "evaluate": {"n": 10, "n_action": 4}}
+    (tmp_path / "plain.yaml").write_text(json.dumps(config))
+    argv = ["--config", str(tmp_path / "plain.yaml"), "--lora.rank", "4"]
+    dagger.main([*argv, "--out", str(tmp_path / "first")])
     first = load_run(tmp_path / "first")
     assert first.config.lora == RANK_4
     assert adapters(first.average.network)
