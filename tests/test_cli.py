@@ -217,11 +217,11 @@ def test_an_expert_of_ones_own_is_found_by_its_class_path() -> None:
     [
         (
             ["--env", "gausian_mixture"],
-            r"unknown env 'gausian_mixture'; presets: ddpm, digits, .*, sd15, .*\. Or pass a YAML",
+            r"unknown env 'gausian_mixture'; presets: coloured_digits, ddpm, digits, .*, sd15, .*\. Or pass a YAML",
         ),
         (["--env", "nothing.yaml"], "no file 'nothing.yaml'"),
         (["--env"], "--env needs a value"),
-        ([], r"which expert\? pass --env NAME; presets: ddpm, digits"),
+        ([], r"which expert\? pass --env NAME; presets: coloured_digits, ddpm, digits"),
         ([*ENV, "--config", "absent.yaml"], "no file 'absent.yaml'"),
         ([*ENV, "--bath_size", "3"], r"--bath_size.*did you mean --batch_size"),
         ([*ENV, "--batch_size", "many"], r"batch_size.*many"),
@@ -328,7 +328,7 @@ def test_resume_refuses_other_settings_and_another_agent(runs: dict[str, Path], 
 
 
 def test_every_preset_of_the_message_exists() -> None:
-    shipped = ["coloured_digits", "coloured_digits_unseen", "digits", "digits8", "gaussian_mixture"]
+    shipped = ["coloured_digits", "digits", "digits8", "gaussian_mixture"]
     assert preset_names("env") == sorted([*shipped, "ddpm", "dit", "sd15", "sd3", "sdxl", "ssd1b"])
 
 

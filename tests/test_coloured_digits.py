@@ -9,7 +9,7 @@ import torch
 
 from ddil_agents.evaluate import Evaluation, Judge
 from ddil_agents.metrics.coloured_digits import ColouredDigitReader
-from ddil_env import ExpertPolicy, TimeGrid, check_expert
+from ddil_env import ExpertPolicy, TimeGrid, check_expert, load_expert, unroll
 from ddil_env.experts import train_coloured_digits
 from ddil_env.experts.coloured_digits import (
     COLOURS,
@@ -109,3 +109,15 @@ def test_caption_agreement_is_the_judges_accuracy(barely_trained: Path) -> None:
     judge = Judge(ExpertPolicy(expert), TimeGrid(expert.schedule, 2), Evaluation(n=12, n_paths=4, n_action=2))
     assert judge.describe()["extractor"] == "fd_coloured_digits"
     assert 0 <= judge.judge_expert()["accuracy"] < 0.5  # untrained
+
+
+def test_the_shipped_model_draws_held_out_captions() -> None:
+    expert = load_expert("coloured_digits", unseen=True)
+    c = held_out().nonzero()[:, 0]
+    x_T = torch.randn(len(c), *expert.sample_shape, generator=seeded())
+    (x_0,) = unroll(ExpertPolicy(expert), TimeGrid(expert.schedule, 8), x_T, c)[:, -1:].unbind(1)
+    pictures = expert.decode(x_0)
+    assert pictures is not None
+    assert float((ColouredDigitReader().classes(pictures) == c).double().mean()) >= 0.95
+    folder = Path(expert.model)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 10e6

@@ -39,7 +39,7 @@ def test_wheel_finds_presets_and_weights_from_any_directory(installed, tmp_path)
     )
     where, presets, shapes = run(code, installed, tmp_path).splitlines()
     assert where.startswith(str(installed))
-    envs = "['ddpm', 'digits', 'digits8', 'dit', 'gaussian_mixture', 'sd15', 'sd3', 'sdxl', 'ssd1b']"
+    envs = "['coloured_digits', 'ddpm', 'digits', 'digits8', 'dit', 'gaussian_mixture', 'sd15', 'sd3', 'sdxl', 'ssd1b']"
     assert presets == f"{envs} ['demo', 'imagine_flash', 'sd15', 'staged']"
     assert shapes == "(1, 16, 16) (1, 8, 8)"
 
