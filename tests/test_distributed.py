@@ -40,7 +40,8 @@ from ddil_agents import (
 from ddil_agents import ranks as ranks_module
 from ddil_agents.collect import STREAMS, own_seed, stream_seed
 from ddil_agents.train import read_metrics
-from ddil_env import GaussianMixtureExpert
+from ddil_env import GaussianMixtureExpert, load_expert
+from ddil_env.adapters import LoRA
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ddil_agents", "ddil_agents.cli", "torch.distributed", "torch.utils.tensorboard", "pytest"])
@@ -71,7 +72,12 @@ CASES: dict[str, tuple[type[Learner], dict[str, Any]]] = {
         {"beta": ALL, "critic_updates": 2, "gan_weight": 0.1, "gradient_accumulation": 2, "on_policy": False},
     ),
     "gail": (Gail, {"beta": ALL, "discriminator_width": 8}),
+    "dmd2, adapters": (
+        DistributionMatching,
+        {"beta": ALL, "critic_updates": 2, "lora": LoRA(rank=2), "student": {}, "critic_learning_rate": 5e-3},
+    ),
 }
+WHOLE = ("gail", "dmd2, adapters")  # which do not shard
 
 
 def expert() -> GaussianMixtureExpert:
@@ -80,7 +86,7 @@ def expert() -> GaussianMixtureExpert:
 
 def build(case: str, **changed: Any) -> Learner:
     agent, settings = CASES[case]
-    return agent(expert(), agent.Config(**{**SMALL, **settings, **changed}))
+    return agent(load_expert("digits8") if "lora" in settings else expert(), agent.Config(**{**SMALL, **settings, **changed}))
 
 
 # Processes
@@ -192,7 +198,7 @@ def count_bytes(sent: list[int]) -> None:
 
 
 def cases(environment: dict[str, str]) -> list[str]:
-    return [case for case in CASES if not environment or case != "gail"]
+    return [case for case in CASES if not environment or case not in WHOLE]
 
 
 def learned(directory: Path, environment: dict[str, str]) -> list[dict[str, Any]]:
@@ -251,8 +257,11 @@ def test_two_ranks_learn_what_one_process_learns_from_both_batches(case: str, en
     start, end = networks(build(case)), networks(whole)
     for name, theirs in ended[0][case]["weights"].items():
         assert float((end[name] - start[name]).abs().max()) > 1e-3
-        torch.testing.assert_close(theirs, end[name], atol=1e-6, rtol=0, msg=lambda why, name=name: f"{name}: {why}")
-    if case != "dmd2":  # whose teacher answers the samples of the whole
+        if "adapters" in case:  # where AdamW makes a step of a gradient that is nothing but a convolution's rounding
+            assert float((theirs - end[name]).norm()) < 0.01 * float((end[name] - start[name]).norm()), name
+        else:
+            torch.testing.assert_close(theirs, end[name], atol=1e-6, rtol=0, msg=lambda why, name=name: f"{name}: {why}")
+    if case not in ("dmd2", "dmd2, adapters"):  # whose teacher answers the samples of the whole
         assert [rank[case]["nfe"][0] for rank in ended] == [half.teacher_nfe + whole.teacher_nfe // 2 for half in halves]
 
 
@@ -321,7 +330,7 @@ def test_a_rank_has_a_dropout_of_its_own() -> None:
     assert not torch.isin(*drawn).any()
 
 
-@pytest.mark.parametrize("case", ["dmd2", "dmd2, accumulated, gan"])
+@pytest.mark.parametrize("case", ["dmd2", "dmd2, accumulated, gan", "dmd2, adapters"])
 def test_all_ranks_unroll_to_the_same_time_and_do_the_same_work(case: str, ended: list[dict[str, Any]]) -> None:
     first, second = (rank[case]["drawn"] for rank in ended)
     assert first == second
