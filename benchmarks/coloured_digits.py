@@ -74,7 +74,8 @@ def evaluate(runs: Path, seed: int, n: int, done: list[str]) -> dict[str, dict[s
         add("real", judge.floors()["held_out_real"])
     for steps in STEPS:
         if (name := f"teacher @{steps}") not in models:
-            add(name, judge.judge(ExpertPolicy(expert), TimeGrid(expert.schedule, steps)))
+            grid = TimeGrid(expert.schedule, steps)
+            add(name, judge.judge_expert() if steps == max(STEPS) else judge.judge(ExpertPolicy(expert), grid))
     for label in done:
         names = {steps: f"{label.partition(', 2')[0]} @{steps}" for steps in STUDENTS[label][2]}
         if not all(name in models for name in names.values()):

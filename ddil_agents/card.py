@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,10 @@ def complete_card(out: Path, config: Any) -> None:
         student=result["student"],
         teacher_steps=config.teacher_steps,
         version=result["ddil"],
-        settings=yaml.safe_dump(yaml_values(changed), sort_keys=False, allow_unicode=True) if changed else "# none\n",
+        settings=yaml.safe_dump(json.loads(json.dumps(changed)), sort_keys=False, allow_unicode=True) if changed else "# none\n",
         table=table(result),
     )
     write_atomically(path, path.read_text(encoding="utf-8") + rest)
-
-
-def yaml_values(value: Any) -> Any:
-    """Tuples as lists, which YAML has."""
-    if isinstance(value, dict):
-        return {key: yaml_values(each) for key, each in value.items()}
-    return [yaml_values(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 REST = """
