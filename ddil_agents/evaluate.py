@@ -395,12 +395,17 @@ class Judge:
     @cached_property
     def _forward_actions(self) -> list[tuple[Tensor, Tensor]]:
         """Forward-diffused states at each time, and the expert's actions there, each (m, *sample_shape)."""
-        found = []
-        for x_t, t, s in zip(self.real_noised, self.grid.times[:-1], self.grid.times[1:], strict=True):
-            x_t = x_t[: self.settings.n_action]
-            c = None if self.c is None else self.c[: len(x_t)]
-            found.append((x_t, self.expert_policy.act(x_t, t.expand(len(x_t)), s.expand(len(x_t)), c)))
-        return found
+        noised = self.real_noised[:, : self.settings.n_action]
+        m = noised.shape[1]
+        c = None if self.c is None else self.c[:m]
+        place = self._place(f"{self._baseline_names()[0]}-on-data", self.expert_policy, self.grid, "ddim", 0)
+        if place is not None and place.is_file():
+            return list(zip(noised, read_tensors(place, "remove it, and it is made again")["actions"].to(noised.device), strict=True))
+        pairs = zip(noised, self.grid.times[:-1], self.grid.times[1:], strict=True)
+        actions = torch.stack([self.expert_policy.act(x_t, t.expand(m), s.expand(m), c) for x_t, t, s in pairs])
+        if place is not None:
+            write_atomically(place, save({"actions": actions.cpu()}))
+        return list(zip(noised, actions, strict=True))
 
     @torch.no_grad()
     def lpips_diversity(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel) -> float:
@@ -428,9 +433,14 @@ class Judge:
         return {full: self.expert_path[:, -1], few: self.sample(self.few_steps, self.grid)}
 
     def judge_baselines(self) -> dict[str, Any]:
-        """The metrics of the two."""
+        """The metrics of the two; those of few steps are kept in the store, with what the expert would have done instead."""
         full, few = self._baseline_names()
-        return {full: self.judge_expert(), few: self.judge(self.few_steps, name=few)}
+        place = self._place(f"{few}-beside-{full}", self.few_steps, self.grid, "ddim", 0)
+        if place is None:
+            return {full: self.judge_expert(), few: self.judge(self.few_steps)}
+        if not (row := place.with_suffix(".json")).is_file():
+            write_atomically(row, json.dumps(self.judge(self.few_steps, name=few)))
+        return {full: self.judge_expert(), few: json.loads(row.read_text())}
 
     def judge_expert(self) -> dict[str, Any]:
         """The metrics of the expert's own samples, which are there already."""

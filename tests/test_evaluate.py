@@ -65,7 +65,8 @@ def test_a_store_spares_what_is_in_it_and_changes_no_number(tmp_path: Path):
     again = judge_of(expert, tmp_path)
     del scores["seconds"]
     assert {k: v for k, v in again.judge(again.few_steps, name="few").items() if k != "seconds"} == scores
-    assert expert.nfe == whole - 60 * 8 - 50 * 4  # all of the expert's 8 steps, and two batches of 25 in 4
+    # All of the expert's 8 steps, two batches of 25 in 4, and its actions on data, of 2 forwards each.
+    assert expert.nfe == whole - 60 * 8 - 50 * 4 - 15 * 4 * 2
 
 
 def test_evaluations_share_the_experts_samples_and_no_others(tmp_path: Path):
@@ -78,6 +79,8 @@ def test_evaluations_share_the_experts_samples_and_no_others(tmp_path: Path):
     assert expert.nfe == 0
     rows.append(again.judge_baselines())
     assert rows[0] == rows[1]
+    assert len(again._forward_actions) == 4
+    assert expert.nfe == 0  # the row of 4 steps is there, and so are the expert's actions on data
     again.judge(Biased(again.expert_policy, again.grid.times[0], 0.1), name="student")
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == files
     assert judge_of(expert, store=str(tmp_path), seed=1).judge_baselines() != rows[0]
