@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -317,7 +318,7 @@ def portray(comparison: Comparison, out: Path, runs: list[Run]) -> dict[str, Row
     Returns:
         What each arm's students scored untrained, by seed.
     """
-    path, judges = out / "initial.json", dict[str, Judge]()
+    path, judges, known = out / "initial.json", dict[str, Judge](), dict[str, dict[str, Any]]()
     stored = json.loads(path.read_text()) if path.is_file() else {}
     initial: dict[str, Rows] = {arm: {int(seed): row for seed, row in rows.items()} for arm, rows in stored.items()}
     places = [out / "trajectories", out / "trajectories" / "teacher"]
@@ -333,7 +334,11 @@ def portray(comparison: Comparison, out: Path, runs: list[Run]) -> dict[str, Row
             judges[key] = Judge(learner.reference, learner.grid, Evaluation(**{**told, "also_steps": (), "scores": (), "lpips": False}))
         judge = judges[key]
         untrained = type(learner)(learner.expert, learner.config, learner.support)
-        initial.setdefault(run.arm, {})[run.seed] = judge.judge(untrained.student_policy, learner.grid, learner.kernel)
+        thresholding = learner.config.thresholding if "student" in learner.config.thresholding.roles else None
+        start = repr((key, learner.kernel, thresholding, untrained.average.prediction_type, weights_digest(untrained.average)))
+        if start not in known:  # most arms of a seed start as the same student
+            known[start] = judge.judge(untrained.student_policy, learner.grid, learner.kernel)
+        initial.setdefault(run.arm, {})[run.seed] = known[start]
         if shown:
             noise, c = judge.noise()[:SHOWN], None if judge.c is None else judge.c[:SHOWN]
             actors: list[tuple[DdimPolicy, Kernel]] = [(learner.student_policy, learner.kernel), (judge.expert_policy, "ddim")]
@@ -343,6 +348,15 @@ def portray(comparison: Comparison, out: Path, runs: list[Run]) -> dict[str, Row
                 record(policy, judge.expert_policy, learner.grid, noise, c, kernel=kernel, generator=generator).save(file)
         write_atomically(path, json.dumps(initial, indent=1))
     return initial
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """SHA-256 of the names and bytes of its parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], command: str) -> dict[str, Any]:

@@ -192,6 +192,18 @@ def test_arms_of_a_seed_share_noise_and_initial_weights(whole):
     assert torch.equal(shown["bc"].x_0[:, -1], shown["bc"].x_t[:, -1])
 
 
+def test_arms_that_start_as_one_student_are_judged_once(whole, monkeypatch, tmp_path: Path):
+    out, found = whole
+    judged, judge = [], compare.Judge.judge
+    monkeypatch.setattr(compare.Judge, "judge", lambda *args, **kwargs: judged.append(args) or judge(*args, **kwargs))
+    directory = out / "out" / "runs" / "updates" / "bc-s1"
+    comparison = Comparison(**yaml.safe_load((out / "given.yaml").read_text()))
+    rows = compare.portray(comparison, tmp_path, [compare.Run("updates", arm, 1, directory) for arm in ("bc", "again")])
+    assert len(judged) == 1
+    assert rows["bc"][1] == rows["again"][1]
+    assert rows["bc"][1]["endpoint_rmse"] == found["initial"]["bc"]["1"]["endpoint_rmse"]
+
+
 def test_a_second_run_trains_nothing_and_says_the_same(whole, monkeypatch):
     out, before = whole
     monkeypatch.setattr(compare, "subprocess", None)
