@@ -23,7 +23,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from ddil_agents.hub import check_push, push
 from ddil_agents.learner import Agent, LearnerConfig
 from ddil_agents.metrics.diversity import lpips_distance
 from ddil_agents.report import read_result, save_pictures, table
+from ddil_agents.settings import in_words
 from ddil_agents.stages import Stage, judged, learners, plan
 from ddil_agents.tracking import Tracker, check_tracker
 from ddil_agents.train import read_metrics
@@ -77,6 +78,8 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
         if resume is not None:
             if any(word == "--config" or word.startswith("--config=") for word in argv):
                 raise ValueError("--resume goes on with the run's own config.yaml; leave --config out")
+            if (other_env := _take(list(argv), "--env")) is not None:
+                raise ValueError(f"--resume goes on with the run's own env; leave --env {other_env} out")
             saved = Path(resume) / "config.yaml"
             if not saved.is_file():
                 raise ValueError(f"nothing to resume in {resume}: no config.yaml there")
@@ -228,15 +231,16 @@ def gather(out: Path, stages: list[Path], seed: int) -> None:
     write_atomically(out / "result.json", json.dumps({**result, **total, "training_seed": seed, "models": models}, indent=1))
 
 
-def load_run(directory: Path, **env: Any) -> Agent:
+def load_run(directory: Path, guidance_scale: float | None = None, **env: Any) -> Agent:
     """The agent of a finished run's config with its saved student, on whatever device is here.
 
     Args:
         directory: The run's.
+        guidance_scale: w for the teacher and a student that is told it; default: the run's own.
         env: Arguments of the expert that differ from the run's, such as other prompts.
 
     Raises:
-        ValueError: no finished run there, or a damaged one.
+        ValueError: no finished run there, or a damaged one; a guidance that its student was not trained for.
     """
     if not (directory / "result.json").is_file():
         raise ValueError(f"{directory} holds no finished run (no result.json); finish it with --resume {directory}")
@@ -251,8 +255,12 @@ def load_run(directory: Path, **env: Any) -> Agent:
         raise ValueError(f"{cfg.env.expert}, the expert of {directory}, takes no {', '.join(unknown)}; leave it out")
     vars(cfg.env).update(env)
     expert, config = expert_and_config(agent, parser, cfg)
-    last = plan(config)[-1].config
-    learner = agent(expert, judged(config, last), read_support(directory)[0])
+    settings = judged(config, plan(config)[-1].config)
+    if guidance_scale is not None:
+        if getattr(settings, "guidance_range", None) is None:
+            raise ValueError(f"guidance_scale={guidance_scale:g}: the student of {directory} is not told it, but has that of its training")
+        settings = replace(settings, guidance_scale=guidance_scale)
+    learner = agent(expert, settings, read_support(directory)[0])
     student = expert.load_student(directory / "student", **learner.student_options)
     learner.average.load_state_dict(student.state_dict())
     return learner
@@ -408,7 +416,7 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     try:
         return parser, parser.parse_args(argv)
     except argparse.ArgumentError as error:
-        raise ValueError(f"{error}{_suggestion(parser, str(error))}") from error
+        raise ValueError(f"{in_words(str(error))}{_suggestion(parser, str(error))}") from error
 
 
 def _suggestion(parser: ArgumentParser, message: str) -> str:
@@ -427,7 +435,10 @@ def expert_and_config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace
 
 
 def _config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> LearnerConfig:
-    made = parser.instantiate(cfg)
+    try:
+        made = parser.instantiate(cfg)
+    except ValueError as error:
+        raise ValueError(in_words(str(error))) from error
     return agent.Config(**{f.name: getattr(made, f.name) for f in fields(agent.Config)})
 
 
@@ -470,6 +481,8 @@ def new_directory(cfg: Namespace, agent: type[Agent]) -> Path:
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = Path(cfg.out or f"runs/{agent.name}-{name_of_env(cfg)}-s{cfg.seed}-{stamp}")
-    if out.exists() and (not out.is_dir() or any(path.suffix != ".partial" for path in out.iterdir())):  # partial: a kill's remains
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; choose another --out")
+    if out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):  # partial: a kill's remains
         raise ValueError(f"{out} exists and is not empty; continue it with --resume {out}, or choose another --out")
     return out

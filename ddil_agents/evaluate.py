@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import platform
@@ -47,7 +48,7 @@ from ddil_agents.metrics.pictures import RESIZE, load_pictures, resize
 from ddil_agents.metrics.vendi import vendi_score
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, NoDataError, TimeGrid, load_expert, unroll
 from ddil_env.mdp import Kernel
-from ddil_env.presets import preset_names
+from ddil_env.presets import find_expert, preset_names, read_env
 from ddil_env.schedule import GridKind
 from ddil_env.weights import read_tensors
 
@@ -559,10 +560,15 @@ def main(argv: list[str] | None = None) -> None:
     presets = ", ".join(preset_names("evaluate"))
     parser.add_argument("--config", action="config", help=f"settings as YAML: a file, or one of configs/evaluate: {presets}")
     parser.add_argument("--run", type=str | None, default=None, help="run directory whose student to judge; default: the expert itself")
-    parser.add_argument("--env", type=str, default="digits", help="preset or YAML file of the expert, without --run")
-    parser.add_argument("--steps", type=int, nargs="+", default=[32, 8, 4, 2, 1], help="numbers of sampling steps, without --run")
+    parser.add_argument("--env", type=str | None, default=None, help="preset or YAML file of the expert (default: digits); not with --run")
+    parser.add_argument("--steps", type=int, nargs="+", default=[], help="numbers of sampling steps (default: 32 8 4 2 1); not with --run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noise seeds")
-    parser.add_argument("--guidance_scale", type=float | None, default=None, help="default: the expert's own; without --run")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float | None,
+        default=None,
+        help="default: the expert's, or the run's; with --run for a student that is told it",
+    )
     parser.add_argument("--captions", type=str | None, default=None, help="prompts of the expert: a text file, or COCO's captions JSON")
     parser.add_argument("--device", type=str | None, default=None, help="default: the expert's own")
     parser.add_argument("--out", type=str | None, default=None, help="JSON file for the results; beside it, batches until it is done")
@@ -574,14 +580,20 @@ def main(argv: list[str] | None = None) -> None:
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
             raise ValueError(f"--out {out}: need a file in a folder that exists")
         env = {key: value for key, value in (("device", args.device), ("prompts", args.captions)) if value is not None}
-        learner = None if args.run is None else load_run(Path(args.run), **env)
-        expert = load_expert(args.env, **env) if learner is None else learner.expert
+        if args.run is not None and (args.env is not None or args.steps):
+            raise ValueError("--run names expert and steps; leave --env and --steps out (--also_steps judges the run in more steps)")
+        if args.run is None and args.captions is not None:
+            takes = inspect.signature(find_expert(read_env(args.env or "digits")["expert"])).parameters
+            if "prompts" not in takes:
+                raise ValueError(f"--captions {args.captions}: the expert of {args.env or 'digits'} takes none; leave it out")
+        learner = None if args.run is None else load_run(Path(args.run), args.guidance_scale, **env)
+        expert = load_expert(args.env or "digits", **env) if learner is None else learner.expert
         results = []
         for seed in args.seeds:
             store = None if out is None else out.with_name(f".{out.name}.seed{seed}")
             settings = Evaluation(seed=seed, **given)
             if learner is None:
-                results.append(evaluate_expert(expert, args.steps, settings, args.guidance_scale, store))
+                results.append(evaluate_expert(expert, args.steps or [32, 8, 4, 2, 1], settings, args.guidance_scale, store))
             else:
                 results.append(evaluate_run(learner, settings, store))
             print(table(results[-1]), flush=True)

@@ -25,6 +25,7 @@ from ddil_agents.beta import Beta
 from ddil_agents.buffer import SourceBuffer
 from ddil_agents.checkpoint import load_checkpoint, save_checkpoint
 from ddil_agents.collect import Collector, own_seed, stream_seed
+from ddil_agents.settings import check_types
 from ddil_agents.trainable import Loss, Trainable
 from ddil_env import Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, Unbounded, load_expert, unroll
 from ddil_env.adapters import LoRA
@@ -194,6 +195,10 @@ class Agent(ABC):
         self.config = self.Config() if config is None else config
         self.expert = load_expert(expert)
         self.grid = TimeGrid(self.expert.schedule, self.config.num_steps, self.config.grid).to(self.expert.device)
+        if self.config.teacher_steps > self.expert.schedule.t_max:
+            raise ValueError(
+                f"teacher_steps={self.config.teacher_steps}: need at most {self.expert.schedule.t_max}, the length of the teacher's chain"
+            )
         # What a student is judged against: the expert on its own support, whatever is thresholded in training.
         self.reference = ExpertPolicy(self.expert, self.config.substeps, self.config.guidance_scale)
 
@@ -257,7 +262,15 @@ class Agent(ABC):
         """The student before its first step: with seeded weights, or with those of the run that `init` names."""
         student = self._seeded_student()
         if self.config.init is not None:
-            other = self.expert.load_student(Path(self.config.init) / "student", **self.student_options)
+            saved = Path(self.config.init) / "student"
+            if not saved.is_dir():
+                raise ValueError(f"init={self.config.init}: there is no {saved}; name the directory of a finished run")
+            try:
+                other = self.expert.load_student(saved, **self.student_options)
+            except ValueError as error:
+                raise ValueError(
+                    f"init={self.config.init}: no student of {type(self.expert).__name__} and these settings: {error}"
+                ) from error
             student.load_state_dict(other.state_dict())
         return student
 
@@ -270,6 +283,10 @@ class Agent(ABC):
         except TypeError as error:
             known = ", ".join(takes.parameters)
             raise ValueError(f"student={options}: {error}; this expert's students take {known}; leave out the rest") from error
+        try:
+            check_types(type(self.expert), "make_student", self.config.student)
+        except ValueError as error:
+            raise ValueError(f"student.{error}") from error
         with torch.random.fork_rng():
             torch.manual_seed(stream_seed(self.config.seed, "weights"))
             try:

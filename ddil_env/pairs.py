@@ -380,8 +380,8 @@ def _check_broken(source: Source, folder: Path, skipped: dict[int, list[Skipped]
     broken, n = [each for k in sorted(skipped) for each in skipped[k]], len(source.pairs)
     if len(broken) > max_broken * n or len(broken) == n:
         raise ValueError(
-            f"{source.path}: of {n} pictures {len(broken)} so far cannot be read, more than max_broken={max_broken} allows; "
-            f"{_name_skipped(folder, broken)}. Mend or remove them and cache into a new folder, or raise max_broken"
+            f"{source.path}: of {n} pictures {len(broken)} so far cannot be read, more than max_broken={max_broken} of cache_pairs allows; "
+            f"{_name_skipped(folder, broken)}. Mend or remove them, delete {folder}, and run it again"
         )
 
 
@@ -418,9 +418,11 @@ class Pairs:
         some = next(shard for shard in self._shards if len(shard)).tensors
         self.sample_shape = tuple(some["latents"].shape[1:])
         self.tables = sorted(name.removeprefix("embeddings.") for name in some if name.startswith("embeddings."))
+        if not 0 <= held_out < 1:
+            raise ValueError(f"held_out={held_out}: need a share of the pairs, from 0 to below 1")
         m = round(held_out * self._n)
-        if not 0 <= held_out < 1 or m == self._n:
-            raise ValueError(f"held_out={held_out} of {self._n} pairs leaves none to train on; pass a share from 0 to below 1")
+        if m == self._n:
+            raise ValueError(f"held_out={held_out} of {self._n} pairs leaves none to train on; pass a smaller share")
         order = torch.randperm(self._n, generator=torch.Generator().manual_seed(seed))
         self._training, self._held_out = order[: self._n - m], order[self._n - m :]
 

@@ -87,8 +87,12 @@ def find_expert(name: str) -> type[Expert]:
         try:
             found = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError, ValueError) as error:
-            known = f"; entry points: {', '.join(sorted(registered))}" if registered else ""
-            raise ValueError(f"cannot find expert class {name!r} ({error}); pass a dotted path such as my_pkg.MyExpert{known}") from error
+            known = ", ".join(sorted(registered)) or "none"
+            why = f" ({error})" if module_name else ""
+            raise ValueError(
+                f"cannot find expert {name!r}{why}; pass a dotted path such as my_pkg.MyExpert, or the entry point of a package that is "
+                f"installed: {known}"
+            ) from error
     if not (inspect.isclass(found) and issubclass(found, Expert)):
         raise ValueError(f"{name!r} is not a subclass of ddil_env.Expert")
     if inspect.isabstract(found):

@@ -131,6 +131,19 @@ def test_a_run_loads_as_a_learner(runs: dict[str, Path]) -> None:
     assert all(torch.equal(value, saved[key]) for key, value in learner.average.state_dict().items())
 
 
+def test_a_student_that_is_told_the_guidance_is_judged_at_any_of_its_range(runs: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"guidance_scale=2: the student of .* is not told it, but has that of its training"):
+        load_run(runs["dagger"], guidance_scale=2.0)
+    bc.main([*ENV, *SMALL, "--guidance_range", "[1, 3]", "--out", "told"])
+    learner = load_run(Path("told"), guidance_scale=2.5)
+    assert learner.reference.guidance_scale == 2.5
+    x_t, t, s = torch.randn(4, 2), torch.full((4,), 999.0), torch.full((4,), 500.0)
+    told = learner.student_policy.act(x_t, t, s, torch.arange(4))
+    assert torch.equal(told, learner.student_policy.act(x_t, t, s, torch.arange(4), torch.full((4,), 2.5)))
+    with pytest.raises(ValueError, match="outside guidance_range"):
+        load_run(Path("told"), guidance_scale=9.0)
+
+
 # Running it again
 
 
@@ -230,11 +243,21 @@ def test_an_expert_of_ones_own_is_found_by_its_class_path() -> None:
         ([*ENV, "--num_updates", "-5"], "num_updates=-5: need at least 1"),
         ([*ENV, "--beta.forward", "-1"], r"beta=\(-1.0, .*need finite shares ≥ 0"),
         ([*ENV, "--beta.forward", "0", "--beta.teacher", "0", "--beta.student", "0"], r"beta=\(0.0, 0.0, 0.0\).*do not sum to 0"),
-        ([*ENV, "--beta.schedule", "linaer"], "beta.schedule.*constant.*linear.*cosine.*linaer"),
-        ([*ENV, "--grid", "karras"], "grid.*linspace.*dmd2.*trailing.*karras"),
+        ([*ENV, "--beta.schedule", "linaer"], "beta.schedule=linaer: need one of constant, linear, cosine"),
+        ([*ENV, "--num_updates", "2.5"], "num_updates=2.5: need a whole number"),
+        ([*ENV, "--guidance_range", "[5]"], "guidance_range=.5.: need two numbers, such as .1, 5. or null"),
+        ([*ENV, "--lora.rank", "0"], "error: lora.rank=0: need at least 1"),
+        ([*ENV, "--student.width", "wide"], "student.width=wide: need a whole number"),
+        ([*ENV, "--teacher_steps", "5000"], "teacher_steps=5000: need at most 999, the length of the teacher's chain"),
+        ([*ENV, "--init", "nowhere"], "init=nowhere: there is no nowhere/student; name the directory of a finished run"),
+        (
+            [*ENV, "--env.expert", "signals"],
+            "cannot find expert 'signals'; .* the entry point of a package that is installed",
+        ),
+        ([*ENV, "--grid", "karras"], "grid=karras: need one of linspace, dmd2, trailing"),
         ([*ENV, "--device", "cuda:99"], "device 'cuda:99' is not to be had.*Available here: cpu"),
         ([*ENV, "--env.device", "warp"], "device 'warp' is not to be had"),
-        ([*ENV, "--env.expert", "my_pkg.Missing"], "cannot find expert class 'my_pkg.Missing'.*pass a dotted path"),
+        ([*ENV, "--env.expert", "my_pkg.Missing"], "cannot find expert 'my_pkg.Missing' .No module named 'my_pkg'.; pass a dotted path"),
         ([*ENV, "--env.expert", "pathlib.Path"], "'pathlib.Path' is not a subclass of ddil_env.Expert"),
         (
             [*ENV, "--student", '{"widht": 3}'],
@@ -304,7 +327,7 @@ def test_an_existing_run_directory_is_not_written_to(content: str, capsys: pytes
 
 def test_a_file_in_the_place_of_the_run_directory_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     Path("run").write_text("mine")
-    assert "run exists" in refused(bc.main, [*ENV, "--out", "run"], capsys)
+    assert "run is a file; choose another --out" in refused(bc.main, [*ENV, "--out", "run"], capsys)
     assert Path("run").read_text() == "mine"
 
 

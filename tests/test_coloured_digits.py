@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 from ddil_agents.evaluate import Evaluation, Judge
 from ddil_agents.metrics.coloured_digits import ColouredDigitReader
-from ddil_env import ExpertPolicy, TimeGrid, check_expert, load_expert, unroll
+from ddil_env import ExpertPolicy, StudentPolicy, TimeGrid, check_expert, load_expert, unroll
 from ddil_env.experts import train_coloured_digits
 from ddil_env.experts.coloured_digits import (
     COLOURS,
@@ -121,3 +122,21 @@ def test_the_shipped_model_draws_held_out_captions() -> None:
     assert float((ColouredDigitReader().classes(pictures) == c).double().mean()) >= 0.95
     folder = Path(expert.model)
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 10e6
+
+
+def test_the_shipped_model_and_a_student_of_it_run_as_their_cards_say(tmp_path: Path) -> None:
+    expert = load_expert("coloured_digits")
+    shipped = DiffusionPipeline.from_pretrained(expert.model, use_safetensors=True)
+    assert shipped("a red seven on blue", num_inference_steps=2, guidance_scale=3.0).images[0].size == (32, 32)
+    assert (Path(expert.model) / "README.md").read_text() == train_coloured_digits.CARD
+
+    student, grid = expert.make_student(), TimeGrid(expert.schedule, 4)
+    expert.save_student(student, tmp_path, 4)
+    c = torch.tensor([3, 200, 559])
+    x_T = torch.randn(3, *expert.sample_shape, generator=seeded())
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True)
+    theirs = pipeline(expert.captions(c), num_inference_steps=4, guidance_scale=1.0, latents=x_T, output_type="latent").images
+    torch.testing.assert_close(theirs, unroll(StudentPolicy(student, expert), grid, x_T, c)[:, -1], atol=1e-4, rtol=0)
+    card = (tmp_path / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert "MNIST digits in two of 8 colours, with 504 captions" in card

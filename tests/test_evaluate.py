@@ -258,7 +258,9 @@ def test_the_command_names_what_is_wrong(tmp_path: Path, capsys):
     for flags, message in (
         (["--run", str(tmp_path)], "holds no finished run"),
         (["--config", "coco"], "unknown evaluate 'coco'; presets: coco2014_30k, coco2017_5k"),
-        (["--env", "digits8", "--captions", "x.json"], "prompts"),
+        (["--env", "digits8", "--captions", "x.json"], "--captions x.json: the expert of digits8 takes none; leave it out"),
+        (["--run", "runs/mine", "--steps", "4"], "--run names expert and steps; leave --env and --steps out"),
+        (["--run", "runs/mine", "--env", "digits8"], "--run names expert and steps; leave --env and --steps out"),
         (["--out", str(tmp_path)], "need a file in a folder that exists"),
     ):
         with pytest.raises(SystemExit) as stop:

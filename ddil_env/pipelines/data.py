@@ -48,7 +48,7 @@ class OwnData:
                 f"{'not given' if self.data is None else 'a cache of them'}; leave them out{', or pass data' if self.data is None else ''}"
             )
         if self.data is not None and self.data_cache is None and MAGIC & set(self.data):
-            raise ValueError(f"data={self.data!r} is of several files, beside which no cache is put; pass data_cache, a folder for it")
+            raise ValueError(f"data={self.data!r} is of several files, beside which no cache is put; name its folder, --env.data_cache")
 
     @property
     def path(self) -> Path:
@@ -86,6 +86,8 @@ class OwnData:
             ValueError: what `read`, `cache_pairs` and `Pairs` refuse.
         """
         if not is_cache(self.path):
+            if any(self.path.glob("pairs-*.safetensors")):
+                raise ValueError(f"{self.path} has the shards of a cache and no pairs.json; fetch that too, or cache the pictures again")
             source, workers = read(str(self.data), self.images), min(self.workers, os.cpu_count() or 1)
             cache_pairs(source, self.folder, encode, embed, model=model, height=height, width=width, workers=workers)
         return Pairs(self.folder, model, self.held_out)

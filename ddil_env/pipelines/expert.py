@@ -122,7 +122,7 @@ class PipelineExpert(Expert):
         Raises:
             ValueError: its weights are damaged.
         """
-        return self.wrap(self.files.load(self.denoiser, torch_dtype=self.dtype).to(self.device)).eval()
+        return self.wrap(self.files.load(self.denoiser, self.dtype).to(self.device)).eval()
 
     def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         return self.schedule.prediction(self.network(x_t, t, c), x_t, t, self.prediction_type)
@@ -424,7 +424,7 @@ class LatentExpert(PipelineExpert):
         In float32 where its configuration says that it overflows in float16 (`force_upcast`, as SDXL's does).
         """
         upcast = self.dtype == torch.float16 and bool(self.files.config("vae").get("force_upcast"))
-        return self.files.load("vae", torch_dtype=torch.float32 if upcast else self.dtype).to(self.device)
+        return self.files.load("vae", torch.float32 if upcast else self.dtype).to(self.device)
 
     @torch.no_grad()
     def encode(self, samples: Tensor) -> Tensor:

@@ -204,15 +204,17 @@ class PipelineFolder:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch it again") from error
 
-    def load(self, name: str, **dtype: torch.dtype) -> Any:
-        """One model on the CPU, in evaluation mode and without gradient.
+    def load(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
+        """One model on the CPU, in evaluation mode and without gradient; in float32 whatever dtype its folder names, if not told.
 
         Raises:
             ValueError: the weights do not fit the configuration, or hold NaN or infinite values.
         """
         component, folder = self.models[name], self.part(name)
         try:
-            model, info = component.from_pretrained(folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **dtype)
+            model, info = component.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True, torch_dtype=dtype
+            )
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise ValueError(f"cannot load {folder} as {component.__name__} ({error}); fetch it again") from error
         if info["missing_keys"]:  # diffusers would fill them with random numbers and go on
@@ -231,6 +233,8 @@ class PipelineFolder:
             ValueError: its files are absent or damaged.
         """
         cls = self.tokenizers[name]
+        if not (self.path / name).is_dir():
+            raise ValueError(f"{self.path} lacks the folder {name}, of its {cls.__name__}; fetch it again")
         try:
             return cls.from_pretrained(self.path / name, local_files_only=True)
         except Exception as error:  # transformers' tokenizers raise whatever their parsers do

@@ -88,7 +88,7 @@ class TextReader:
 
     def __init__(self, files: PipelineFolder, number: str, device: torch.device, max_length: int | None = None) -> None:
         self.tokenizer = files.tokenizer(f"tokenizer{number}")
-        self.encoder = files.load(f"text_encoder{number}").float().to(device)
+        self.encoder = files.load(f"text_encoder{number}").to(device)
         self.max_length = max_length or min(self.tokenizer.model_max_length, self.encoder.config.max_position_embeddings)
         self._warned = False
 
