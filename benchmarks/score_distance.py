@@ -95,7 +95,9 @@ def main() -> None:
         "teacher, stochastic, 100 steps": (Stochastic(expert, args.seed), TimeGrid(expert.schedule, 100), "ddim"),
         f"teacher, DDIM, {args.steps} steps": (ExpertPolicy(expert), grid, "ddim"),
     }
-    for method, variant in (("lcm", "baseline"), ("dmd2", "baseline"), ("dmd2", "+ DDIL"), ("dmd2", "+ Reflected + DDIL")):
+    compared = [("lcm", "baseline"), ("dmd2", "baseline"), ("dmd2", "+ DDIL"), ("dmd2", "+ Reflected + DDIL")]
+    compared += [("dmd2", "baseline, every step")] if args.steps == 8 else []
+    for method, variant in compared:
         run = Run(method, variant, args.seed, args.steps if method == "dmd2" else 4)
         policy, kind, kernel = students(run, args.runs / run.folder, expert)[args.steps]
         samplers[f"{method} {variant}"] = policy, TimeGrid(expert.schedule, args.steps, kind), kernel
