@@ -6,9 +6,10 @@
 PD is one staged run of 32 → 8 → 4 → 2 → 1 steps a seed, whose students are judged at their own steps. LCM is one student, sampled in
 1, 2, 4 and 8. DMD2 has a student for each number of steps, each starting from that seed's plain LCM (so the caption of the paper's
 Table 3 can be read: "adopting latent consistency distillation retrained for SSD1B"); its costs are on top of the LCM's. In 8 steps
-DMD2 trains the last one alone; `every step` is a student whose steps it trains all. Within a method all variants take the same gradient
-steps, batches, initial weights and data; teacher and student forwards, rollouts and critics included, are counted and shown. At batch 7
-the paper's claim of stability is put to the test, unguided and with a guided real score, with the norms of the gradients.
+DMD2 trains the last one alone; `every step` is a student whose steps it trains all, `a tenth` one with that share of teacher rollouts.
+Within a method all variants take the same gradient steps, batches, initial weights and data; teacher and student forwards, rollouts and
+critics included, are counted and shown. At batch 7 the paper's claim of stability is put to the test, unguided and with a guided real
+score, with the norms of the gradients.
 
 Every student of a seed starts from the same noise and conditions; distances are to the same data.
 """
@@ -118,6 +119,8 @@ class Run(NamedTuple):
             settings += ["--learning_rate", str(rate)]
         if "on policy" in self.variant:
             settings += ["--on_policy", "true"]
+        if "a tenth" in self.variant:
+            settings += ["--beta.teacher", ".1", "--beta.student", ".9"]
         if self.batch is not None:
             settings += ["--batch_size", str(self.batch), "--collect_size", str(2 * self.batch), "--guidance_scale", str(self.guidance)]
         settings += ["--evaluate.n", "20", "--evaluate.n_action", "1", "--evaluate.also_steps", "[]", "--checkpoint_every", "10000"]
@@ -135,7 +138,8 @@ def plan(methods: list[str], seeds: list[int]) -> list[Run]:
             small = ("baseline", "+ Reflected", "+ Reflected + DDIL")
             runs += [Run("dmd2", variant, seed, 4, 7, w) for w in (1.0, 3.0) for variant in small]
         if "dmd2" in methods:
-            runs += [Run("dmd2", "baseline, on policy", seed), Run("dmd2", "baseline, every step", seed, 8)]
+            runs.append(Run("dmd2", "baseline, on policy", seed))
+            runs += [Run("dmd2", variant, seed, 8) for variant in ("baseline, every step", "+ DDIL, a tenth")]
     return runs
 
 
@@ -235,7 +239,7 @@ def summary(by_seed: dict[int, dict[str, dict[str, float]]]) -> dict[str, Any]:
     for name in names:
         steps = name.rpartition(" @")[2]
         against = {"teacher": f"teacher{', guidance 3' if 'guidance 3' in name else ''} @{steps}"}
-        if variant := next((v for v in ("+ Reflected + DDIL", "+ DDIL", "+ Reflected") if v in name), None):
+        if variant := next((v for v in ("+ Reflected + DDIL", "+ DDIL, a tenth", "+ DDIL", "+ Reflected") if v in name), None):
             against["baseline"] = name.replace(variant, "baseline", 1)
         for what, other in against.items():
             if other in names and not name.startswith("teacher"):

@@ -27,7 +27,7 @@ def test_stochastic_steps_of_a_point_mass_keep_the_forward_marginals() -> None:
 
 def test_every_method_has_its_baseline_and_both_variants_in_every_seed() -> None:
     runs = plan(["pd", "lcm", "dmd2", "small"], [0, 1])
-    assert len({run.folder for run in runs}) == len(runs) == 2 * (3 + 3 + 12 + 6 + 2)
+    assert len({run.folder for run in runs}) == len(runs) == 2 * (3 + 3 + 12 + 6 + 3)
     for method in ("pd", "lcm", "dmd2"):
         assert {run.variant for run in runs if run.method == method} >= {"baseline", "+ DDIL", "+ Reflected + DDIL"}
 
