@@ -14,11 +14,9 @@ configs/<agent>/<env>.yaml exists its settings are this env's defaults, and thos
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import itertools
 import json
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -40,7 +38,7 @@ from ddil_agents.hub import check_push, push
 from ddil_agents.learner import Agent, LearnerConfig
 from ddil_agents.metrics.diversity import lpips_distance
 from ddil_agents.report import read_result, save_pictures, table
-from ddil_agents.settings import in_words
+from ddil_agents.settings import in_words, read_arguments
 from ddil_agents.stages import Stage, judged, learners, plan
 from ddil_agents.tracking import Tracker, check_tracker
 from ddil_agents.train import read_metrics
@@ -412,19 +410,7 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
         argv += ["--env.device", device]
     if data is not None:
         argv += ["--env.data", data]
-    parser.exit_on_error = False
-    try:
-        return parser, parser.parse_args(argv)
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{in_words(str(error))}{_suggestion(parser, str(error))}") from error
-
-
-def _suggestion(parser: ArgumentParser, message: str) -> str:
-    """Flags that look like the one that is not recognised."""
-    unknown = re.findall(r"unrecognized arguments: (--[\w.]+)", message)
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    close = difflib.get_close_matches(unknown[0], flags, n=3) if unknown else []
-    return f"; did you mean {' or '.join(close)}? --help lists them all" if close else ""
+    return parser, read_arguments(parser, argv)
 
 
 def expert_and_config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> tuple[Expert, LearnerConfig]:

@@ -42,6 +42,7 @@ from ddil_agents.checkpoint import write_atomically
 from ddil_agents.cli import clear_errors, find_agent, load_run, refuse_early, with_preset
 from ddil_agents.evaluate import Evaluation, Judge, provenance
 from ddil_agents.report import METRICS, read_result
+from ddil_agents.settings import read_arguments
 from ddil_agents.statistics import (
     bootstrap_interval,
     holm,
@@ -557,7 +558,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=str, required=True, help="directory of the comparison; it goes on with one that is there")
     parser.add_argument("--report_only", type=bool, default=False, help="true: train nothing, show what is there")
     with clear_errors(parser):
-        args = parser.parse_args(with_preset("ablations", argv))
+        args = read_arguments(parser, with_preset("ablations", argv))
         given = {f.name: args[f.name] for f in dataclasses.fields(Comparison)}
         given["arms"] = {**arms_of(args.agents, args.betas), **given["arms"]}
         if args.num_updates is not None:

@@ -46,6 +46,7 @@ from ddil_agents.metrics.frechet import frechet_distance, frechet_name, gaussian
 from ddil_agents.metrics.kid import kernel_distance
 from ddil_agents.metrics.pictures import RESIZE, load_pictures, resize
 from ddil_agents.metrics.vendi import vendi_score
+from ddil_agents.settings import read_arguments
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, NoDataError, TimeGrid, load_expert, unroll
 from ddil_env.mdp import Kernel
 from ddil_env.presets import find_expert, preset_names, read_env
@@ -574,7 +575,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=str | None, default=None, help="JSON file for the results; beside it, batches until it is done")
     parser.add_class_arguments(Evaluation, None, skip={"seed"})
     with clear_errors(parser):
-        args = parser.parse_args(with_preset("evaluate", sys.argv[1:] if argv is None else argv))
+        args = read_arguments(parser, with_preset("evaluate", sys.argv[1:] if argv is None else argv))
         given = {f.name: args[f.name] for f in dataclasses.fields(Evaluation) if f.name != "seed"}
         out = None if args.out is None else Path(args.out)
         if out is not None and (out.is_dir() or not out.parent.is_dir()):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 WORDS = {
     "<class 'bool'>": "true or false",
@@ -19,25 +20,42 @@ WORDS = {
 
 
 def in_words(message: str) -> str:
-    """jsonargparse's account of a setting in one line; what it holds of our own, or is no such account, as it is."""
-    name, _, account = message.rpartition('Parser key "')[2].partition('":') if message.startswith('Parser key "') else ("", "", message)
-    account = account.strip()
+    """jsonargparse's account of a setting that does not fit, in one line; of an error of our own in it, that; else the message as it is."""
+    named = re.match(r'Parser key "([^"]+)":\s*', message)
+    account = message[named.end() :] if named else message
     if one := re.fullmatch(r"Expected an? (.+)\. Got value: (.*)", account, re.DOTALL):
         kinds, value = [one[1]], one[2]
-    elif several := re.search(r"Subtypes: \[(.*?)\]\n\s*Errors:\n(.*)\n\s*Given value type:.*?\n\s*Given value: (.*)", account, re.DOTALL):
-        errors = [line.strip(" -") for line in several[2].splitlines()]
+    elif union := re.search(r"Subtypes: \[(.*?)\]\n\s*Errors:\n(.*)\n\s*Given value type:.*?\n\s*Given value: (.*)", account, re.DOTALL):
+        errors = [line.strip(" -") for line in union[2].splitlines()]
         if own := [error for error in errors if not error.startswith("Expected a")]:
             return own[0]
-        kinds, value = re.split(r", (?![^\[]*\])", several[1]), several[3]
+        kinds, value = re.split(r", (?![^\[]*\])", union[1]), union[3]
     else:
         return message
-    return f"{name}={value}: need {' or '.join(map(_word, kinds))}"
+    return f"{f'{named[1]}=' if named else ''}{value}: need {' or '.join(map(_word, kinds))}"
 
 
 def _word(kind: str) -> str:
     if choices := re.fullmatch(r"typing\.Literal\[(.*)\]", kind):
         return f"one of {choices[1].replace(chr(39), '')}"
     return WORDS.get(kind, kind)
+
+
+def read_arguments(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    """What a command line says.
+
+    Raises:
+        ValueError: a setting that does not fit, or an unknown flag, with those that look like it.
+    """
+    parser.exit_on_error = False
+    try:
+        return parser.parse_args(argv)
+    except ArgumentError as error:
+        unknown = re.findall(r"unrecognized arguments: (--[\w.]+)", str(error))
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(unknown[0], flags, n=3) if unknown else []
+        meant = f"; did you mean {' or '.join(close)}? --help lists them all" if close else ""
+        raise ValueError(f"{in_words(str(error))}{meant}") from error
 
 
 def check_types(of: type, method: str, options: dict[str, Any]) -> None:

@@ -116,7 +116,7 @@ def save_adapters(network: nn.Module, path: Path, prefix: str) -> None:
         prefix: Name of the network in its pipeline.
     """
     tensors = {f"{prefix}.{_plain(name)}": value.contiguous() for name, value in network.state_dict().items()}
-    save_file(tensors, path, {"format": "pt", "lora_adapter_metadata": _settings(network, prefix)})
+    save_file(tensors, path, {"lora_adapter_metadata": _settings(network, prefix)})  # a second entry would be written in random order
 
 
 def load_adapters(network: nn.Module, path: Path, prefix: str) -> None:
