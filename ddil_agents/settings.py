@@ -15,6 +15,8 @@ WORDS = {
     "<class 'str'>": "a text",
     "<class 'tuple'>": "a list",
     "<class 'NoneType'>": "null",
+    "<class 'jsonargparse.typing.PositiveInt'>": "a whole number from 1",
+    "PositiveInt": "a whole number from 1",
     "tuple[float, float]": "two numbers, such as [1, 5]",
 }
 
@@ -25,9 +27,11 @@ def in_words(message: str) -> str:
     account = message[named.end() :] if named else message
     if one := re.fullmatch(r"Expected an? (.+)\. Got value: (.*)", account, re.DOTALL):
         kinds, value = [one[1]], one[2]
+    elif one := re.fullmatch(r"Not of type (\w+): (?:invalid literal .*: '(.*)'|(.*) does not conform .*)", account, re.DOTALL):
+        kinds, value = [one[1]], one[2] or one[3]
     elif union := re.search(r"Subtypes: \[(.*?)\]\n\s*Errors:\n(.*)\n\s*Given value type:.*?\n\s*Given value: (.*)", account, re.DOTALL):
         errors = [line.strip(" -") for line in union[2].splitlines()]
-        if own := [error for error in errors if not error.startswith("Expected a")]:
+        if own := [error for error in errors if not error.startswith(("Expected a", "Not of type"))]:
             return own[0]
         kinds, value = re.split(r", (?![^\[]*\])", union[1]), union[3]
     else:

@@ -575,7 +575,7 @@ def test_an_installed_packages_entry_point_is_found(tmp_path: Path, monkeypatch:
     (tmp_path / "mine.yml").write_text("expert: shrink\nscale: 2\n")
     assert isinstance(load_expert(str(tmp_path / "mine.yml")), Shrink)
     (tmp_path / "mine.yml").write_text("expert: shrunk\n")
-    with pytest.raises(ValueError, match=r"cannot find expert class 'shrunk' .*; entry points: shrink"):
+    with pytest.raises(ValueError, match=r"cannot find expert 'shrunk'; .* the entry point of a package that is installed: shrink"):
         load_expert(str(tmp_path / "mine.yml"))
 
 
@@ -607,9 +607,9 @@ def test_an_unknown_preset_lists_the_presets(tmp_path: Path, monkeypatch: pytest
         ("", "holds NoneType, but a config is a mapping"),
         ("scale: 2\n", "names no expert: it needs a line `expert: package.module.ClassName`"),
         ("expert: 3\n", "names no expert"),
-        ("expert: nowhere.Mine\n", r"cannot find expert class 'nowhere.Mine' \(No module named 'nowhere'\); pass a dotted path"),
-        ("expert: ddil_env.Nope\n", "cannot find expert class 'ddil_env.Nope'"),
-        ("expert: Mine\n", "cannot find expert class 'Mine'"),
+        ("expert: nowhere.Mine\n", r"cannot find expert 'nowhere.Mine' \(No module named 'nowhere'\); pass a dotted path"),
+        ("expert: ddil_env.Nope\n", "cannot find expert 'ddil_env.Nope'"),
+        ("expert: Mine\n", "cannot find expert 'Mine'"),
         ("expert: torch.nn.Linear\n", "'torch.nn.Linear' is not a subclass of ddil_env.Expert"),
         (f"expert: {__name__}.Shrink\nsize: 3\n", r"Shrink: got an unexpected keyword argument 'size'; it takes scale, device"),
     ],
