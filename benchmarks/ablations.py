@@ -4,7 +4,8 @@
     python benchmarks/ablations.py --names priors --envs digits8  # one of them
     python benchmarks/ablations.py --report_only                  # the tables, from the runs that are there
 
-Each is `python -m ddil_agents.compare --config NAME --env ENV`, whose own page is among the runs.
+Each is the comparison `python -m ddil_agents.compare --config NAME --env ENV`, with 2000 gradient steps on the mixture; its page is among
+the runs.
 """
 
 from __future__ import annotations
@@ -89,11 +90,13 @@ def main() -> None:
             out = args.runs / f"{name}-{env}"
             if args.report_only and not out.is_dir():
                 continue
-            command = f"python -m ddil_agents.compare --config {name} --env {env}"
+            command = f"python benchmarks/ablations.py --names {name} --envs {env}"
             result = compare(settings_of(name, env), out, args.jobs, command, args.report_only)
             write_page(result, out)
             found[f"{name}, {env}"] = summary(result) | {"provenance": result["provenance"]}
             print(markdown(f"{name}, {env}", found[f"{name}, {env}"]), flush=True)
+    if not found:
+        parser.error(f"--runs {args.runs}: none of these ablations has run there; leave --report_only out, or name another folder")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1))
     tables = "\n\n".join(markdown(title, one) for title, one in found.items())

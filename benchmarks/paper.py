@@ -57,6 +57,11 @@ PRIORS = {  # the baseline's and DDIL's, by method
     "dmd2": ("--beta.forward 0 --beta.teacher 0 --beta.student 1", "--beta.forward 0 --beta.teacher .5 --beta.student .5"),
 }
 ROLES = {"pd": "[teacher]", "lcm": "[teacher,target]", "dmd2": "[teacher,student,critic]"}  # who is thresholded, DDIL §4.1
+MORE = {  # what else a variant of DMD2 has, over the settings above it
+    "on policy": "--on_policy true",
+    "every step": "--noise_level null --learning_rate 1.25e-5",
+    "a tenth": "--beta.teacher .1 --beta.student .9",
+}
 VARIANTS = ("baseline", "+ DDIL", "+ Reflected + DDIL")
 
 
@@ -112,15 +117,13 @@ class Run(NamedTuple):
             # the most to change, one in eight the least.
             settings += ["--critic_updates", "5", "--num_updates", "500", "--updates_per_collect", "4"]
             rate = 1e-4 / self.num_steps if self.batch is None else 1e-4
-            if self.num_steps == 8 and "every step" not in self.variant:
-                # One critic for the outputs of all steps fits their mixture, and pushes the last step to make up for the first ones. In
-                # eight steps that costs more than it brings: train the last step alone (t = 124), which then bears a higher rate.
+            if self.num_steps == 8:
+                # Trained at every step, it ends behind the LCM. We think that the one critic, which fits the mixture of all steps' outputs,
+                # pushes the last to make up for the first: train the last step alone (t = 124), which then bears a higher rate.
                 settings, rate = [*settings, "--noise_level", "124"], 5e-5
             settings += ["--learning_rate", str(rate)]
-        if "on policy" in self.variant:
-            settings += ["--on_policy", "true"]
-        if "a tenth" in self.variant:
-            settings += ["--beta.teacher", ".1", "--beta.student", ".9"]
+        for name, flags in MORE.items():
+            settings += flags.split() if name in self.variant else []
         if self.batch is not None:
             settings += ["--batch_size", str(self.batch), "--collect_size", str(2 * self.batch), "--guidance_scale", str(self.guidance)]
         settings += ["--evaluate.n", "20", "--evaluate.n_action", "1", "--evaluate.also_steps", "[]", "--checkpoint_every", "10000"]

@@ -438,11 +438,17 @@ class Judge:
         """The metrics of the two; those of few steps are kept in the store, with what the expert would have done instead."""
         full, few = self._baseline_names()
         place = self._place(f"{few}-beside-{full}", self.few_steps, self.grid, "ddim", 0)
-        if place is None:
-            return {full: self.judge_expert(), few: self.judge(self.few_steps)}
-        if not (row := place.with_suffix(".json")).is_file():
-            write_atomically(row, json.dumps(self.judge(self.few_steps, name=few)))
-        return {full: self.judge_expert(), few: json.loads(row.read_text())}
+        path = None if place is None else place.with_suffix(".json")
+        if path is not None and path.is_file():
+            try:
+                row = json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from error
+        else:
+            row = self.judge(self.few_steps, name=few)
+            if path is not None:
+                write_atomically(path, json.dumps(row))
+        return {full: self.judge_expert(), few: row}
 
     def judge_expert(self) -> dict[str, Any]:
         """The metrics of the expert's own samples, which are there already."""

@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import ablations
 import pytest
 import torch
 import yaml
@@ -202,6 +203,18 @@ def test_arms_that_start_as_one_student_are_judged_once(whole, monkeypatch, tmp_
     assert len(judged) == 1
     assert rows["bc"][1] == rows["again"][1]
     assert rows["bc"][1]["endpoint_rmse"] == found["initial"]["bc"]["1"]["endpoint_rmse"]
+
+
+def test_an_ablations_table_has_each_arm_in_per_cent_of_its_baseline(whole):
+    _, found = whole
+    rows = ablations.summary(found)["budgets"]["updates"]
+    assert rows.keys() == {"bc", "dagger"}  # the third diverged
+    a, b = ([run["endpoint_rmse"] for run in found["budgets"]["updates"]["runs"] if run["arm"] == arm and run["done"]] for arm in rows)
+    difference = 100 * (sum(b) - sum(a)) / sum(a)
+    assert rows["dagger"]["endpoint_rmse"]["difference"]["mean"] == pytest.approx(difference)
+    lines = ablations.markdown("a title", ablations.summary(found)).splitlines()
+    assert sum(line.startswith("| dagger | 2 | 12 |") and f", {difference:+.1f} [" in line for line in lines) == 1
+    assert any(line.startswith("- ! hot, seed 0") or "hot-s0" in line for line in lines)
 
 
 def test_a_second_run_trains_nothing_and_says_the_same(whole, monkeypatch):

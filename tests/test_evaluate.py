@@ -84,6 +84,10 @@ def test_evaluations_share_the_experts_samples_and_no_others(tmp_path: Path):
     again.judge(Biased(again.expert_policy, again.grid.times[0], 0.1), name="student")
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == files
     assert judge_of(expert, store=str(tmp_path), seed=1).judge_baselines() != rows[0]
+    (row,) = (tmp_path / "seed0").glob("teacher@4-beside-teacher@8-*.json")
+    row.write_text(row.read_text()[:50])
+    with pytest.raises(ValueError, match=r"teacher@4-beside-.* is damaged .*; remove it, and it is made again"):
+        again.judge_baselines()
 
 
 def test_a_store_of_other_settings_is_refused(tmp_path: Path):
