@@ -135,23 +135,22 @@ class Collector:
         x[:, 0] = torch.randn(n, *shape, generator=stream, device=device)
         c, w = self.expert.sample_condition(n, stream), self.guidance(n)
         by_expert = torch.rand(n, m, generator=stream, device=device) < p_expert
-        label_nfe = 0
+        may_act, before = p_expert > 0, self.expert.nfe
         for i, (t, u) in enumerate(pairwise(times)):
             t, s, u = t.expand(n), self.grid.previous(t).expand(n), u.expand(n)
-            before = self.expert.nfe
-            x_s[:, i] = self.label(x[:, i], t, s, c, w)
-            label_nfe += self.expert.nfe - before
+            if may_act:
+                x_s[:, i] = self.label(x[:, i], t, s, c, w)
             if i + 1 < m:  # the sample itself is no state to train on
-                x[:, i + 1] = self.follow(x[:, i], t, u, c, w, x_s[:, i], by_expert[:, i], p_expert)
+                x[:, i + 1] = self.follow(x[:, i], t, u, c, w, x_s[:, i] if may_act else None, by_expert[:, i], p_expert)
         earlier = torch.ones(m, m, dtype=torch.bool, device=device).tril(-1)  # state i has seen steps 0 … i−1
         actors = torch.zeros(n, m, self.grid.num_steps, dtype=torch.bool, device=device)
         actors[..., :m] = by_expert[:, None] & earlier
-        t = times[:-1].repeat(n)  # (n · m,)
+        x_t, x_s, actors = (a.flatten(0, 1) for a in (x, x_s, actors))  # (n · m, …)
         c, w = (None if a is None else a.repeat_interleave(m) for a in (c, w))
-        nfe = label_nfe // (n * m)
-        return self.states(
-            x_t=x.flatten(0, 1), t=t, s=self.grid.previous(t), c=c, w=w, x_s=x_s.flatten(0, 1), actors=actors.flatten(0, 1), nfe=nfe
-        )
+        t, s = times[:-1].repeat(n), self.grid.previous(times[:-1]).repeat(n)
+        if not may_act:
+            x_s = self.label(x_t, t, s, c, w)  # of all states at once, which is faster
+        return self.states(x_t=x_t, t=t, s=s, c=c, w=w, x_s=x_s, actors=actors, nfe=(self.expert.nfe - before) // (n * m))
 
     def noised(self, x_0: Tensor, t: Tensor) -> Tensor:
         """Data x_0 (n, *sample_shape), diffused to t (n,)."""

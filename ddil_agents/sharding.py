@@ -89,7 +89,7 @@ def is_sharded(network: nn.Module) -> bool:
 @contextmanager
 def gathered(network: nn.Module) -> Iterator[None]:
     """Inside, each rank holds the whole of a sharded network and calls it, or not, without the others. All have to come and go."""
-    sharded = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    sharded = [module for module in network.modules() if isinstance(module, FSDPModule)] if asked() else []
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
         module.set_reshard_after_backward(False, recurse=False)

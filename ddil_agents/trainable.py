@@ -61,6 +61,9 @@ class Trainable:
         optimizer = make_optimizer(network, config, learning_rate)
         self.config, self.accelerator, self.horizon = config, accelerator, horizon
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._warm_up_then_linear)
+        self.bare: Any = network
+        """The network itself: to be called without gradient, and looked into."""
+        self.weights = list(network.parameters())  # walking a network for them takes as long as a kernel over all of them
         self._wrapped = accelerator.prepare_model(network, evaluation_mode=sharding.asked())  # what is sharded, DDP has no part in
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self._frozen = False
@@ -70,11 +73,6 @@ class Trainable:
     def network(self) -> Any:
         """The network as a loss calls it: where it learns, what averages its gradients over the ranks is around it."""
         return self.bare if self._frozen else self._wrapped
-
-    @property
-    def bare(self) -> Any:
-        """The network itself: to be called without gradient, and looked into."""
-        return self.accelerator.unwrap_model(self._wrapped)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -102,7 +100,8 @@ class Trainable:
             The loss of each state (b,), on the device.
         """
         losses, size = [], sum(map(len, parts)) / len(parts)
-        self._wrapped.zero_grad()  # of a batch that memory did not suffice for
+        for p in self.weights:
+            p.grad = None  # what there is is of a batch that memory did not suffice for
         self.accelerator.step = 0
         self.accelerator.gradient_accumulation_steps = len(parts)  # accelerate keeps one number a process
         for part in parts:
@@ -114,7 +113,7 @@ class Trainable:
 
     def step(self) -> Tensor:
         """The gradient step; returns the gradient's norm before clipping, on the device."""
-        norm = self.accelerator.clip_grad_norm_(self._wrapped.parameters(), self.config.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.weights, self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.last_learning_rate = float(self.optimizer.param_groups[0]["lr"])
@@ -142,8 +141,7 @@ class Trainable:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.bare.load_state_dict(sharding.like(state["network"], self.bare.state_dict()))
-        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        momenta = {i: sharding.like(each, dict.fromkeys(each, weights[i])) for i, each in state["optimizer"]["state"].items()}
+        momenta = {i: sharding.like(each, dict.fromkeys(each, self.weights[i])) for i, each in state["optimizer"]["state"].items()}
         self.optimizer.load_state_dict({**state["optimizer"], "state": momenta})
         self.scheduler.last_epoch, self.horizon = state["last_epoch"], state["horizon"]
         self.last_learning_rate = state["last_learning_rate"]

@@ -143,6 +143,15 @@ def test_a_state_costs_k_expert_forwards(make: Callable[[], Expert], pair: int, 
     assert machine.student_policy.student.nfe == student_nfe
 
 
+@pytest.mark.parametrize(("p_expert", "calls"), [(0.0, [12] * K), (0.5, [3] * N * K), (1.0, [3] * N * K)])
+def test_states_that_the_expert_does_not_lead_to_are_labelled_at_once(p_expert: float, calls: list[int]) -> None:
+    expert, sizes = plane(), []
+    predict = expert.predict
+    expert.predict = lambda x_t, t, c=None: (sizes.append(len(x_t)), predict(x_t, t, c))[1]
+    collector(expert, p_expert=p_expert).rollout(3, p_expert)
+    assert sizes == calls
+
+
 @pytest.mark.parametrize("make", [plane, guided])
 def test_mixing_two_actors_that_agree_changes_nothing(make: Callable[[], Expert]) -> None:
     expert = make()
