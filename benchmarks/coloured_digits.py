@@ -40,10 +40,14 @@ STUDENTS = {  # label: agent, further settings, and the steps in which it is jud
 KEYS = ("accuracy", "frechet", "coverage", "recall")
 
 
-def train(label: str, seed: int, runs: Path, num_updates: int | None) -> Path:
-    """The directory of a student's run, trained if it is not there, resumed if it was cut short."""
-    agent, settings, _ = STUDENTS[label]
-    out = runs / f"{label.replace(', ', '-').replace(' ', '-')}-s{seed}"
+def folder(label: str, seed: int, runs: Path) -> Path:
+    """Where a student's run is kept."""
+    return runs / f"{label.replace(', ', '-').replace(' ', '-')}-s{seed}"
+
+
+def train(label: str, seed: int, runs: Path, num_updates: int | None) -> None:
+    """Trains a student if it is not there; resumes a run that was cut short."""
+    (agent, settings, _), out = STUDENTS[label], folder(label, seed, runs)
     if not (out / "result.json").is_file():
         flags = ["--env", "coloured_digits", "--config", "demo", "--seed", str(seed), "--out", str(out), *settings.split()]
         flags += [] if num_updates is None else ["--num_updates", str(num_updates)]
@@ -54,11 +58,10 @@ def train(label: str, seed: int, runs: Path, num_updates: int | None) -> Path:
             if subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
                 raise SystemExit(f"{' '.join(command)} failed; see {log.name}")
         print(f"{out.name}: done", flush=True)
-    return out
 
 
-def evaluate(runs: Path, seed: int, n: int, done: list[str]) -> dict[str, dict[str, float]]:
-    """Each model of one seed, on the held-out captions."""
+def evaluate(runs: Path, seed: int, n: int, asked: list[str]) -> dict[str, dict[str, float]]:
+    """Each model of one seed, on the held-out captions: the teacher, and the students that are there."""
     path = runs / f"evaluation-s{seed}-n{n}.json"
     models: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
     expert = load_expert("coloured_digits", unseen=True)
@@ -76,10 +79,10 @@ def evaluate(runs: Path, seed: int, n: int, done: list[str]) -> dict[str, dict[s
         if (name := f"teacher @{steps}") not in models:
             grid = TimeGrid(expert.schedule, steps)
             add(name, judge.judge_expert() if steps == max(STEPS) else judge.judge(ExpertPolicy(expert), grid))
-    for label in done:
-        names = {steps: f"{label.partition(', 2')[0]} @{steps}" for steps in STUDENTS[label][2]}
-        if not all(name in models for name in names.values()):
-            learner = load_run(train(label, seed, runs, None), unseen=True)
+    for label in asked:
+        out, names = folder(label, seed, runs), {steps: f"{label.partition(', 2')[0]} @{steps}" for steps in STUDENTS[label][2]}
+        if (out / "result.json").is_file() and not all(name in models for name in names.values()):
+            learner = load_run(out, unseen=True)
             for steps, name in names.items():
                 grid = TimeGrid(learner.expert.schedule, steps, learner.config.grid)
                 add(name, judge.judge(learner.student_policy, grid, learner.kernel))
@@ -91,7 +94,7 @@ def markdown(result: dict[str, Any]) -> str:
     heads = ("caption agreement ↑", "Fréchet ↓", "coverage ↑", "recall ↑")
     lines = [f"| model | seeds | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
     for name, row in result["models"].items():
-        cells = [f"{row[key][0]:.3f} ± {row[key][1]:.3f}" if key in row else "–" for key in KEYS]
+        cells = [f"{row[key][0]:.3f}" + (f" ± {row[key][1]:.3f}" if row[key][1] is not None else "") if key in row else "–" for key in KEYS]
         lines.append(f"| {name} | {len(row['accuracy'][2])} | {' | '.join(cells)} |")
     how = f"n = {result['n']}, {result['extractor']}; {result['hardware']}, torch {result['torch']}, {result['date']}"
     lines += ["", f"{how}; mean ± 95 % over seeds, of the students' training and of all models' noise."]
@@ -120,10 +123,12 @@ def main() -> None:
                 pool.map(lambda pair: train(pair[1], pair[0], args.runs, args.num_updates), [(s, a) for s in seeds for a in args.students])
             )
     by_seed = [evaluate(args.runs, seed, args.n, args.students) for seed in seeds]
-    models = {
-        name: {key: (*interval(values), values) for key in KEYS if (values := [m[name][key] for m in by_seed if key in m[name]])}
-        for name in by_seed[0]
-    }
+    models: dict[str, dict[str, tuple[float, float | None, list[float]]]] = {name: {} for name in by_seed[0]}
+    for name, metrics in models.items():
+        for key in KEYS:
+            if values := [found[name][key] for found in by_seed if key in found.get(name, ())]:
+                mean, half = interval(values)
+                metrics[key] = mean, half if len(values) > 1 else None, values
     result = {"models": models, "n": args.n, "extractor": "fd_coloured_digits", **provenance(torch.device("cpu"))}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1))
