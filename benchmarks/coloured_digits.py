@@ -2,6 +2,7 @@
 
     python benchmarks/coloured_digits.py --jobs 2                 # goes on where it stopped
     python benchmarks/coloured_digits.py --report_only            # from the runs that are there
+    python benchmarks/coloured_digits.py --report_only --picture docs/coloured_digits.png   # and a grid of samples
 
 Students are trained on the other captions alone, each with its agent's `demo` settings, and judged on 9 pictures of each of the 56.
 A student that is told the guidance scale is judged at the teacher's own. Beside the students the teacher, in as many steps, from the
@@ -25,6 +26,7 @@ from digits import interval
 from ddil_agents.checkpoint import write_atomically
 from ddil_agents.cli import load_run
 from ddil_agents.evaluate import Evaluation, Judge, provenance
+from ddil_agents.report import picture_rows, save_samples
 from ddil_env import ExpertPolicy, TimeGrid, load_expert
 
 STEPS = (32, 8, 4, 2, 1)
@@ -89,6 +91,23 @@ def evaluate(runs: Path, seed: int, n: int, asked: list[str]) -> dict[str, dict[
     return models
 
 
+def draw(runs: Path, path: Path, asked: list[str], columns: int = 14) -> None:
+    """Samples of the teacher and of the first seed's students: a caption a column, and the same noise."""
+    expert = load_expert("coloured_digits", unseen=True)
+    policy, settings = ExpertPolicy(expert), Evaluation(n=2 * columns, n_paths=2, n_action=1)
+    judge = Judge(policy, TimeGrid(expert.schedule, max(STEPS)), settings)
+    samples = {f"teacher @{steps}": judge.sample(policy, TimeGrid(expert.schedule, steps)) for steps in STEPS}
+    for label in asked:
+        if (folder(label, 0, runs) / "result.json").is_file():
+            learner = load_run(folder(label, 0, runs), unseen=True)
+            for steps in STUDENTS[label][2]:
+                grid = TimeGrid(learner.expert.schedule, steps, learner.config.grid)
+                samples[f"{label.partition(', 2')[0]} @{steps}"] = judge.sample(learner.student_policy, grid, learner.kernel)
+    save_samples(path, picture_rows(judge, samples, columns), scale=2)
+    assert judge.c is not None  # captions
+    print(f"{path}: {'; '.join(expert.captions(judge.c[:columns]))}")
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
     heads = ("caption agreement ↑", "Fréchet ↓", "coverage ↑", "recall ↑")
@@ -111,6 +130,7 @@ def main() -> None:
     parser.add_argument("--num_updates", type=int, help="default: each demo's own")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--report_only", action="store_true", help="train nothing")
+    parser.add_argument("--picture", type=Path, help="write a grid of samples here, too")
     args = parser.parse_args()
     if not 2 <= args.seeds <= 10:
         parser.error(f"--seeds {args.seeds}: need 2 … 10, of which the table of t holds the quantiles")
@@ -134,6 +154,8 @@ def main() -> None:
     args.out.write_text(json.dumps(result, indent=1))
     args.out.with_suffix(".md").write_text(f"# Text to image: coloured digits, captions that were held out\n\n{markdown(result)}\n")
     print(markdown(result))
+    if args.picture is not None:
+        draw(args.runs, args.picture, args.students)
 
 
 if __name__ == "__main__":
