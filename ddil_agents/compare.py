@@ -313,6 +313,16 @@ def flags_of(arm: str, seed: int, row: dict[str, Any], training: list[dict[str, 
     return [f"{arm}, seed {seed}: {text}" for text in found]
 
 
+def idle_arms(comparison: Comparison, rows: dict[str, Rows]) -> list[str]:
+    """A warning of each arm whose every number is the baseline's: what it sets differently does nothing."""
+    numbers = {
+        arm: {seed: {key: row.get(key) for key in METRICS} for seed, row in by_seed.items() if row.get(comparison.primary) is not None}
+        for arm, by_seed in rows.items()
+    }
+    same = [arm for arm, found in numbers.items() if arm != comparison.reference and found and found == numbers[comparison.reference]]
+    return [f"{arm}: each run is that of {comparison.reference}, bit for bit; what it sets differently does nothing here" for arm in same]
+
+
 def portray(comparison: Comparison, out: Path, runs: list[Run]) -> dict[str, Rows]:
     """Judges each run's untrained student, and records the first seed's trajectories, each arm's and the teacher's on its times.
 
@@ -390,6 +400,7 @@ def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], co
                 flags += [f"{text} (equal {budget})" for text in warnings]
             elif (log := run.directory.with_suffix(".log")).is_file():
                 flags.append(f"{budget}/{run.directory.name}: {_last_line(log)}")
+        flags += [f"{text} (equal {budget})" for text in idle_arms(comparison, rows)]
         compared[budget] = {"runs": listed, "statistics": statistics_of(comparison, rows, initial, references[teacher])}
     any_result = next(iter(results.values()))
     return {

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from ddil_agents import compare
-from ddil_agents.compare import Comparison, arms_of, flags_of, matched_updates, merged, same_measure, settings_of, statistics_of
+from ddil_agents.compare import Comparison, arms_of, flags_of, idle_arms, matched_updates, merged, same_measure, settings_of, statistics_of
 from ddil_agents.trajectories import Trajectories
 from ddil_env.presets import config_dir, preset_names, read_yaml
 
@@ -136,6 +136,17 @@ def test_conclusions_are_after_holms_correction():
 def test_too_few_seeds_are_said_to_be_too_few():
     rows = {"bc": by_seed("frechet", (2.0, 3.0, 4.0)), "dagger": by_seed("frechet", (1.0, 1.5, 2.0))}
     assert "3 seeds cannot show" in statistics_of(comparison(), rows, {}, {})["frechet"]["pairs"]["dagger"]["conclusion"]
+
+
+def test_an_arm_that_is_the_baseline_bit_for_bit_is_flagged():
+    rows = {
+        "bc": {0: {"frechet": 1.0, "recall": 0.5}, 1: {"frechet": 2.0}},
+        "dagger": {0: {"frechet": 1.0, "recall": 0.5}, 1: {"frechet": 2.0}},
+    }
+    (flag,) = idle_arms(comparison(), rows)
+    assert flag.startswith("dagger: each run is that of bc, bit for bit")
+    for other in ({0: {"frechet": 1.0, "recall": 0.5}, 1: {"frechet": 2.5}}, {0: {"frechet": 1.0, "recall": 0.5}}, {}):
+        assert idle_arms(comparison(), rows | {"dagger": other}) == []
 
 
 def test_flags_name_dropped_modes_and_gradients_that_blow_up():
