@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import math
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -357,7 +358,14 @@ class Learner(Agent):
         student = self.initial_student()
         before = self.expert.nfe
         self.support = build_support(config.thresholding, self.expert, self._sample_teacher) if support is None else support
-        self.thresholds = {role: Metered(self.support) if role in config.thresholding.roles else Unbounded() for role in self.roles}
+        roles = config.thresholding.roles
+        if "student" in roles and not {"teacher", "target"} & {*roles} and not isinstance(self.support, Unbounded):
+            warnings.warn(
+                f"thresholding.roles={roles}: the student is brought onto the support, and what it learns from is not; where that lies "
+                "outside, the student's estimates are driven outward for ever; add teacher",
+                stacklevel=2,
+            )
+        self.thresholds = {role: Metered(self.support) if role in roles else Unbounded() for role in self.roles}
         self.ema = Average(student, config.ema)
         self.ema.module.eval()
         if config.compile:

@@ -214,7 +214,8 @@ class Thresholding:
     """expert (the support that the expert states), none, static (clamp to the bound), dynamic (Imagen's percentile, for pixels),
     quantile (clamp each channel to its quantiles, for latents), or reflection (fold back at the bound)."""
     roles: tuple[Role, ...] = ("teacher",)
-    """Whose estimates: teacher, target (what the student is pulled to: PD's x_tgt, LCM's averaged student), student, critic."""
+    """Whose estimates: teacher, target (what the student is pulled to: PD's x_tgt, LCM's averaged student), student, critic. Not the
+    student's alone: a target beyond the support would draw it outward for ever."""
     bound: float = 1.0
     """Half-width of static, dynamic and reflection."""
     quantile: float = 0.995

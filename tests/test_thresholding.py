@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import warnings
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -131,6 +132,16 @@ def test_a_role_that_the_learner_has_not_is_refused(agent: str) -> None:
     (strange,) = {"teacher", "target", "student", "critic"} - set(AGENTS[agent].roles)
     with pytest.raises(ValueError, match=f"{agent} has no {strange}; it has {', '.join(AGENTS[agent].roles)}"):
         made(agent, thresholding=Thresholding(roles=("teacher", strange)))  # type: ignore[arg-type]
+
+
+@each_agent
+def test_a_thresholded_student_of_a_teacher_that_is_not_is_warned_of(agent: str) -> None:
+    with pytest.warns(UserWarning, match="driven outward for ever; add teacher"):
+        made(agent, thresholding=Thresholding(kind="static", bound=0.1, roles=("student",)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made(agent, thresholding=Thresholding(kind="static", bound=0.1, roles=("teacher", "student")))
+        made(agent, thresholding=Thresholding(kind="none", roles=("student",)))
 
 
 @each_agent
