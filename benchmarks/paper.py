@@ -118,8 +118,8 @@ class Run(NamedTuple):
             settings += ["--critic_updates", "5", "--num_updates", "500", "--updates_per_collect", "4"]
             rate = 1e-4 / self.num_steps if self.batch is None else 1e-4
             if self.num_steps == 8:
-                # Trained at every step, it ends behind the LCM. We think that the one critic, which fits the mixture of all steps' outputs,
-                # pushes the last to make up for the first: train the last step alone (t = 124), which then bears a higher rate.
+                # Trained at every step, it ends no better than the LCM. We think that the one critic, which fits the mixture of all
+                # outputs, pushes the last to make up for the first: train the last step alone (t = 124), which bears a higher rate.
                 settings, rate = [*settings, "--noise_level", "124"], 5e-5
             settings += ["--learning_rate", str(rate)]
         for name, flags in MORE.items():
