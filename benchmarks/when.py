@@ -19,9 +19,11 @@ from scipy import stats
 
 from ddil_agents.compare import Comparison, compare, merged, own_row
 from ddil_agents.report import read_result
-from ddil_agents.statistics import paired_comparison
+from ddil_agents.statistics import holm, paired_comparison
 
 METRICS = ("endpoint_rmse", "frechet_to_expert", "recall")
+SHIFTS = {"action_ratio": "action error, own / forward states", "gaussian_shift": "Gaussian W2 of visits / held-out floor"}
+GUIDANCE, STEPS = (1.0, 3.0, 7.0), (2, 4, 8, 16)
 BASE: dict[str, Any] = {
     "num_updates": 300,
     "num_steps": 4,
@@ -30,11 +32,12 @@ BASE: dict[str, Any] = {
     "updates_per_collect": 16,
     "evaluate": {"n": 300, "n_paths": 300, "n_action": 200},
 }
+# Of an experiment's arms the first is the baseline, and the second the mixture whose effect is the cell's.
 DAGGER = {
     "forward": {"agent": "dagger", "beta": {"forward": 1.0, "teacher": 0.0, "student": 0.0}},
     "ddil": {"agent": "dagger", "beta": {"forward": 0.5, "teacher": 0.1, "student": 0.4}},
-    "student": {"agent": "dagger", "beta": {"forward": 0.0, "teacher": 0.0, "student": 1.0}},
 }
+STUDENT = {"student": {"agent": "dagger", "beta": {"forward": 0.0, "teacher": 0.0, "student": 1.0}}}
 LCM = {
     "forward": {"agent": "lcm", "beta": {"forward": 1.0, "teacher": 0.0, "student": 0.0}},
     "half": {"agent": "lcm", "beta": {"forward": 0.5, "teacher": 0.0, "student": 0.5}},
@@ -53,13 +56,17 @@ class Cell(NamedTuple):
     settings: dict[str, Any]
 
 
+def grid_name(w: float, num_steps: int) -> str:
+    return f"w {w:g}, {num_steps} steps"
+
+
 def cells() -> list[Cell]:
     """All of them, fixed before the runs."""
     guided = {"guidance_scale": 3.0}
     found = [
-        Cell(f"w {w:g}, {n} steps", DAGGER, {"guidance_scale": w, "num_steps": n, "teacher_steps": 32})
-        for w in (1.0, 3.0, 7.0)
-        for n in (2, 4, 8, 16)
+        Cell(grid_name(w, n), DAGGER | (STUDENT if n == 4 else {}), {"guidance_scale": w, "num_steps": n, "teacher_steps": 32})
+        for w in GUIDANCE
+        for n in STEPS
     ]
     found += [
         Cell("w 3, 4 steps, 75 updates", DAGGER, guided | {"num_updates": 75}),
@@ -84,40 +91,48 @@ def shift_of(row: dict[str, Any], floor: list[float]) -> dict[str, float]:
 
 
 def effect_of(cell: Cell, result: dict[str, Any], out: Path) -> dict[str, Any]:
-    """A cell's differences from its first arm, in per cent of that arm's mean, and the shift measured on that arm."""
+    """A cell's differences from its first arm, paired by seed, in per cent of that arm's mean, and the shift measured on that arm."""
     base, *others = cell.arms
-    rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in cell.arms}
+    rows: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in cell.arms}
     shifts = []
     for run in result["budgets"]["updates"]["runs"]:
         if run["done"]:
             found = read_result(out / run["directory"] / "result.json")
-            rows[run["arm"]].append(own_row(found))
+            rows[run["arm"]][run["seed"]] = own_row(found)
             if run["arm"] == base:
                 shifts.append(shift_of(own_row(found), found["floors"]["held_out_real"]["gaussian_shift"]))
     effects: dict[str, Any] = {}
     for arm in others:
-        for metric in METRICS:
-            a, b = ([row[metric] for row in rows[which]] for which in (arm, base))
-            if len(a) == len(b) > 1:
-                pair, mean = paired_comparison(a, b, (arm, base), len(others)), statistics.fmean(b)
-                effects.setdefault(arm, {})[metric] = {
-                    **{key: 100 * getattr(pair, key) / mean for key in ("mean", "low", "high")},
-                    "n": pair.n,
-                    "p": pair.p,
-                    "baseline": mean,
-                }
+        seeds = sorted(rows[arm].keys() & rows[base].keys())
+        for metric in METRICS if len(seeds) > 1 else ():
+            own, reference = ([rows[which][seed][metric] for seed in seeds] for which in (arm, base))
+            pair, mean = paired_comparison(own, reference, (arm, base)), statistics.fmean(reference)
+            effects.setdefault(arm, {})[metric] = {
+                **{key: 100 * getattr(pair, key) / mean for key in ("mean", "low", "high")},
+                "n": pair.n,
+                "p": pair.p,
+                "baseline": mean,
+            }
     measured = {key: statistics.fmean(shift[key] for shift in shifts) for key in shifts[0]} if shifts else {}
-    return {"effects": effects, "shift": measured}
+    return {"mixture": others[0], "effects": effects, "shift": measured}
+
+
+def adjust(found: dict[str, Any]) -> None:
+    """Adds Holm's p to the mixtures' effects, one family over the cells; what an arm beside them does is no claim."""
+    for metric in METRICS:
+        family = [cell["effects"][cell["mixture"]][metric] for cell in found.values() if cell["mixture"] in cell["effects"]]
+        for effect, p in zip(family, holm([effect["p"] for effect in family]), strict=True):
+            effect["p_holm"] = float(p)
 
 
 def predicts(found: dict[str, Any], metric: str = "endpoint_rmse") -> dict[str, Any]:
-    """Spearman's correlation over the cells between each measure of shift and the best mixture's effect."""
+    """Spearman's correlation over the cells between each measure of shift and the mixture's effect."""
     correlations = {}
-    for measure in ("action_ratio", "gaussian_shift"):
+    for measure in SHIFTS:
         pairs = [
-            (cell["shift"][measure], min(effect[metric]["mean"] for effect in cell["effects"].values()))
+            (cell["shift"][measure], cell["effects"][cell["mixture"]][metric]["mean"])
             for cell in found.values()
-            if cell["effects"] and np.isfinite(cell["shift"].get(measure, np.nan))
+            if cell["mixture"] in cell["effects"] and np.isfinite(cell["shift"][measure])
         ]
         if len(pairs) > 2:
             rho, p = stats.spearmanr(*zip(*pairs, strict=True))
@@ -127,37 +142,47 @@ def predicts(found: dict[str, Any], metric: str = "endpoint_rmse") -> dict[str, 
 
 def markdown(found: dict[str, Any]) -> str:
     """The map as a table."""
-    lines = ["| cell | arm | seeds | RMSE to teacher, % | Fréchet to teacher, % | recall, % | action ratio | Gaussian shift / floor |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = ["| cell | arm | seeds | RMSE to teacher, % | p | Fréchet to teacher, % | recall, % | action ratio | Gaussian shift / floor |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for name, cell in found.items():
         for arm, effect in cell["effects"].items():
-            spans = [f"{e['mean']:+.1f} [{e['low']:+.1f}, {e['high']:+.1f}]" for e in effect.values()]
-            shift = [f"{cell['shift'][key]:.2f}" for key in ("action_ratio", "gaussian_shift")]
-            lines.append(f"| {name} | {arm} | {effect['endpoint_rmse']['n']} | {' | '.join(spans)} | {' | '.join(shift)} |")
+            primary, *others = (f"{e['mean']:+.1f} [{e['low']:+.1f}, {e['high']:+.1f}]" for e in effect.values())
+            p = f"{effect['endpoint_rmse']['p_holm']:.3f}" if arm == cell["mixture"] else ""
+            cells = [name, arm, str(effect["endpoint_rmse"]["n"]), primary, p, *others, *(f"{cell['shift'][key]:.2f}" for key in SHIFTS)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Effect against shift: a point for each cell and arm, with its interval."""
+    """The map over guidance and steps, and every cell's effect against its shift, with its interval."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axis, measure in zip(figure.subplots(1, 2, sharey=True), ("action_ratio", "gaussian_shift"), strict=True):
-        for marker, arm in zip("osD^v", ("ddil", "student", "half", "half teacher"), strict=False):
-            points = [
-                (name, cell["shift"][measure], cell["effects"][arm]["endpoint_rmse"])
-                for name, cell in found.items()
-                if arm in cell["effects"]
-            ]
-            if points:
-                _, x, effects = zip(*points, strict=True)
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    grid, *scatters = figure.subplots(1, 3)
+    effect = np.full((len(GUIDANCE), len(STEPS)), np.nan)
+    for i, j in np.ndindex(effect.shape):
+        cell = found.get(grid_name(GUIDANCE[i], STEPS[j]))
+        if cell is not None and cell["mixture"] in cell["effects"]:
+            e = cell["effects"][cell["mixture"]]["endpoint_rmse"]
+            effect[i, j] = e["mean"]
+            shift = "\n".join(f"{key.replace('_', ' ')} {cell['shift'][key]:.2f}" for key in SHIFTS)
+            grid.text(j, i, f"{e['mean']:+.1f} %\n[{e['low']:+.1f}, {e['high']:+.1f}]\n{shift}", ha="center", va="center", fontsize=7)
+    limit = np.nanmax(np.abs(effect), initial=1.0)
+    grid.imshow(effect, cmap="PiYG_r", vmin=-limit, vmax=limit, aspect="auto", alpha=0.6)
+    grid.set_xticks(range(len(STEPS)), [str(n) for n in STEPS])
+    grid.set_yticks(range(len(GUIDANCE)), [f"{w:g}" for w in GUIDANCE])
+    grid.set(xlabel="student steps", ylabel="guidance w", title="DDIL's RMSE to teacher against forward-only", box_aspect=0.75)
+    for axis, (measure, label) in zip(scatters, SHIFTS.items(), strict=True):
+        for marker, arm in zip("osD^", ("ddil", "student", "half", "half teacher"), strict=True):
+            cells = [cell for cell in found.values() if arm in cell["effects"]]
+            if cells:
+                effects = [cell["effects"][arm]["endpoint_rmse"] for cell in cells]
                 y = [e["mean"] for e in effects]
                 error = [[e["mean"] - e["low"] for e in effects], [e["high"] - e["mean"] for e in effects]]
-                axis.errorbar(x, y, error, fmt=marker, label=arm, capsize=2, alpha=0.8)
+                axis.errorbar([cell["shift"][measure] for cell in cells], y, error, fmt=marker, label=arm, capsize=2, alpha=0.8)
         axis.axhline(0, color="grey", lw=0.8)
-        axis.set(xlabel=measure.replace("_", " ") + (" (own / forward states)" if measure == "action_ratio" else " / held-out floor"))
+        axis.set(xlabel=label, ylabel="effect on RMSE to teacher, %")
         axis.legend(fontsize=8)
-    figure.axes[0].set_ylabel("RMSE to teacher against forward-only, %")
     figure.savefig(path, dpi=110)
 
 
@@ -183,13 +208,20 @@ def main() -> None:
         result = compare(settings, out, args.jobs, report_only=args.report_only)
         found[cell.name] = effect_of(cell, result, out)
         print(f"{cell.name}: done", flush=True)
+    if not found:
+        parser.error(f"--runs {args.runs}: none of these cells has run there; leave --report_only out, or name another folder")
+    adjust(found)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     provenance = {"env": args.env, "seeds": args.seeds, **result["provenance"]}
     args.out.write_text(json.dumps({"cells": found, "predicts": predicts(found), **provenance}, indent=1))
     draw(found, args.out.with_suffix(".png"))
-    print(markdown(found))
-    for measure, correlation in predicts(found).items():
-        print(f"\nSpearman, {measure} against effect: {correlation['rho']:+.2f}, p = {correlation['p']:.3f}, {correlation['cells']} cells")
+    told = [
+        f"Spearman, {measure} against the mixture's effect: {c['rho']:+.2f}, p = {c['p']:.3f}, {c['cells']} cells"
+        for measure, c in predicts(found).items()
+    ]
+    table = "\n\n".join([markdown(found), *told])
+    args.out.with_suffix(".md").write_text(f"# When does DDIL help?\n\n{table}\n")
+    print(table)
 
 
 if __name__ == "__main__":
