@@ -27,7 +27,7 @@ from datetime import date
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from jsonargparse import ArgumentParser
@@ -39,12 +39,12 @@ from ddil_agents import out_of_memory
 from ddil_agents.checkpoint import write_atomically
 from ddil_agents.metrics.coverage import precision_recall_density_coverage
 from ddil_agents.metrics.distances import mmd2, sliced_wasserstein, split_half
-from ddil_agents.metrics.diversity import group_diversity, lpips_distance, pairwise_distance
+from ddil_agents.metrics.diversity import LPIPS, group_diversity, lpips_distance, pairwise_distance
 from ddil_agents.metrics.extractors import Extractor, default_extractor, load_extractor
 from ddil_agents.metrics.features import Features
 from ddil_agents.metrics.frechet import frechet_distance, frechet_name, gaussian_w2
 from ddil_agents.metrics.kid import kernel_distance
-from ddil_agents.metrics.pictures import RESIZE, load_pictures, resize
+from ddil_agents.metrics.pictures import RESIZE, folder_digest, load_pictures, resize
 from ddil_agents.metrics.vendi import vendi_score
 from ddil_agents.settings import read_arguments
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, NoDataError, TimeGrid, load_expert, unroll
@@ -57,9 +57,18 @@ if TYPE_CHECKING:
     from ddil_agents.learner import Agent
 
 Score = Literal["clip_score", "hpsv2"]
-Scorer = Callable[[Tensor, list[str]], Tensor]  # uint8 pictures (n, height, width, 3) and n captions → (n,)
 LONGEST = 4096  # entries of a sample up to which a covariance of samples is taken: 134 MB, a minute
 GROUPS, IN_GROUP = 50, 10  # prompts and samples of each, in the diversity of DDIL, Section 5
+
+
+class Scorer(Protocol):
+    """Scores pictures by their captions."""
+
+    name: str
+    """What results call it: the network and its weights."""
+
+    def score(self, pictures: Tensor, captions: list[str]) -> Tensor:
+        """Uint8 pictures (n, height, width, 3) and n captions → (n,)."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,8 @@ class Evaluation:
     """Folder in which the expert's samples are kept, for other evaluations of the same expert; null keeps none."""
     images: str | None = None
     """Folder of real pictures to compare with, for an extractor of pictures; null: the expert's own data."""
+    protocol: str | None = None
+    """Name of a published protocol, which results bear: it needs `images`, and a caption of its own for each sample."""
 
     @property
     def weights(self) -> Path | None:
@@ -104,8 +115,8 @@ class Evaluation:
         for name in ("n_action", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
-        if self.n_paths < 2:
-            raise ValueError(f"n_paths={self.n_paths}: need at least 2")
+        if self.n_paths < 4:
+            raise ValueError(f"n_paths={self.n_paths}: need at least 4, two in each half")
         if not all(steps >= 1 for steps in self.also_steps):
             raise ValueError(f"also_steps={self.also_steps}: need whole numbers ≥ 1")
         if strange := set(self.scores) - set(get_args(Score)):
@@ -113,6 +124,8 @@ class Evaluation:
         for name in ("weights_dir", "images"):
             if (folder := getattr(self, name)) is not None and not Path(folder).is_dir():
                 raise ValueError(f"{name}={folder}: no such folder")
+        if self.protocol is not None and self.images is None:
+            raise ValueError(f"protocol={self.protocol}: needs images, the folder of its pictures; or protocol=null, for other numbers")
 
 
 def extractor_for(expert: Expert, settings: Evaluation) -> Extractor:
@@ -127,6 +140,11 @@ def extractor_for(expert: Expert, settings: Evaluation) -> Extractor:
     sample = torch.zeros(1, *expert.sample_shape, device=expert.device)
     if (extractor.of_pictures or settings.scores or settings.lpips) and expert.decode(sample) is None:
         raise ValueError(f"{type(expert).__name__} decodes no pictures, which {extractor.name}, scores and lpips read")
+    if settings.protocol is not None and (expert.num_conditions or 0) < settings.n:
+        raise ValueError(
+            f"protocol={settings.protocol}: {settings.n} samples have captions of their own, and {expert.num_conditions or 0} are given; "
+            "pass --captions the protocol's, or protocol=null for other numbers"
+        )
     if not extractor.of_pictures:
         extractor.features(sample)
     if settings.scores:
@@ -145,7 +163,7 @@ def load_scorers(settings: Evaluation, device: torch.device) -> dict[str, Scorer
     from ddil_agents.metrics.hps import HPS
 
     kinds = {"clip_score": ClipScore, "hpsv2": HPS}
-    return {name: kinds[name](settings.weights, device=device).score for name in settings.scores}
+    return {name: kinds[name](settings.weights, device=device) for name in settings.scores}
 
 
 class Drawn(NamedTuple):
@@ -210,16 +228,27 @@ class Judge:
 
     def _real_features(self) -> Features | None:
         """Of the folder of pictures, or else of the expert's own data."""
-        if self.settings.images is not None:
-            batches = load_pictures(Path(self.settings.images))
-            values = [self.extractor.features(pictures) for pictures in tqdm(batches, desc="real pictures", unit="batch")]
-            return Features(self.extractor.name, torch.cat(values))
-        return None if self.real is None else self._read(self.real)[0]
+        if self.settings.images is None:
+            return None if self.real is None else self._read(self.real)[0]
+        place = None if self.shared is None else self.shared / "images.safetensors"
+        if place is not None and place.is_file():
+            values = read_tensors(place, "remove it, and the pictures are read again")["features"]
+        else:
+            batches = tqdm(load_pictures(Path(self.settings.images)), desc="real pictures", unit="batch")
+            values = torch.cat([self.extractor.features(pictures) for pictures in batches])
+            if place is not None:
+                write_atomically(place, save({"features": values.cpu()}))
+        return Features(self.extractor.name, values.to(self.expert.device))
 
     def _read(self, samples: Tensor) -> tuple[Features, Tensor | None]:
-        """Features (n, d) and classes (n,) of samples (n, *sample_shape)."""
-        seen = self.pictures(samples) if self.extractor.of_pictures else samples
-        return Features(self.extractor.name, self.extractor.features(seen)), self.extractor.classes(seen)
+        """Features (n, d) and classes (n,) of samples (n, *sample_shape), a batch at a time, on the expert's device."""
+        values, classes = [], []
+        for part in samples.split(self.settings.batch_size):
+            seen = self.pictures(part) if self.extractor.of_pictures else part
+            values.append(self.extractor.features(seen).to(self.expert.device))
+            if (told := self.extractor.classes(seen)) is not None:
+                classes.append(told.to(self.expert.device))
+        return Features(self.extractor.name, torch.cat(values)), torch.cat(classes) if classes else None
 
     def pictures(self, samples: Tensor) -> Tensor:
         """Samples (n, *sample_shape) as picture metrics see them, uint8 (n, 256, 256, 3)."""
@@ -256,21 +285,32 @@ class Judge:
         write_atomically(path, now)
         return store
 
-    def _place(self, name: str | None, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, batch: int) -> Path | None:
-        """Where a batch is kept: under the model's name and a digest of how it samples."""
+    @torch.no_grad()
+    def _place(self, name: str | None, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, what: str) -> Path | None:
+        """Where something of a model is kept: under its name, and a digest of how it samples, what it does in one state, and the data.
+
+        Another student of the same name, or an expert of other weights, acts differently and finds nothing.
+        """
         store = self.shared if isinstance(policy, ExpertPolicy) else self.store
         if store is None or name is None:
             return None
-        how = hashlib.sha256(repr((grid.times.tolist(), kernel, policy.nfe_per_action)).encode()).hexdigest()[:8]
-        return store / f"{name}-{how}-{batch:05d}.safetensors"
+        x_T, nfe = self.noise()[:2], self.expert.nfe
+        t, s = (time.expand(len(x_T)) for time in grid.times[:2])
+        prediction = policy.predict(x_T, t, None if self.c is None else self.c[: len(x_T)], None)
+        self.expert.nfe = nfe  # no sample has cost it
+        does = _digest(prediction.projected(policy.support).latent(s, policy.schedule))
+        data = None if self.real is None else _digest(self.real[:64])
+        how = hashlib.sha256(repr((grid.times.tolist(), kernel, policy.nfe_per_action, does, data)).encode()).hexdigest()[:8]
+        return store / f"{name}-{how}-{what}"
 
     @torch.no_grad()
     def _draw(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, name: str | None = None) -> Drawn:
         """n samples of a policy, a batch at a time; batches in the store under that name are not drawn again."""
         b, count = self.settings.batch_size, math.ceil(self.n / self.settings.batch_size)
         kept: list[dict[str, Tensor]] = []
+        stem = self._place(name, policy, grid, kernel, "")
         for k in tqdm(range(count), desc=name or "samples", unit="batch", disable=count == 1, leave=False):
-            place = self._place(name, policy, grid, kernel, k)
+            place = None if stem is None else stem.with_name(f"{stem.name}{k:05d}.safetensors")
             if place is not None and place.is_file():
                 kept.append(read_tensors(place, "remove it, and the batch is drawn again"))
                 continue
@@ -299,7 +339,7 @@ class Judge:
         if self.scorers:
             assert c is not None  # its captions were asked for at the start
             pictures, captions = self.pictures(samples), self.expert.captions(c)
-            found |= {name: score(pictures, captions) for name, score in self.scorers.items()}
+            found |= {name: scorer.score(pictures, captions) for name, scorer in self.scorers.items()}
         return found
 
     @cached_property
@@ -323,20 +363,37 @@ class Judge:
     def floors(self) -> dict[str, Any]:
         """What real data that the expert has not seen score against the reference: no model can be asked for less."""
         found: dict[str, Any] = {}
+        if self.real is not None:
+            a, b = _halves(self.real_noised.shape[1])
+            halves = [(x[a], x[b]) for x in self.real_noised]
+            found["real_halves"] = {"n_paths": len(a), **self._between(halves, list(self.real_noised))}
         if self.settings.images is not None and self.real_features is not None:
-            halves = split_half(frechet_distance, self.real_features)
-            found["real_halves"] = {"n": len(self.real_features) // 2, "frechet": halves}
+            distance = split_half(frechet_distance, self.real_features)
+            found.setdefault("real_halves", {}).update({"n": len(self.real_features) // 2, "frechet": distance})
         if self.held_out is not None and self.held_out_noised is not None and self.settings.images is None:
             scores = self.to_data(*self._read(self.held_out), self.held_out_c)
             found["held_out_real"] = {"n": len(self.held_out), **scores, **self._shift(self.held_out_noised.transpose(0, 1))}
         return found
 
     def _shift(self, path: Tensor) -> dict[str, list[float]]:
-        """Covariate shift: distances between visited states (m, N or N + 1, *sample_shape) and the forward marginals, by step."""
+        """Covariate shift by step: between visited states (m, N or N + 1, *sample_shape) and the forward marginals."""
         if self.real is None:
             return {}
-        pairs = [(path[: len(a), i], a[: len(path)]) for i, a in enumerate(self.real_noised)]
-        found = {"shift": [sliced_wasserstein(a, b) for a, b in pairs], "mmd_shift": [mmd2(a, b, _width(b)) for a, b in pairs]}
+        return self._between([(path[: len(x), i], x[: len(path)]) for i, x in enumerate(self.real_noised)], list(self.real_noised))
+
+    def _shift_to_expert(self, path: Tensor) -> dict[str, list[float]]:
+        """The same from the expert's states. Both start from one noise, of which one half is held against the other, lest pairs meet."""
+        a, b = _halves(len(path))
+        steps = range(self.grid.num_steps)
+        found = self._between([(path[a, i], self.expert_path[b, i]) for i in steps], [self.expert_path[:, i] for i in steps])
+        return {f"{name}_to_expert": values for name, values in found.items()}
+
+    def _between(self, pairs: list[tuple[Tensor, Tensor]], scale: list[Tensor]) -> dict[str, list[float]]:
+        """Distances by step between two sets of states, each (m, *sample_shape); `scale` sets the width of the kernel."""
+        found = {
+            "shift": [sliced_wasserstein(a, b) for a, b in pairs],
+            "mmd_shift": [mmd2(a, b, _width(x)) for (a, b), x in zip(pairs, scale, strict=True)],
+        }
         if math.prod(self.expert.sample_shape) <= LONGEST:
             found["gaussian_shift"] = [gaussian_w2(a, b) for a, b in pairs]
         return found
@@ -359,7 +416,8 @@ class Judge:
             action_mse_own, action_mse_expert, action_mse_forward: E (a − a*)² per entry on the policy's own states, on the
                 expert's and on forward-diffused data; action_ratio, the first over the last (over the second without data).
             shift, mmd_shift, gaussian_shift: sliced W2, unbiased MMD² and Gaussian W2 between visited latents and
-                forward-diffused data; shift_to_expert: sliced W2 to the latents that the expert visits.
+                forward-diffused data; shift_to_expert, mmd_shift_to_expert, gaussian_shift_to_expert: between one half of the
+                latents and those that the expert visits from the other half's noise. The expert's own row is their floor.
             diversity: mean distance between two visited latents, per entry.
             nfe_per_sample, seconds: cost of sampling.
             With a grid of its own only the samples are judged: its states are at other times. Under the `renoise` kernel
@@ -367,7 +425,7 @@ class Judge:
         """
         drawn = self._draw(policy, grid or self.grid, kernel, name)
         path, m = drawn.path, min(self.settings.n_action, len(drawn.path))
-        result = self._scored(drawn, policy, grid or self.grid, kernel)
+        result = self._scored(drawn, policy, grid or self.grid, kernel, name)
         if grid is not None:
             return result
         c = None if self.c is None else self.c[:m]
@@ -389,10 +447,9 @@ class Judge:
             "action_mse_expert": theirs,
             "action_mse_forward": forward or None,
             "action_ratio": [a / b if b else None for a, b in zip(own, forward or theirs, strict=True)],
-            "shift_to_expert": [sliced_wasserstein(path[:, i], self.expert_path[:, i]) for i in range(self.grid.num_steps)],
             "diversity": [pairwise_distance(path[:, i]) for i in range(self.grid.num_steps + 1)],
         }
-        return result | {"shift": None, **self._shift(path)}
+        return result | {"shift": None, **self._shift(path), **self._shift_to_expert(path)}
 
     @cached_property
     def _forward_actions(self) -> list[tuple[Tensor, Tensor]]:
@@ -400,7 +457,7 @@ class Judge:
         noised = self.real_noised[:, : self.settings.n_action]
         m = noised.shape[1]
         c = None if self.c is None else self.c[:m]
-        place = self._place(f"{self._baseline_names()[0]}-on-data", self.expert_policy, self.grid, "ddim", 0)
+        place = self._place(f"{self._baseline_names()[0]}-on-data", self.expert_policy, self.grid, "ddim", "actions.safetensors")
         if place is not None and place.is_file():
             return list(zip(noised, read_tensors(place, "remove it, and it is made again")["actions"].to(noised.device), strict=True))
         pairs = zip(noised, self.grid.times[:-1], self.grid.times[1:], strict=True)
@@ -437,25 +494,16 @@ class Judge:
     def judge_baselines(self) -> dict[str, Any]:
         """The metrics of the two; those of few steps are kept in the store, with what the expert would have done instead."""
         full, few = self._baseline_names()
-        place = self._place(f"{few}-beside-{full}", self.few_steps, self.grid, "ddim", 0)
-        path = None if place is None else place.with_suffix(".json")
-        if path is not None and path.is_file():
-            try:
-                row = json.loads(path.read_text())
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged ({error}); remove it, and it is made again") from error
-        else:
-            row = self.judge(self.few_steps, name=few)
-            if path is not None:
-                write_atomically(path, json.dumps(row))
-        return {full: self.judge_expert(), few: row}
+        place = self._place(f"{few}-beside-{full}", self.few_steps, self.grid, "ddim", "row.json")
+        return {full: self.judge_expert(), few: _kept(place, lambda: self.judge(self.few_steps, name=few))}
 
     def judge_expert(self) -> dict[str, Any]:
         """The metrics of the expert's own samples, which are there already."""
+        scored = self._scored(self.expert_drawn, self.expert_policy, self.grid, "ddim", self._baseline_names()[0])
         at_no_distance = {"frechet_to_expert": 0.0, "endpoint_rmse": 0.0}
-        return self._scored(self.expert_drawn, self.expert_policy, self.grid, "ddim") | at_no_distance | self._shift(self.expert_path)
+        return scored | at_no_distance | self._shift(self.expert_path) | self._shift_to_expert(self.expert_path)
 
-    def _scored(self, drawn: Drawn, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel) -> dict[str, Any]:
+    def _scored(self, drawn: Drawn, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, name: str | None) -> dict[str, Any]:
         """What a policy's samples score and cost."""
         result = self.to_data(drawn.features, drawn.classes, self.c) | {
             "nfe_per_sample": policy.nfe_per_action * grid.num_steps,
@@ -465,7 +513,8 @@ class Judge:
             **drawn.scores,
         }
         if self.settings.lpips:
-            result["lpips"] = self.lpips_diversity(policy, grid, kernel)
+            place = self._place(name, policy, grid, kernel, "lpips.json")
+            result |= _kept(place, lambda: {"lpips": self.lpips_diversity(policy, grid, kernel)})
         return result
 
     def _baseline_names(self) -> tuple[str, str]:
@@ -473,9 +522,20 @@ class Judge:
         return f"teacher@{n * self.expert_policy.substeps}", f"teacher@{n}"
 
     def describe(self) -> dict[str, Any]:
-        """What a result must say of how it was measured."""
-        s = self.settings
-        pictures = {"resize": RESIZE} if self.extractor.of_pictures or s.scores or s.lpips else {}
+        """What a result must say of how it was measured: results that differ in it are not compared."""
+        s, found = self.settings, dict[str, Any]()
+        if s.protocol is not None:
+            found["protocol"] = s.protocol
+        if self.extractor.of_pictures or s.scores or s.lpips:
+            found["resize"] = RESIZE
+        if s.images is not None:
+            found["images"] = folder_digest(Path(s.images))
+        if s.scores:
+            found["scores"] = {name: scorer.name for name, scorer in self.scorers.items()}
+        if s.lpips:
+            found["lpips"] = LPIPS
+        if (captions := self._captions()) is not None:
+            found["captions"] = hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:12]
         return {
             "extractor": self.extractor.name,
             "distance": frechet_name(self.extractor.name),
@@ -484,8 +544,39 @@ class Judge:
             "n_paths": min(s.n_paths, self.n),
             "n_action": min(s.n_action, s.n_paths, self.n),
             "guidance_scale": self.expert_policy.guidance_scale,
-            **pictures,
+            **found,
         }
+
+    def _captions(self) -> list[str] | None:
+        """Of all samples, where conditions are texts."""
+        try:
+            return None if self.c is None else self.expert.captions(self.c)
+        except ValueError:
+            return None
+
+
+def _kept(place: Path | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Numbers that are kept in a JSON file of a store."""
+    if place is not None and place.is_file():
+        try:
+            found: dict[str, Any] = json.loads(place.read_text())
+        except ValueError as error:
+            raise ValueError(f"{place} is damaged ({error}); remove it, and it is made again") from error
+        return found
+    found = make()
+    if place is not None:
+        write_atomically(place, json.dumps(found))
+    return found
+
+
+def _digest(x: Tensor) -> str:
+    return hashlib.sha256(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _halves(n: int) -> tuple[Tensor, Tensor]:
+    """Places of two random halves of n, always the same ones."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    return order[: n // 2], order[n // 2 : n // 2 * 2]
 
 
 def _rmse(a: Tensor, b: Tensor) -> float:

@@ -96,12 +96,29 @@ def test_a_store_of_other_settings_is_refused(tmp_path: Path):
         judge_of(mixture(), tmp_path, seed=1)
 
 
+def test_a_store_gives_no_model_the_samples_of_another_of_its_name(tmp_path: Path):
+    first, other = mixture(), mixture()
+    other.means += 0.3
+    for folder in ({}, {"store": str(tmp_path / "shared")}):
+        alone = judge_of(other).judge_baselines()["teacher@4"]
+        judge_of(first, tmp_path / "own", **folder).judge_baselines()
+        beside = judge_of(other, tmp_path / "own", **folder).judge_baselines()["teacher@4"]
+        assert {**beside, "seconds": 0} == {**alone, "seconds": 0}
+    student, judge = mixture(), judge_of(first, tmp_path / "students")
+    policies = [DdimPolicy(ExpertPolicy(model).predict, model.schedule, conditional=False) for model in (student, other)]
+    rows = [judge.judge(policy, name="student@4") for policy in policies]
+    assert {**judge.judge(policies[1]), "seconds": 0} == {**rows[1], "seconds": 0} != {**rows[0], "seconds": 0}
+
+
 def test_the_experts_own_policy_has_no_error_anywhere():
     judge = judge_of(mixture())
     row = judge.judge(judge.expert_policy)
     assert row["path_rmse"] == row["action_mse_own"] == row["action_mse_forward"] == [0.0] * 4
     assert row["action_ratio"] == [None] * 4
-    assert row["shift_to_expert"] == [0.0] * 4
+    own = judge.judge_expert()
+    for name in ("shift", "mmd_shift", "gaussian_shift"):
+        assert row[f"{name}_to_expert"] == own[f"{name}_to_expert"]  # of two halves of the noise: the floor
+        assert len(own[f"{name}_to_expert"]) == 4
     assert row["frechet_to_expert"] == pytest.approx(0, abs=1e-9)
     assert len(row["diversity"]) == 5
     assert row["diversity"][0] > row["diversity"][-1]
@@ -117,21 +134,28 @@ def test_a_planted_bias_shows_at_its_step_and_after():
     for states in ("own", "expert", "forward"):
         assert row[f"action_mse_{states}"] == pytest.approx([0, 0, 0.0025, 0], rel=1e-4, abs=1e-12)
     assert row["action_ratio"][2] == pytest.approx(1, rel=1e-4)
-    assert row["shift_to_expert"][2] == 0.0  # the state before the biased action
-    assert row["shift_to_expert"][3] > 0
+    own = judge.judge_expert()["shift_to_expert"]
+    assert row["shift_to_expert"][2] == own[2]  # the state before the biased action
+    assert row["shift_to_expert"][3] != own[3]
 
 
 def test_a_shift_is_measured_to_be_what_was_planted():
     judge = judge_of(mixture(), n=400, n_paths=400, batch_size=400)
     b, floor = 0.5, judge.floors()["held_out_real"]
+    halves = judge.floors()["real_halves"]
     unbiased, row = judge.judge(judge.expert_policy), judge.judge(Biased(judge.expert_policy, judge.grid.times[0], b))
     # All states after the first step are moved by b in each entry. Sliced W2 is per √d: b. Gaussian W2: ‖(b, b)‖ = b √2.
-    assert row["shift_to_expert"][:2] == [0.0, pytest.approx(b, rel=0.02)]  # of random directions
     for name, moved in (("shift", b), ("gaussian_shift", b * 2**0.5)):
-        assert row[name][0] == unbiased[name][0]
-        assert abs(row[name][1] - moved) <= unbiased[name][1] * 1.02  # the triangle inequality
+        for to in ("", "_to_expert"):
+            assert row[name + to][0] == unbiased[name + to][0]
+            assert abs(row[name + to][1] - moved) <= unbiased[name + to][1] * 1.02  # the triangle inequality
+            assert row[name + to][1] > 3 * unbiased[name + to][1]
         assert row[name][1] > 3 * floor[name][1]
-    assert row["mmd_shift"][1] > 3 * abs(floor["mmd_shift"][1])
+        assert row[name][1] > 3 * halves[name][1] > 0
+    for to in ("", "_to_expert"):
+        assert row["mmd_shift" + to][1] > 3 * abs(unbiased["mmd_shift" + to][1])
+    assert halves["n_paths"] == 200
+    assert all(len(halves[name]) == 4 for name in ("shift", "mmd_shift", "gaussian_shift"))
 
 
 def test_data_free_conditions_come_in_turn(monkeypatch):
@@ -172,8 +196,17 @@ def test_pictures_are_compared_with_a_folder(tmp_path: Path, colour):
     judge = judge_of(expert, n=20, n_paths=10, batch_size=10, extractor="colour", images=str(tmp_path))
     assert judge.real_features.values.shape == (40, 6)
     assert judge.describe() | {"resize": "centre_crop_lanczos_256", "distance": "Fréchet distance (colour)"} == judge.describe()
+    assert judge.describe()["images"].startswith("40 pictures, ")
     assert judge.floors().keys() == {"real_halves"}
     assert judge.judge(judge.few_steps)["frechet"] > 100 * judge.floors()["real_halves"]["frechet"] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_pictures_of_an_expert_on_the_gpu_are_judged(colour):
+    judge = judge_of(load_expert("digits8", device="cuda"), n=20, n_paths=10, batch_size=8, extractor="colour")
+    row = judge.judge_baselines()["teacher@4"]
+    assert row["frechet"] > 0
+    assert judge.floors()["held_out_real"]["frechet"] > 0
 
 
 def test_what_an_expert_lacks_is_refused_before_anything_is_drawn(tmp_path: Path, colour):
@@ -194,17 +227,50 @@ def test_what_an_expert_lacks_is_refused_before_anything_is_drawn(tmp_path: Path
         Evaluation(scores=("clip",))
 
 
-def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch):
+class Digit:
+    name = "digit_of_the_caption"
+
+    def score(self, pictures, captions):
+        return torch.tensor([float(caption) for caption in captions])
+
+
+def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch, tmp_path: Path):
     expert = load_expert("digits8")
     monkeypatch.setattr(type(expert), "captions", lambda self, c: [str(int(i)) for i in c], raising=False)
-    monkeypatch.setattr(Judge, "scorers", {"clip_score": lambda pictures, captions: torch.tensor([float(c) for c in captions])})
+    monkeypatch.setattr(Judge, "scorers", {"clip_score": Digit()})
     monkeypatch.setattr(
         evaluate, "lpips_distance", lambda weights, device: lambda a, b: (a.float() - b.float()).abs().flatten(1).mean(1) / 255
     )
-    judge = judge_of(expert, n=20, n_paths=5, batch_size=8, scores=("clip_score",), lpips=True)
-    row = judge.judge(judge.few_steps, judge.grid)
+    judge = judge_of(expert, tmp_path, n=20, n_paths=5, batch_size=8, scores=("clip_score",), lpips=True)
+    row = judge.judge(judge.few_steps, judge.grid, name="few")
     assert row["clip_score"] == pytest.approx(float(judge.c.double().mean()))
-    assert 0 < row["lpips"] < 1
+    # Ten pictures of each condition, from one noise in all conditions: 45 pairs each.
+    x_T = torch.randn(10, *expert.sample_shape, generator=judge._generator(0, 2))
+    means = []
+    for c in range(10):
+        x = x_T
+        for t, s in zip(judge.grid.times[:-1], judge.grid.times[1:], strict=True):
+            x = judge.few_steps.act(x, t.expand(10), s.expand(10), torch.full((10,), c))
+        pictures = judge.pictures(x).double() / 255
+        pairs = [float((pictures[i] - pictures[j]).abs().mean()) for i in range(10) for j in range(i)]
+        assert len(pairs) == 45
+        means.append(sum(pairs) / 45)
+    assert row["lpips"] == pytest.approx(sum(means) / 10, rel=1e-4)
+    described = judge.describe()
+    assert described["scores"] == {"clip_score": "digit_of_the_caption"}
+    assert described["lpips"] == "lpips_0.1_alex"
+    assert len(described["captions"]) == 12
+    monkeypatch.setattr(Judge, "lpips_diversity", None)  # it is in the store
+    assert judge.judge(judge.few_steps, judge.grid, name="few") == row
+
+
+def test_a_store_without_a_score_that_is_asked_for_is_refused(monkeypatch, tmp_path: Path):
+    expert = load_expert("digits8")
+    monkeypatch.setattr(type(expert), "captions", lambda self, c: [str(int(i)) for i in c], raising=False)
+    monkeypatch.setattr(Judge, "scorers", {"clip_score": Digit()})
+    judge_of(expert, tmp_path, n=20, n_paths=5)
+    with pytest.raises(ValueError, match="holds an evaluation of other settings"):
+        judge_of(expert, tmp_path, n=20, n_paths=5, scores=("clip_score",))
 
 
 def test_coco_captions_are_the_first_of_each_image_in_order():
@@ -216,11 +282,14 @@ def test_coco_captions_are_the_first_of_each_image_in_order():
     assert coco_captions(json.dumps({"annotations": annotations})) == ["two", "nine, first"]
 
 
-def test_the_papers_protocols_are_presets():
+def test_the_papers_protocols_are_presets(tmp_path: Path):
     for name, n, scores in (("coco2017_5k", 5000, ("clip_score", "hpsv2")), ("coco2014_30k", 30000, ("clip_score",))):
         settings = read_yaml(config_dir() / "evaluate" / f"{name}.yaml")
-        found = Evaluation(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
-        assert (found.n, found.scores, found.extractor) == (n, scores, "inception_v3_2015")
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        found = Evaluation(**given, images=str(tmp_path))
+        assert (found.n, found.scores, found.extractor, found.protocol) == (n, scores, "inception_v3_2015", name)
+        with pytest.raises(ValueError, match=f"protocol={name}: needs images"):
+            Evaluation(**given)
         assert with_preset("evaluate", ["--config", name, "--n", "20"])[1].endswith(f"{name}.yaml")
 
 
@@ -244,11 +313,18 @@ def test_a_config_gives_the_command_its_settings_and_flags_go_over_it(tmp_path: 
     assert {key: result["settings"][key] for key in ("n", "n_paths", "n_action")} == {"n": 40, "n_paths": 12, "n_action": 5}
 
 
-def test_a_preset_reaches_the_judge(monkeypatch, capsys):
+def test_a_protocol_needs_a_caption_for_each_sample(tmp_path: Path, colour):
+    asked = {"extractor": "colour", "images": str(tmp_path), "protocol": "coco2017_5k"}
+    with pytest.raises(ValueError, match="protocol=coco2017_5k: 11 samples have captions of their own, and 10 are given"):
+        extractor_for(load_expert("digits8"), Evaluation(n=11, **asked))
+    extractor_for(load_expert("digits8"), Evaluation(n=10, **asked))
+
+
+def test_a_preset_reaches_the_judge(monkeypatch, capsys, tmp_path: Path):
     asked = []
     monkeypatch.setattr(evaluate, "evaluate_expert", lambda expert, steps, settings, *args: asked.append(settings) or {"models": {}})
     monkeypatch.setattr("ddil_agents.report.table", lambda result: "")
-    evaluate.main(["--env", "gaussian_mixture", "--config", "coco2017_5k"])
+    evaluate.main(["--env", "gaussian_mixture", "--config", "coco2017_5k", "--images", str(tmp_path)])
     assert (asked[0].n, asked[0].scores, asked[0].lpips) == (5000, ("clip_score", "hpsv2"), True)
 
 

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from ddil_agents.metrics import hps as hps_module
 from ddil_agents.metrics.clip_score import ClipScore
 from ddil_agents.metrics.diversity import group_diversity, lpips_distance
+from ddil_agents.metrics.features import Features
+from ddil_agents.metrics.frechet import frechet_distance
 from ddil_agents.metrics.hps import HPS
 from ddil_agents.metrics.inception import Inception
 from ddil_agents.metrics.pictures import RESIZE, load_pictures, resize
@@ -175,6 +177,31 @@ def test_inception_features_are_torch_fidelitys(inception_weights):
     assert inception.name == "inception_v3_2015"
     torch.testing.assert_close(features, expected)
     assert (features[0] - features[1]).abs().max() > 0.01  # the pictures matter
+
+
+class First(torch.nn.Module):
+    """The first features of an Inception: torchmetrics' eigenvalues lose two digits where there are more features than pictures."""
+
+    num_features = 6
+
+    def __init__(self, inception):
+        super().__init__()
+        self.inception = inception
+
+    def forward(self, x):
+        return self.inception.features(x.permute(0, 2, 3, 1))[:, : self.num_features]
+
+
+def test_fid_is_torchmetrics(inception_weights):
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    inception = Inception(inception_weights)
+    reference = fid.FrechetInceptionDistance(First(inception))
+    real, fake = pictures(16, 48, 48), pictures(14, 48, 48, seed=1) // 2
+    reference.update(real.permute(0, 3, 1, 2), real=True)
+    reference.update(fake.permute(0, 3, 1, 2), real=False)
+    found = frechet_distance(*(Features(inception.name, inception.features(x)[:, :6]) for x in (real, fake)))
+    assert found == pytest.approx(float(reference.compute()), rel=1e-4)
+    assert found > 0.01
 
 
 def test_inception_is_found_under_its_other_name_and_as_safetensors(inception_weights, tmp_path):

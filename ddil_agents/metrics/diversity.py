@@ -12,6 +12,7 @@ from torch import Tensor
 from ddil_agents.metrics.distances import CHUNK, as_matrix
 from ddil_agents.metrics.pictures import check_pictures, load_pretrained, require
 
+LPIPS = "lpips_0.1_alex"  # what results call the default of `lpips_distance`
 TRUNKS = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}  # LPIPS's name → torchvision's
 
 

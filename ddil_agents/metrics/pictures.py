@@ -6,6 +6,7 @@ Pictures are uint8 (n, height, width, 3), as `Expert.decode` gives them. A resul
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import pickle
 import sys
@@ -67,6 +68,17 @@ def _read_picture(path: Path) -> Image.Image:
         raise ValueError(f"{path} is no picture that can be read ({error}); mend it or leave it out of the paths") from error
 
 
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def folder_digest(folder: Path) -> str:
+    """A folder's pictures as a result names them, wherever it lies: their number, and a digest of their names and sizes in bytes."""
+    files = _files_of(folder)
+    listed = repr([(path.name, path.stat().st_size) for path in files])
+    return f"{len(files)} pictures, {hashlib.sha256(listed.encode()).hexdigest()[:12]}"
+
+
 def load_pictures(paths: Path | Iterable[Path], size: int = 256, batch_size: int = 64) -> Iterator[Tensor]:
     """Reads pictures, resized as by `resize`, a batch (b, size, size, 3) at a time.
 
@@ -78,7 +90,7 @@ def load_pictures(paths: Path | Iterable[Path], size: int = 256, batch_size: int
     Raises:
         ValueError: no pictures, or one that cannot be read: none is skipped, since the others would be another data set.
     """
-    files = sorted(p for p in paths.iterdir() if p.suffix.lower() in SUFFIXES) if isinstance(paths, Path) and paths.is_dir() else paths
+    files = _files_of(paths) if isinstance(paths, Path) and paths.is_dir() else paths
     files = [files] if isinstance(files, Path) else list(files)
     if not files or size < 1 or batch_size < 1:
         raise ValueError(f"{len(files)} pictures in {paths} with size={size}, batch_size={batch_size}: need at least 1 of each")
