@@ -9,7 +9,7 @@ x_T and conditions, so their differences are paired. Budgets: every arm takes th
 as many as the baseline's teacher forwards, forwards of both networks, or seconds allow. Run it again, and it goes on where it stopped.
 
     comparison.json    all numbers         report.html    the page
-    table.csv, table.tex                   runs/, trajectories/
+    table.csv, table.tex                   runs/          with each student's denoisings, the teacher's, and untrained.json
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ import csv
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -41,7 +45,7 @@ from tqdm import tqdm
 from ddil_agents.checkpoint import write_atomically
 from ddil_agents.cli import clear_errors, find_agent, load_run, refuse_early, with_preset
 from ddil_agents.evaluate import Evaluation, Judge, provenance
-from ddil_agents.report import METRICS, read_result
+from ddil_agents.report import METRICS, heading, markdown_table, read_result
 from ddil_agents.settings import read_arguments
 from ddil_agents.statistics import (
     bootstrap_interval,
@@ -178,10 +182,16 @@ def train(runs: list[Run], comparison: Comparison, out: Path, updates: dict[str,
         updates: Gradient steps by arm; default: as they are set.
         jobs: Runs at a time; one GPU each where there are GPUs, else one thread each.
     """
-    todo = [run for run in runs if not (run.directory / "result.json").is_file()]
-    gpus = torch.cuda.device_count()
+    todo = [run for run in runs if not _done(run)]
+    gpus, slots, worker = visible_gpus(), SimpleQueue[str](), threading.local()
+    for i in range(jobs if gpus else 0):  # more runs at a time than GPUs share them evenly
+        slots.put(gpus[i % len(gpus)])
 
-    def one(number: int, run: Run) -> None:
+    def settle() -> None:
+        """Gives a worker the GPU of all its runs."""
+        worker.gpu = slots.get() if gpus else None
+
+    def one(run: Run) -> None:
         agent, settings = str(comparison.arms[run.arm]["agent"]), given_settings(comparison, run.arm, run.seed)
         if updates is not None:
             settings["num_updates"] = updates[run.arm]
@@ -193,8 +203,8 @@ def train(runs: list[Run], comparison: Comparison, out: Path, updates: dict[str,
             arguments = ["--config", str(given), "--seed", str(run.seed), "--out", str(run.directory)]
             arguments += ["--evaluate.store", str((out / "expert").resolve())]  # the teacher is sampled once a seed
         environment = dict(os.environ)
-        if gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+        if worker.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = worker.gpu
         elif jobs > 1:
             environment["OMP_NUM_THREADS"] = "1"  # more threads a run than cores would fight
         log = run.directory.with_suffix(".log")
@@ -207,8 +217,16 @@ def train(runs: list[Run], comparison: Comparison, out: Path, updates: dict[str,
     for run in todo:
         run.directory.parent.mkdir(parents=True, exist_ok=True)
     label = runs[0].budget if runs else ""
-    with tqdm(total=len(runs), initial=len(runs) - len(todo), desc=f"equal {label}", unit="run") as bar, ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, range(len(todo)), todo))
+    bar = tqdm(total=len(runs), initial=len(runs) - len(todo), desc=f"equal {label}", unit="run")
+    with bar, ThreadPoolExecutor(jobs, initializer=settle) as pool:
+        list(pool.map(one, todo))
+
+
+def visible_gpus() -> list[str]:
+    """The entries of CUDA_VISIBLE_DEVICES that a run can be given one of: the user's own, else every GPU's number."""
+    count = torch.cuda.device_count()
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (given.split(",") if given else [str(i) for i in range(count)])[:count]
 
 
 def matched_updates(comparison: Comparison, budget: Budget, results: dict[str, list[dict[str, Any]]]) -> dict[str, int]:
@@ -301,16 +319,30 @@ def pairs_of(comparison: Comparison, values: dict[str, dict[int, float]], better
     return found
 
 
-def flags_of(arm: str, seed: int, row: dict[str, Any], training: list[dict[str, Any]], initial: dict[str, Any]) -> list[str]:
-    """What a reader should be warned of in one run."""
-    found = []
-    if (now := row.get("coverage")) is not None and (before := initial.get("coverage")) and now < 0.9 * before:
-        found.append(f"coverage fell from {before:.3f} untrained to {now:.3f}: modes are being dropped")
-    norms = [line["grad_norm"] for line in training if line.get("grad_norm") is not None]
-    later = norms[len(norms) // 5 :]  # the first fifth is warm-up
-    if len(norms) >= 10 and max(later) > 10 * statistics.median(norms):
-        found.append(f"a gradient norm of {max(later):.3g}, {max(later) / statistics.median(norms):.0f} times the median")
-    return [f"{arm}, seed {seed}: {text}" for text in found]
+def flags_of(run: Run, row: dict[str, Any], training: list[dict[str, Any]], initial: dict[str, Any], teacher: dict[str, Any]) -> list[str]:
+    """What a reader should be warned of in one run.
+
+    Args:
+        run: Which.
+        row: What its student scored.
+        training: Its lines of metrics.
+        initial: What the untrained student scored.
+        teacher: What the teacher scores in all its steps.
+    """
+    found, now = [], row.get("coverage")
+    # An untrained student covers little where a network of its own starts it: half of the teacher's is short of what few steps cost.
+    for whose, end, share in (("untrained", initial, 0.9), ("of the teacher", teacher, 0.5)):
+        if now is not None and now < share * (then := end.get("coverage") or 0.0):
+            found.append(f"coverage is {now:.3f}, against {then:.3f} {whose}: modes are missed")
+    for name in sorted({key for line in training for key in line if key.endswith("grad_norm")}):
+        lines = [line for line in training if name in line]
+        usual = statistics.median(line[name] for line in lines)
+        later = [line.get(f"{name}_max", line[name]) for line in lines[len(lines) // 5 :]]  # the first fifth is warm-up
+        largest = max((norm for norm in later if math.isfinite(norm)), default=0.0)  # fp16's scaler skips the others
+        if len(lines) >= 10 and largest > 10 * usual > 0:
+            called = name.replace("grad_norm", "gradient norm").replace("_", " ")
+            found.append(f"a {called} of {largest:.3g}, {largest / usual:.0f} times the median")
+    return [f"{run.arm}, seed {run.seed}: {text} (equal {run.budget})" for text in found]
 
 
 def idle_arms(comparison: Comparison, rows: dict[str, Rows]) -> list[str]:
@@ -323,26 +355,28 @@ def idle_arms(comparison: Comparison, rows: dict[str, Rows]) -> list[str]:
     return [f"{arm}: each run is that of {comparison.reference}, bit for bit; what it sets differently does nothing here" for arm in same]
 
 
-def portray(comparison: Comparison, out: Path, runs: list[Run]) -> dict[str, Rows]:
+def portray(comparison: Comparison, runs: list[Run]) -> dict[str, Rows]:
     """Judges each run's untrained student, and records the first seed's trajectories, each arm's and the teacher's on its times.
+
+    They are kept in the run's own directory, and so never outlive it.
 
     Returns:
         What each arm's students scored untrained, by seed.
     """
-    path, judges, known = out / "initial.json", dict[str, Judge](), dict[str, dict[str, Any]]()
-    stored = json.loads(path.read_text()) if path.is_file() else {}
-    initial: dict[str, Rows] = {arm: {int(seed): row for seed, row in rows.items()} for arm, rows in stored.items()}
-    places = [out / "trajectories", out / "trajectories" / "teacher"]
+    judges, known, initial = dict[str, Judge](), dict[str, dict[str, Any]](), dict[str, Rows]()
     for run in tqdm(runs, desc="untrained students", unit="run"):
-        files = [place / f"{run.arm}.safetensors" for place in places]
+        path, files = run.directory / "untrained.json", [run.directory / f"{who}.safetensors" for who in ("trajectories", "teacher")]
         shown = run.seed == comparison.first_seed and not all(file.is_file() for file in files)
-        if run.seed in initial.get(run.arm, {}) and not shown:
+        if path.is_file() and not shown:
+            initial.setdefault(run.arm, {})[run.seed] = json.loads(path.read_text())
             continue
         learner = load_run(run.directory)
-        told = read_yaml(run.directory / "config.yaml")["evaluate"]
+        told = Evaluation(**read_yaml(run.directory / "config.yaml")["evaluate"])
+        scores = tuple(score for score in told.scores if score == comparison.primary)  # of what costs most, what is asked for
+        told = dataclasses.replace(told, also_steps=(), scores=scores, lpips=told.lpips and comparison.primary == "lpips")
         key = repr((run.seed, learner.grid.times.tolist(), learner.config.substeps, learner.reference.guidance_scale))
         if key not in judges:
-            judges[key] = Judge(learner.reference, learner.grid, Evaluation(**{**told, "also_steps": (), "scores": (), "lpips": False}))
+            judges[key] = Judge(learner.reference, learner.grid, told)
         judge = judges[key]
         untrained = type(learner)(learner.expert, learner.config, learner.support)
         thresholding = learner.config.thresholding if "student" in learner.config.thresholding.roles else None
@@ -350,14 +384,13 @@ def portray(comparison: Comparison, out: Path, runs: list[Run]) -> dict[str, Row
         if start not in known:  # most arms of a seed start as the same student
             known[start] = judge.judge(untrained.student_policy, learner.grid, learner.kernel)
         initial.setdefault(run.arm, {})[run.seed] = known[start]
+        write_atomically(path, json.dumps(known[start]))
         if shown:
             noise, c = judge.noise()[:SHOWN], None if judge.c is None else judge.c[:SHOWN]
             actors: list[tuple[DdimPolicy, Kernel]] = [(learner.student_policy, learner.kernel), (judge.expert_policy, "ddim")]
             for file, (policy, kernel) in zip(files, actors, strict=True):
-                file.parent.mkdir(parents=True, exist_ok=True)
                 generator = torch.Generator(learner.expert.device).manual_seed(run.seed + 1)
                 record(policy, judge.expert_policy, learner.grid, noise, c, kernel=kernel, generator=generator).save(file)
-        write_atomically(path, json.dumps(initial, indent=1))
     return initial
 
 
@@ -377,7 +410,7 @@ def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], co
         raise ValueError(f"no run of {out} is finished; see the .log files in {out / 'runs'}")
     same_measure(results)
     finished = [run for run in tiers["updates"] if _done(run)]
-    initial = portray(comparison, out, finished)
+    initial = portray(comparison, finished)
     references: dict[str, Rows] = {}
     for run in finished:  # the first arm's that has them: the teacher is the same for all, but for the times of its few steps
         result = results[run.directory]
@@ -396,8 +429,8 @@ def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], co
                 row = rows[run.arm][run.seed] = own_row(results[run.directory])
                 listed[-1] |= {"num_updates": results[run.directory]["num_updates"], **row}
                 training = read_metrics(run.directory / "metrics.jsonl")
-                warnings = flags_of(run.arm, run.seed, row, training, initial.get(run.arm, {}).get(run.seed, {}))
-                flags += [f"{text} (equal {budget})" for text in warnings]
+                untrained = initial.get(run.arm, {}).get(run.seed, {})
+                flags += flags_of(run, row, training, untrained, references[teacher].get(run.seed, {}))
             elif (log := run.directory.with_suffix(".log")).is_file():
                 flags.append(f"{budget}/{run.directory.name}: {_last_line(log)}")
         flags += [f"{text} (equal {budget})" for text in idle_arms(comparison, rows)]
@@ -427,25 +460,26 @@ def _done(run: Run) -> bool:
     return (run.directory / "result.json").is_file()
 
 
-def table_rows(result: dict[str, Any], budget: str) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each: a reference's mean, an arm's interquartile mean and its interval."""
+def table_rows(result: dict[str, Any], budget: str, intervals: bool = True) -> list[list[str]]:
+    """Headings, and a line for each: a reference's mean, an arm's interquartile mean and, unless left out, its interval."""
     found = result["budgets"][budget]["statistics"]
     lines = []
     for name, rows in result["references"].items():
         cells = [
             METRICS[key][1].format(statistics.fmean(row[key] for row in rows)) if rows[0].get(key) is not None else "" for key in found
         ]
-        lines.append([name, str(len(rows)), *cells])
+        if any(cells):  # some floors are of steps alone
+            lines.append([name, str(len(rows)), *cells])
     for arm in result["arms"]:
         cells, n = [], 0
         for key in found:
             own = found[key]["arms"].get(arm)
             n = max(n, len(own["values"]) if own else 0)
             form = METRICS[key][1]
-            span = f" [{form.format(own['low'])}, {form.format(own['high'])}]" if own and own["low"] is not None else ""
+            span = f" [{form.format(own['low'])}, {form.format(own['high'])}]" if intervals and own and own["low"] is not None else ""
             cells.append(form.format(own["iqm"]) + span if own else "")
         lines.append([arm, str(n), *cells])
-    return ["model", "runs", *(METRICS[key][0] for key in found)], lines
+    return [["model", "runs", *(heading(key, result) for key in found)], *lines]
 
 
 def csv_table(result: dict[str, Any]) -> str:
@@ -467,11 +501,11 @@ def latex_table(result: dict[str, Any]) -> str:
     )
     parts = []
     for budget in result["budgets"]:
-        headings, lines = table_rows(result, budget)
-        body = [" & ".join(cell.translate(plain) for cell in line) + r" \\" for line in [headings, *lines]]
+        cells = table_rows(result, budget)
+        body = [" & ".join(cell.translate(plain) for cell in line) + r" \\" for line in cells]
         body.insert(1, r"\midrule")
         rows = "\n".join(body)
-        columns = "ll" + "r" * (len(headings) - 2)
+        columns = "ll" + "r" * (len(cells[0]) - 2)
         parts.append(
             f"% {result['title']}, equal {budget}: interquartile means, {result['comparison']['level']:.0%} bootstrap intervals\n"
             f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{rows}\n\\bottomrule\n\\end{{tabular}}\n"
@@ -534,24 +568,25 @@ def check(comparison: Comparison, out: Path) -> None:
         if differing := [key for key in measure if measure[key] != other[key]]:
             told = "; ".join(f"{key} is {measure[key]} and {other[key]}" for key in differing)
             raise ValueError(f"arms {first} and {arm} would be judged in two ways: {told}. Give them one value, in `shared`")
-    for seed in comparison.all_seeds:
-        for arm in comparison.arms:
-            given = out / "runs" / "updates" / f"{arm}-s{seed}.yaml"
-            if given.is_file() and read_yaml(given) != given_settings(comparison, arm, seed):
-                raise ValueError(f"{given} holds other settings than arm {arm} has now; choose another --out, or remove that run")
+    for budget, seed, arm in itertools.product(comparison.equal, comparison.all_seeds, comparison.arms):
+        given = out / "runs" / budget / f"{arm}-s{seed}.yaml"
+        matched = {} if budget == "updates" else {"num_updates": None}  # set by what the runs at equal updates cost
+        if given.is_file() and read_yaml(given) | matched != given_settings(comparison, arm, seed) | matched:
+            runs = out / "runs" / "*" / f"{arm}-s*"
+            raise ValueError(f"{given} holds other settings than arm {arm} has now; choose another --out, or remove its runs, {runs}")
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables and the paired differences of the primary metric, for a terminal."""
-    parts = []
-    for budget in result["budgets"]:
-        headings, lines = table_rows(result, budget)
-        cells = [headings, *lines]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(headings))]
-        shown = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
-        shown.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-        pairs = result["budgets"][budget]["statistics"].get(result["comparison"]["primary"], {}).get("pairs", {})
-        parts += [f"equal {budget}", "", *shown, "", *(f"{arm}: {pair['conclusion']}" for arm, pair in pairs.items()), ""]
+    """The tables, and the paired differences of the primary metric with their intervals, for a terminal."""
+    parts, primary, baseline = [], result["comparison"]["primary"], result["comparison"]["baseline"]
+    for budget, tier in result["budgets"].items():
+        pairs = tier["statistics"].get(primary, {}).get("pairs", {})
+        said = [
+            f"{arm} − {baseline}: {pair['mean']:+.3g} [{pair['low']:+.3g}, {pair['high']:+.3g}]; {pair['conclusion']}"
+            for arm, pair in pairs.items()
+        ]
+        shown = [f"{heading(primary, result)}, paired", *said, ""] if said else []
+        parts += [f"equal {budget}", "", *markdown_table(table_rows(result, budget, intervals=False)), "", *shown]
     return "\n".join([*parts, *(f"! {flag}" for flag in result["flags"])])
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ddil_agents.checkpoint import write_atomically
+from ddil_agents.metrics.frechet import FID_EXTRACTOR
 from ddil_agents.train import read_metrics
 
 if TYPE_CHECKING:
@@ -23,9 +24,16 @@ if TYPE_CHECKING:
 
 METRICS: dict[str, tuple[str, str, int]] = {  # key of a result → heading, format, and −1 where lower is better
     "frechet": ("Fréchet ↓", "{:.3g}", -1),
-    "coverage": ("coverage ↑", "{:.3f}", 1),
+    "kid": ("kernel distance ↓", "{:.3g}", -1),
+    "precision": ("precision ↑", "{:.3f}", 1),
     "recall": ("recall ↑", "{:.3f}", 1),
+    "density": ("density ↑", "{:.3f}", 1),
+    "coverage": ("coverage ↑", "{:.3f}", 1),
     "accuracy": ("accuracy ↑", "{:.3f}", 1),
+    "vendi": ("Vendi ↑", "{:.3g}", 1),
+    "lpips": ("LPIPS diversity ↑", "{:.3f}", 1),
+    "clip_score": ("CLIP score ↑", "{:.4f}", 1),
+    "hpsv2": ("HPSv2 ↑", "{:.4f}", 1),
     "frechet_to_expert": ("Fréchet to teacher ↓", "{:.3g}", -1),
     "endpoint_rmse": ("RMSE to teacher ↓", "{:.4f}", -1),
 }
@@ -36,20 +44,32 @@ COLUMNS = {key: (heading, form) for key, (heading, form, _) in METRICS.items()} 
 }
 
 
-def table(result: dict[str, Any]) -> str:
-    """A Markdown table of one result's models and floors, with the line that says how they were measured."""
-    rows = {**{name.replace("_", " "): values for name, values in result["floors"].items()}, **result["models"]}
-    columns = {key: spec for key, spec in COLUMNS.items() if any(row.get(key) is not None for row in rows.values())}
-    cells = [["model", *(heading for heading, _ in columns.values())]]
-    for name, row in rows.items():
-        cells.append([name, *(form.format(row[key]) if row.get(key) is not None else "–" for key, (_, form) in columns.items())])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+def heading(key: str, result: dict[str, Any]) -> str:
+    """What a result calls a metric or a cost: the distances of Inception's features, and of no others, are FID and KID."""
+    name = COLUMNS[key][0]
+    return name.replace("Fréchet", "FID").replace("kernel distance", "KID") if result["settings"]["extractor"] == FID_EXTRACTOR else name
+
+
+def markdown_table(cells: list[list[str]]) -> list[str]:
+    """Its lines; of the cells (rows, columns) the first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+
+
+def table(result: dict[str, Any]) -> str:
+    """A Markdown table, a line for each metric and cost and a column for each floor and model, and how they were measured."""
+    rows = {**{name.replace("_", " "): values for name, values in result["floors"].items()}, **result["models"]}
+    rows = {name: row for name, row in rows.items() if row.keys() & METRICS.keys()}  # some floors are of steps alone
+    cells = [["", *rows]]
+    for key, (_, form) in COLUMNS.items():
+        if any(row.get(key) is not None for row in rows.values()):
+            values = (row.get(key) for row in rows.values())
+            cells.append([heading(key, result), *("–" if value is None else form.format(value) for value in values)])
     s = result["settings"]
     how = f"n = {s['n']}, evaluation seed {s['seed']}, features of {s['extractor']}, guidance {s['guidance_scale']:g}; "
     how += f"{result['hardware']}, torch {result['torch']}, {result['date']}"
-    return "\n".join([*lines, "", how])
+    return "\n".join([*markdown_table(cells), "", how])
 
 
 def picture_rows(judge: Judge, samples: dict[str, Tensor], columns: int = 20) -> dict[str, np.ndarray]:

@@ -34,6 +34,7 @@ class Paired:
         high: Upper end.
         p: Of the sign-flip test, for this comparison alone: hand the p of all comparisons to `holm`.
         smallest_p: The smallest p that n seeds can reach.
+        shown: Whether a difference is: the adjusted p is at most 1 − level.
         conclusion: What may be said, in a sentence.
     """
 
@@ -43,6 +44,7 @@ class Paired:
     high: float
     p: float
     smallest_p: float
+    shown: bool
     conclusion: str
 
 
@@ -274,10 +276,11 @@ def paired_comparison(
     n, mean, p = len(d), float(d.mean()), sign_flip_test(d)
     half = float(stats.t.ppf(1 - alpha / 2, n - 1) * d.std(ddof=1) / n**0.5) if n > 1 else float("nan")
     at = f"at {100 * alpha:g} %" + f" over {comparisons} comparisons" * (comparisons > 1)
-    if n < (needed := seeds_needed(comparisons, level)):
-        conclusion = f"{n} seed{'s' * (n > 1)} cannot show a difference {at}: need at least {needed}"
-    elif (comparisons * p if adjusted_p is None else adjusted_p) > alpha:
-        conclusion = f"no difference shown {at}"
-    else:
+    shown = (comparisons * p if adjusted_p is None else adjusted_p) <= alpha
+    if shown:  # by fewer seeds than are needed, too, where others had more: Holm's later steps ask for less
         conclusion = f"{names[0]} is {'lower' if mean < 0 else 'higher'} than {names[1]} {at}"
-    return Paired(n=n, mean=mean, low=mean - half, high=mean + half, p=p, smallest_p=smallest_p(n), conclusion=conclusion)
+    elif n < (needed := seeds_needed(comparisons, level)):
+        conclusion = f"{n} seed{'s' * (n > 1)} cannot show a difference {at}: need at least {needed}"
+    else:
+        conclusion = f"no difference shown {at}"
+    return Paired(n=n, mean=mean, low=mean - half, high=mean + half, p=p, smallest_p=smallest_p(n), shown=shown, conclusion=conclusion)

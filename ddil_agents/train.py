@@ -8,6 +8,7 @@ checkpoints/      whole states, every `checkpoint_every` gradient steps
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -199,7 +200,7 @@ class MetricsLog(RunFiles):
         with_loss = [step for step in steps if f"loss/{SOURCES[0]}" in step]
         sums = {n: sum(step[f"loss/{n}"] for step in with_loss) for n in SOURCES}
         counts = {n: sum(int(step[f"drawn/{n}"]) for step in with_loss) for n in SOURCES}
-        others = sorted({name for step in steps for name in step if "/" not in name})
+        others = {name: [step[name] for step in steps if name in step] for name in sorted({*itertools.chain(*steps)}) if "/" not in name}
         clipped = {role: float(fraction) for role, fraction in learner.clipped().items()}
         elapsed = self.lap()
         teacher_nfe, student_nfe = learner.spent()
@@ -209,7 +210,8 @@ class MetricsLog(RunFiles):
             "step": learner.step,
             "loss": sum(sums.values()) / sum(counts.values()) if with_loss else None,
             "loss_by_source": {n: sums[n] / counts[n] if counts[n] else None for n in SOURCES},
-            **{name: statistics.fmean([step[name] for step in steps if name in step]) for name in others},
+            **{name: statistics.fmean(values) for name, values in others.items()},
+            **{f"{name}_max": max(values) for name, values in others.items() if name.endswith("grad_norm")},  # a mean hides one spike
             "clipped": {role: x if math.isfinite(x) else None for role, x in clipped.items()},
             "learning_rate": learner.trainables["student"].last_learning_rate,
             "gradient_accumulation": learner.gradient_accumulation,

@@ -1,4 +1,4 @@
-"""Recorded denoisings: what a policy saw, believed and did at every step, and how far from the expert's action it was.
+"""Recorded denoisings: what a policy saw, believed and did at every step, who acted, and how far from the expert's action it was.
 
     x_t → a → x_s ,   x̂_0 = the clean sample that the action implies (App. G of Salimans & Ho 2021, inverted)
 
@@ -31,6 +31,7 @@ class Trajectories:
         x_t: States, noise first and sample last, (n, N + 1, *sample_shape).
         x_0: Clean samples that the actions imply, (n, N, *sample_shape).
         error: Mean squared distance of each action from the expert's at the same state, per entry of the latent, (n, N).
+        by_expert: Whether the expert acted, (n, N) bool.
         times: N times and 0, (N + 1,).
         c: Condition ids (n,), −1 where there are none.
     """
@@ -38,6 +39,7 @@ class Trajectories:
     x_t: Tensor
     x_0: Tensor
     error: Tensor
+    by_expert: Tensor
     times: Tensor
     c: Tensor
 
@@ -81,10 +83,11 @@ def record(
         kernel: How an action moves the state, as in `unroll`.
         generator: Of the fresh noise of `renoise`.
     """
-    x_t, states, estimates, errors = x_T, [x_T], [], []
+    x_t, states, estimates, errors, actors = x_T, [x_T], [], [], []
     for t, s in pairwise(grid.times):
         t, s = t.expand(len(x_T)), s.expand(len(x_T))
         action = policy.act(x_t, t, s, c)
+        actors.append(torch.as_tensor(policy.by_expert, device=x_T.device).expand(len(x_T)))  # before anyone else acts
         errors.append((action - expert_policy.act(x_t, t, s, c)).square().flatten(1).mean(1))  # (n,)
         pred = invert_ddim(policy.schedule, x_t, t, action, s)
         estimates.append(pred.x_0)
@@ -92,4 +95,5 @@ def record(
             action = renoise_step(pred, s, torch.randn(x_T.shape, generator=generator, device=x_T.device, dtype=x_T.dtype))
         states.append(x_t := action)
     ids = torch.full((len(x_T),), -1) if c is None else c
-    return Trajectories(torch.stack(states, 1), torch.stack(estimates, 1), torch.stack(errors, 1), grid.times, ids)
+    x_t, x_0, error, by_expert = (torch.stack(each, 1) for each in (states, estimates, errors, actors))
+    return Trajectories(x_t, x_0, error, by_expert, grid.times, ids)

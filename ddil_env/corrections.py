@@ -59,7 +59,7 @@ class ScaledEpsilon(DdimPolicy):
             conditional="c" in policy.in_keys,
             max_batch=policy.max_batch,
         )
-        self.nfe_per_action = policy.nfe_per_action
+        self.nfe_per_action, self.by_expert = policy.nfe_per_action, policy.by_expert
         self.scale = scale
 
 
@@ -102,7 +102,9 @@ class TimeShifted(DdimPolicy):
 
     @torch.no_grad()
     def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        return self.policy.act(x_t, self.shifted(x_t, t, s), s, c, w)
+        x_s = self.policy.act(x_t, self.shifted(x_t, t, s), s, c, w)
+        self.by_expert = self.policy.by_expert
+        return x_s
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, noise: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         return self.policy.jump(x_t, self.shifted(x_t, t, s), s, noise, c, w)
@@ -134,7 +136,7 @@ class Mixed(DdimPolicy):
     def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         if self._generator is None:
             self._generator = torch.Generator(x_t.device).manual_seed(self.seed)
-        by_teacher = torch.rand(len(x_t), generator=self._generator, device=x_t.device) < self.p
+        self.by_expert = by_teacher = torch.rand(len(x_t), generator=self._generator, device=x_t.device) < self.p
         x_s = torch.empty_like(x_t)
         for policy, acts in ((self.teacher, by_teacher), (self.student, ~by_teacher)):
             if acts.any():

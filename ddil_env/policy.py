@@ -31,6 +31,8 @@ class DdimPolicy(TensorDictModuleBase):
         ValueError: substeps is less than 1.
     """
 
+    by_expert: bool | Tensor = False  # whether an expert takes its actions; (b,) of the last ones, where it takes some
+
     def __init__(
         self,
         predict: Predict,
@@ -89,6 +91,8 @@ class ExpertPolicy(DdimPolicy):
         support: Where they are projected; default: the expert's own.
         schedule: Of the times stepped over; default: the expert's own.
     """
+
+    by_expert = True
 
     def __init__(
         self,

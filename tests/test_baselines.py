@@ -35,6 +35,7 @@ from ddil_agents.metrics.distances import sliced_wasserstein
 from ddil_agents.safe_dagger import GatedCollector, SafeDagger, SafeDaggerConfig
 from ddil_agents.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
 from ddil_agents.train import train
+from ddil_agents.trajectories import Trajectories, record
 from ddil_env import (
     DdimPolicy,
     DenoisingEnv,
@@ -720,6 +721,25 @@ def test_in_turns_each_sample_is_acted_on_by_one_of_the_two(p: float) -> None:
     assert mixed.nfe_per_action == pytest.approx(6 * p + 1 - p)
     assert not torch.equal(mixed.act(x, t, s, c), taken)  # the draws go on
     assert torch.equal(Mixed(teacher, student, p, seed=3).act(x, t, s, c), taken)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_recorded_denoising_says_who_acted_in_each_step(shifted: bool, tmp_path: Path) -> None:
+    expert = labelled()
+    student, teacher = student_policy(expert), ExpertPolicy(expert, 3)
+    grid, c = TimeGrid(expert.schedule, N), torch.arange(20) % 2
+    mixed = Mixed(teacher, student, 0.5, seed=3)
+    policy = TimeShifted(mixed, 0, 0) if shifted else mixed
+    taken = record(policy, teacher, grid, noise(20), c)
+    generator = torch.Generator().manual_seed(3)
+    drawn = torch.stack([torch.rand(20, generator=generator) < 0.5 for _ in range(N)], 1)
+    assert torch.equal(taken.by_expert, drawn)
+    torch.testing.assert_close(taken.error[taken.by_expert], torch.zeros(int(drawn.sum())))
+    assert (taken.error[~taken.by_expert] > 0).all()
+    assert not record(student, teacher, grid, noise(20), c).by_expert.any()
+    assert record(ScaledEpsilon(teacher, 1.01), teacher, grid, noise(20), c).by_expert.all()
+    taken.save(tmp_path / "taken.safetensors")
+    assert torch.equal(Trajectories.load(tmp_path / "taken.safetensors").by_expert, taken.by_expert)
 
 
 def test_the_judge_and_the_environment_take_a_corrected_policy() -> None:

@@ -3,7 +3,10 @@
 import csv
 import io
 import json
+import shutil
+import subprocess
 from pathlib import Path
+from threading import Event, Lock
 
 import ablations
 import pytest
@@ -11,7 +14,22 @@ import torch
 import yaml
 
 from ddil_agents import compare
-from ddil_agents.compare import Comparison, arms_of, flags_of, idle_arms, matched_updates, merged, same_measure, settings_of, statistics_of
+from ddil_agents.cli import load_run
+from ddil_agents.compare import (
+    Comparison,
+    Run,
+    arms_of,
+    flags_of,
+    idle_arms,
+    matched_updates,
+    merged,
+    same_measure,
+    settings_of,
+    statistics_of,
+    weights_digest,
+)
+from ddil_agents.page.tables import supported
+from ddil_agents.report import METRICS, heading, table
 from ddil_agents.trajectories import Trajectories
 from ddil_env.presets import config_dir, preset_names, read_yaml
 
@@ -133,6 +151,25 @@ def test_conclusions_are_after_holms_correction():
     assert [pairs[arm]["conclusion"] for arm in "ab"] == [f"{arm} is lower than base at 5 % over 2 comparisons" for arm in "ab"]
 
 
+def test_what_is_bold_is_what_its_sentence_says_after_lost_runs():
+    arms = {name: {"agent": "bc"} for name in ("base", "a", "b")}
+    base = [float(i) for i in range(7)]
+    rows = {"base": by_seed("frechet", base)} | {arm: by_seed("frechet", [x - 1 for x in base]) for arm in "ab"}
+    del rows["b"][6]
+    given = comparison(arms=arms, seeds=7)
+    statistics = statistics_of(given, rows, {}, {})
+    pairs = statistics["frechet"]["pairs"]
+    assert [(pair["n"], pair["p_holm"]) for pair in pairs.values()] == [(7, 4 / 128), (6, 4 / 128)]
+    assert pairs["b"]["conclusion"] == "b is lower than base at 5 % over 2 comparisons"
+    result = {"comparison": {"baseline": "base"}, "budgets": {"updates": {"statistics": statistics}}, "arms": arms}
+    assert supported(result, "updates", "frechet") == {"a", "b"}
+    for seed in (4, 5):
+        del rows["b"][seed]
+    statistics["frechet"] = statistics_of(given, rows, {}, {})["frechet"]
+    assert "4 seeds cannot show" in statistics["frechet"]["pairs"]["b"]["conclusion"]
+    assert supported(result, "updates", "frechet") == {"a"}
+
+
 def test_too_few_seeds_are_said_to_be_too_few():
     rows = {"bc": by_seed("frechet", (2.0, 3.0, 4.0)), "dagger": by_seed("frechet", (1.0, 1.5, 2.0))}
     assert "3 seeds cannot show" in statistics_of(comparison(), rows, {}, {})["frechet"]["pairs"]["dagger"]["conclusion"]
@@ -149,11 +186,99 @@ def test_an_arm_that_is_the_baseline_bit_for_bit_is_flagged():
         assert idle_arms(comparison(), rows | {"dagger": other}) == []
 
 
-def test_flags_name_dropped_modes_and_gradients_that_blow_up():
-    calm = [{"grad_norm": 1.0}] * 20
-    assert flags_of("a", 0, {"coverage": 0.9}, calm, {"coverage": 0.95}) == []
-    assert "coverage fell from 0.950 untrained to 0.500" in flags_of("a", 0, {"coverage": 0.5}, calm, {"coverage": 0.95})[0]
-    assert "a gradient norm of 50, 50 times the median" in flags_of("a", 3, {}, [*calm, {"grad_norm": 50.0}], {})[0]
+CALM = [{"grad_norm": 1.0, "grad_norm_max": 1.0, "critic_grad_norm": 2.0, "critic_grad_norm_max": 2.0}] * 20
+
+
+def flagged(row=None, training=CALM, initial=None, teacher=None):
+    return flags_of(Run("updates", "a", 3, Path("a-s3")), row or {}, training, initial or {}, teacher or {})
+
+
+def test_flags_name_modes_that_the_untrained_student_or_the_teacher_has():
+    assert flagged({"coverage": 0.9}, initial={"coverage": 0.95}, teacher={"coverage": 1.0}) == []
+    (flag,) = flagged({"coverage": 0.5}, initial={"coverage": 0.95}, teacher={"coverage": 1.0})
+    assert flag == "a, seed 3: coverage is 0.500, against 0.950 untrained: modes are missed (equal updates)"
+    (flag,) = flagged({"coverage": 0.4}, initial={"coverage": 0.1}, teacher={"coverage": 0.9})
+    assert "coverage is 0.400, against 0.900 of the teacher" in flag
+    assert flagged({"coverage": 0.4}) == flagged({"coverage": None}, initial={"coverage": 0.9}, teacher={"coverage": 0.9}) == []
+
+
+@pytest.mark.parametrize(
+    ("spike", "told"),
+    [
+        ({"grad_norm": 6.9, "grad_norm_max": 60.0}, "a gradient norm of 60, 60 times the median"),
+        ({"grad_norm": 50.0}, "a gradient norm of 50, 50 times the median"),  # a run of before there were largest ones
+        ({"critic_grad_norm": 2e4, "critic_grad_norm_max": 2e4}, "a critic gradient norm of 2e+04, 10000 times the median"),
+    ],
+)
+def test_flags_name_any_networks_gradients_that_blow_up(spike, told):
+    (flag,) = flagged(training=[*CALM, spike])
+    assert told in flag
+    assert flagged(training=[spike, *CALM]) == []  # in the warm-up
+    assert flagged(training=[*CALM, {**CALM[0], "grad_norm_max": float("inf")}]) == []  # a step that fp16's scaler skips
+
+
+def test_every_score_of_a_row_is_in_every_table():
+    scores = ["frechet", "kid", "precision", "recall", "density", "coverage", "accuracy", "vendi", "lpips", "clip_score", "hpsv2"]
+    assert {*scores} < METRICS.keys()
+    settings = {"n": 20, "seed": 0, "extractor": "inception_v3_2015", "guidance_scale": 1.0}
+    result = {"settings": settings, "hardware": "a CPU", "torch": "2", "date": "today", "floors": {"held_out_real": {"recall": 0.9}}}
+    lines = table({**result, "models": {"dagger@4": dict.fromkeys(scores, 0.25)}}).splitlines()
+    names = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
+    assert names[2:] == [heading(score, result) for score in scores]
+    assert names[2:4] == ["FID ↓", "KID ↓"]
+    assert heading("frechet", {"settings": {"extractor": "identity"}}) == "Fréchet ↓"
+    assert max(map(len, lines)) <= 100
+    rows = {arm: {seed: dict.fromkeys(scores, 0.1 * seed) for seed in range(3)} for arm in ("bc", "dagger")}
+    found = {
+        "title": "t",
+        "comparison": {"level": 0.95, "primary": "clip_score", "baseline": "bc"},
+        "settings": settings,
+        "references": {"teacher@4": [{"clip_score": 0.3}]},
+        "arms": dict.fromkeys(rows),
+        "budgets": {
+            "updates": {
+                "runs": [{"arm": arm, "seed": seed, **row} for arm, own in rows.items() for seed, row in own.items()],
+                "statistics": statistics_of(comparison(primary="clip_score"), rows, {}, {}),
+            }
+        },
+        "flags": [],
+    }
+    for text in (compare.latex_table(found), compare.markdown(found)):
+        assert all(name in text for name in ("FID", "KID", "LPIPS diversity", "CLIP score", "HPSv2", "precision", "density", "Vendi"))
+    assert "dagger − bc: +0 [+0, +0]; 3 seeds cannot show" in compare.markdown(found)
+    assert all(list(csv.DictReader(io.StringIO(compare.csv_table(found))))[1][score] == "0.1" for score in scores)
+
+
+def test_a_run_gets_a_gpu_that_is_free_of_those_that_are_visible(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-abc,-1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    used, lock, others = {}, Lock(), Event()
+
+    def ran(command, env, **_):
+        with lock:
+            used[Path(command[command.index("--out") + 1]).name] = env["CUDA_VISIBLE_DEVICES"]
+            if len(used) == 4:
+                others.set()
+        if command[-3].endswith("bc-s0"):
+            assert others.wait(10)  # the longest run
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(compare.subprocess, "run", ran)
+    runs = [Run("updates", "bc", seed, tmp_path / f"bc-s{seed}") for seed in range(4)]
+    compare.train(runs, comparison(), tmp_path, None, jobs=2)
+    assert used.keys() == {run.directory.name for run in runs}
+    assert {used["bc-s0"], used["bc-s1"]} == {"3", "GPU-abc"}
+    assert used["bc-s1"] == used["bc-s2"] == used["bc-s3"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert compare.visible_gpus() == ["0", "1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert compare.visible_gpus() == []
+
+
+def config(folder: Path, settings) -> Path:
+    path = folder / "given.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +287,8 @@ def whole(tmp_path_factory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("comparison")
     dagger = {"agent": "dagger", "updates_per_collect": 2, "grid": "trailing"}
     arms = {"bc": {"agent": "bc"}, "dagger": dagger, "hot": {"agent": "bc", "learning_rate": 1e30}}
-    config = out / "given.yaml"
     settings = {"env": "gaussian_mixture", "arms": arms, "shared": TINY, "seeds": 2, "equal": ["updates", "teacher_nfe"]}
-    config.write_text(yaml.safe_dump(settings))
-    compare.main(["--config", str(config), "--out", str(out / "out"), "--jobs", "2"])
+    compare.main(["--config", str(config(out, settings)), "--out", str(out / "out"), "--jobs", "2"])
     return out, json.loads((out / "out" / "comparison.json").read_text())
 
 
@@ -182,7 +305,9 @@ def test_a_comparison_runs_whole_and_a_diverged_arm_is_a_result(whole):
     assert matched["dagger"]["teacher_nfe"] == pytest.approx(matched["bc"]["teacher_nfe"], rel=0.35)
     assert found["initial"]["bc"].keys() == {"0", "1"}
     assert found["initial"]["bc"]["0"]["endpoint_rmse"] > 0.3  # a random network
-    assert list(found["references"]) == ["held out real", "teacher@4", "teacher@2"]
+    assert list(found["references"]) == ["real halves", "held out real", "teacher@4", "teacher@2"]
+    names = [line[0] for line in compare.table_rows(found, "updates")]
+    assert names == ["model", "held out real", "teacher@4", "teacher@2", "bc", "dagger", "hot"]  # halves are of steps alone
     assert len(found["references"]["teacher@4"]) == 2
     lines = list(csv.DictReader(io.StringIO((out / "out" / "table.csv").read_text())))
     assert len(lines) == 6 + 4
@@ -192,14 +317,24 @@ def test_a_comparison_runs_whole_and_a_diverged_arm_is_a_result(whole):
     assert "teacher, times of dagger" in (out / "out" / "report.html").read_text()
 
 
-def test_arms_of_a_seed_share_noise_and_initial_weights(whole):
+def test_arms_of_a_seed_share_noise_data_and_initial_weights(whole):
     out, _ = whole
-    shown = {p.stem: Trajectories.load(p) for p in (out / "out" / "trajectories").glob("*.safetensors")}
-    teacher = Trajectories.load(out / "out" / "trajectories" / "teacher" / "bc.safetensors")
+    runs = out / "out" / "runs" / "updates"
+    shown = {p.parent.name.removesuffix("-s0"): Trajectories.load(p) for p in runs.glob("*/trajectories.safetensors")}
+    teacher = Trajectories.load(runs / "bc-s0" / "teacher.safetensors")
     assert shown.keys() == {"bc", "dagger"}
+    finished = [load_run(runs / f"{arm}-s0") for arm in shown]
+    one, other = (type(learner)(learner.expert, learner.config, learner.support) for learner in finished)
+    assert weights_digest(one.student) == weights_digest(other.student) == weights_digest(other.average)
+    assert weights_digest(one.student) != weights_digest(finished[0].average)
+    (x, c), (theirs, their_c) = (learner.expert.sample_data(16, learner.collector.streams["data"]) for learner in (one, other))
+    assert torch.equal(x, theirs)
+    assert torch.equal(c, their_c)
     assert torch.equal(shown["bc"].x_t[:, 0], shown["dagger"].x_t[:, 0])
     assert torch.equal(shown["bc"].x_t[:, 0], teacher.x_t[:, 0])
     assert torch.equal(teacher.error, torch.zeros(10, 2))
+    assert torch.equal(teacher.by_expert, torch.ones(10, 2, dtype=torch.bool))
+    assert not shown["bc"].by_expert.any()
     assert (shown["bc"].error > 0).all()
     assert torch.equal(shown["bc"].x_0[:, -1], shown["bc"].x_t[:, -1])
 
@@ -208,9 +343,12 @@ def test_arms_that_start_as_one_student_are_judged_once(whole, monkeypatch, tmp_
     out, found = whole
     judged, judge = [], compare.Judge.judge
     monkeypatch.setattr(compare.Judge, "judge", lambda *args, **kwargs: judged.append(args) or judge(*args, **kwargs))
-    directory = out / "out" / "runs" / "updates" / "bc-s1"
+    runs = [Run("updates", arm, 1, tmp_path / arm) for arm in ("bc", "again")]
+    for run in runs:
+        shutil.copytree(out / "out" / "runs" / "updates" / "bc-s1", run.directory)
+        (run.directory / "untrained.json").unlink()
     comparison = Comparison(**yaml.safe_load((out / "given.yaml").read_text()))
-    rows = compare.portray(comparison, tmp_path, [compare.Run("updates", arm, 1, directory) for arm in ("bc", "again")])
+    rows = compare.portray(comparison, runs)
     assert len(judged) == 1
     assert rows["bc"][1] == rows["again"][1]
     assert rows["bc"][1]["endpoint_rmse"] == found["initial"]["bc"]["1"]["endpoint_rmse"]
@@ -251,7 +389,34 @@ def test_other_settings_in_the_same_directory_are_refused(whole, capsys):
     out, _ = whole
     with pytest.raises(SystemExit):
         compare.main(["--config", str(out / "given.yaml"), "--out", str(out / "out"), "--num_updates", "13"])
-    assert "holds other settings than arm bc has now" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "holds other settings than arm bc has now" in error
+    assert f"remove its runs, {out / 'out' / 'runs' / '*' / 'bc-s*'}" in error
+
+
+def test_other_settings_of_runs_at_another_budget_are_refused(whole, tmp_path: Path):
+    out, _ = whole
+    given = Comparison(**yaml.safe_load((out / "given.yaml").read_text()))
+    left = tmp_path / "runs" / "teacher_nfe" / "dagger-s0.yaml"
+    left.parent.mkdir(parents=True)
+    shutil.copy(out / "out" / "runs" / "teacher_nfe" / left.name, left)
+    compare.check(given, tmp_path)  # of another number of steps alone, which the budget sets
+    left.write_text(left.read_text().replace("updates_per_collect: 2", "updates_per_collect: 3"))
+    with pytest.raises(ValueError, match=r"dagger-s0\.yaml holds other settings than arm dagger has now"):
+        compare.check(given, tmp_path)
+
+
+def test_what_is_kept_of_an_arm_goes_with_its_runs(whole, tmp_path: Path):
+    out, before = whole
+    settings = {"env": "gaussian_mixture", "arms": {"bc": {"agent": "bc", "teacher_steps": 2}}, "shared": TINY, "seeds": 1}
+    shutil.copytree(out / "out", tmp_path / "out")
+    (tmp_path / "out" / "initial.json").write_text(json.dumps({"bc": {"0": {"endpoint_rmse": 99.0}}}))  # of an earlier version
+    for path in (tmp_path / "out" / "runs").glob("*/bc-s*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    compare.main(["--config", str(config(tmp_path, settings)), "--out", str(tmp_path / "out"), "--jobs", "1"])
+    after = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert after["initial"]["bc"]["0"]["endpoint_rmse"] not in (99.0, before["initial"]["bc"]["0"]["endpoint_rmse"])
+    assert Trajectories.load(tmp_path / "out" / "runs" / "updates" / "bc-s0" / "teacher.safetensors").error.max() == 0
 
 
 def test_arms_that_would_be_judged_in_two_ways_are_refused(tmp_path: Path):

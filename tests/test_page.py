@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from ddil_agents import compare
 from ddil_agents.page import write_page
 from ddil_agents.page.figures import LOOKS, PLACEHOLDER, Line, inline_svg, line_figure
-from ddil_agents.page.plots import binned, steps_of
+from ddil_agents.page.plots import binned, quality, steps_of, training
 from ddil_agents.page.tables import conclusions, tables
 from ddil_agents.page.viewer import load_expert, read_trajectories, sheet
 from ddil_agents.trajectories import Trajectories
@@ -164,8 +165,8 @@ def test_summary_says_that_two_seeds_are_too_few(plane):
 
 def test_summary_names_arms_without_a_difference_together(plane):
     result = copy.deepcopy(plane[0])
-    pairs = {arm: {"p_holm": 0.4, "mean": 1, "conclusion": "no difference shown at 5 % over 2 comparisons"} for arm in ("a", "b")}
-    pairs["c"] = {"p_holm": 0.03, "mean": -1, "conclusion": "c is lower than bc at 5 % over 3 comparisons"}
+    pairs = {arm: {"conclusion": "no difference shown at 5 % over 2 comparisons"} for arm in ("a", "b")}
+    pairs["c"] = {"conclusion": "c is lower than bc at 5 % over 3 comparisons"}
     result["budgets"]["updates"]["statistics"]["frechet"]["pairs"] = pairs
     (sentence,) = conclusions(result)
     assert "a, b against bc: no difference shown at 5 % over 2 comparisons; " in sentence
@@ -181,13 +182,13 @@ def test_summary_says_when_nothing_can_be_tested(plane):
 
 
 @pytest.mark.parametrize(
-    ("mean", "p", "bold"),
-    [(-1.0, 0.01, ['<b> & "β"']), (1.0, 0.01, ["bc"]), (-1.0, 0.2, []), (1.0, 0.2, [])],
+    ("mean", "shown", "bold"),
+    [(-1.0, True, ['<b> & "β"']), (1.0, True, ["bc"]), (-1.0, False, []), (1.0, False, [])],
 )
-def test_bold_is_what_the_corrected_test_supports(plane, mean, p, bold):
+def test_bold_is_what_the_corrected_test_shows(plane, mean, shown, bold):
     result = copy.deepcopy(plane[0])
     pair = result["budgets"]["updates"]["statistics"]["frechet"]["pairs"]['<b> & "β"']
-    pair |= {"mean": mean, "p_holm": p, "conclusion": "…"}
+    pair |= {"mean": mean, "shown": shown, "conclusion": "…"}
     column = 1 + list(result["budgets"]["updates"]["statistics"]).index("frechet")
     assert [arm for arm, row in tables(result, "updates")["scores"].items() if row[column].strong] == bold
 
@@ -259,7 +260,7 @@ def test_expert_that_is_not_there_costs_the_pictures_alone(digits, tmp_path):
 
 def test_student_that_is_not_finite_leaves_valid_data(plane, tmp_path):
     shutil.copytree(plane[1], tmp_path / "copy")
-    path = tmp_path / "copy" / "trajectories" / "bc.safetensors"
+    path = tmp_path / "copy" / "runs" / "updates" / "bc-s0" / "trajectories.safetensors"
     recorded = Trajectories.load(path)
     recorded.x_t[0, -1], recorded.error[0, -1] = math.inf, math.nan
     recorded.save(path)
@@ -269,15 +270,59 @@ def test_student_that_is_not_finite_leaves_valid_data(plane, tmp_path):
     assert bc["error"][0][-1] is None
 
 
-def test_data_free_comparison_has_no_quality_figure(plane, tmp_path):
+def test_quality_is_drawn_against_every_measure_of_diversity(plane):
+    titles = [figure.title for figure in quality(plane[0]).figures]
+    assert titles == [f"{name}, equal gradient steps" for name in ("Recall", "Coverage", "Vendi")]
+    assert quality(plane[0]).figures[0].headings[1:] == ["recall ↑", "Fréchet ↓"]
+
+
+def test_data_free_comparison_is_drawn_by_its_distance_to_the_teacher(plane, tmp_path):
     result = copy.deepcopy(plane[0])
     for rows in [*result["references"].values(), result["budgets"]["updates"]["runs"]]:
         for row in rows:
             row["frechet"] = row["recall"] = row["coverage"] = None
+            row["lpips"] = 0.5
     del result["budgets"]["updates"]["statistics"]["frechet"]
+    figures = quality(result).figures
+    assert [figure.headings[1:] for figure in figures] == [[x, "Fréchet to teacher ↓"] for x in ("Vendi ↑", "LPIPS diversity ↑")]
     text = changed(plane, tmp_path, references=result["references"], budgets=result["budgets"])
-    assert 'id="quality"' not in text
-    assert 'id="profile"' not in text
+    assert "<b>Vendi, equal gradient steps</b>" in text
+    assert 'id="profile"' not in text  # of the primary metric, which no row has
+
+
+def test_only_distances_of_inceptions_features_are_called_fid_and_kid(plane, tmp_path):
+    text = changed(plane, tmp_path, settings={**plane[0]["settings"], "extractor": "inception_v3_2015", "distance": "FID"})
+    assert "In FID ↓ at equal gradient steps" in text
+    assert "KID\N{NO-BREAK SPACE}↓" in text
+    assert "Fréchet" not in text
+    assert not re.search("[FK]ID.↓", text_of(plane[1]))
+
+
+def test_viewer_says_who_acted_in_each_step(plane, tmp_path):
+    shutil.copytree(plane[1], tmp_path / "copy")
+    path = tmp_path / "copy" / "runs" / "updates" / "bc-s0" / "trajectories.safetensors"
+    recorded = Trajectories.load(path)
+    recorded.by_expert[0, 1] = True
+    recorded.save(path)
+    (data,) = re.findall(r'id="data">(.*?)</script>', write_page(plane[0], tmp_path / "copy").read_text())
+    teacher, bc, other = (model["teacher"] for model in json.loads(data)["models"])
+    assert teacher == [[1, 1]] * 10
+    assert bc == [[0, 1]] + [[0, 0]] * 9
+    assert other == [[0, 0]] * 10
+
+
+def test_arms_that_differ_in_thresholding_alone_are_drawn_together(plane, tmp_path):
+    assert "with and without thresholding</h3>" not in text_of(plane[1])
+    result, out = copy.deepcopy(plane[0]), tmp_path / "copy"
+    shutil.copytree(plane[1], out)
+    bc, other = (out / run["directory"] / "config.yaml" for run in result["budgets"]["updates"]["runs"][:2])
+    config = yaml.safe_load(bc.read_text())
+    bc.write_text(yaml.safe_dump({**config, "thresholding": {"roles": []}}))
+    other.write_text(yaml.safe_dump({**config, "thresholding": {"roles": ["teacher", "student"], "kind": "static"}}))
+    (figure,) = training(result, "updates", out)[2].figures
+    assert figure.title == 'bc, <b> & "β"'
+    assert figure.headings[1:] == ["bc (no threshold)", '<b> & "β" (teacher, student thresholded)']
+    assert "with and without thresholding</h3>" in write_page(result, out).read_text()
 
 
 def test_sheet_holds_states_above_estimates(digits):
@@ -425,6 +470,21 @@ def test_arrow_keys_move_the_step_and_the_sample(browser, comparison):
     press(browser, "[name=sample]", Keys.ARROW_RIGHT)
     assert all(now[1:] != then[1:] for now, then in zip(at_first, cards(browser), strict=True))
     assert browser.get_log("browser") == []
+
+
+def test_the_actor_changes_from_step_to_step_where_teacher_and_student_take_turns(browser, plane, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    shutil.copytree(plane[1], tmp_path / "copy")
+    path = tmp_path / "copy" / "runs" / "updates" / "bc-s0" / "trajectories.safetensors"
+    recorded = Trajectories.load(path)
+    recorded.by_expert[0, 1] = True
+    recorded.save(path)
+    write_page(plane[0], tmp_path / "copy")
+    opened(browser, tmp_path / "copy")
+    assert "student acts" in cards(browser)[1][0]
+    press(browser, "#step", Keys.ARROW_RIGHT)
+    assert ["teacher acts" in card[0] for card in cards(browser)] == [True, True, False]
 
 
 def test_pictures_are_shown_pixel_by_pixel(browser, digits):

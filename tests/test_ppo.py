@@ -269,7 +269,7 @@ def test_a_report_and_a_comparison_take_ppo_and_a_learner_alike() -> None:
     assert runs["updates", "ppo"]["teacher_nfe"] == 160
     assert runs["teacher_nfe", "ppo"]["num_updates"] == 6  # 128 forwards: 3.2 rollouts of 20 steps
     assert found["initial"]["ppo"]["0"]["endpoint_rmse"] == found["initial"]["bc"]["0"]["endpoint_rmse"]  # one untrained student
-    assert Path("out/trajectories/ppo.safetensors").is_file()
+    assert Path("out/runs/updates/ppo-s0/trajectories.safetensors").is_file()
     assert "<html" in Path("out/report.html").read_text()
     report.main(["out/runs/updates/bc-s0", "out/runs/updates/ppo-s0", "--out", "page"])
     assert "ppo@2" in Path("page/report.md").read_text()

@@ -248,6 +248,7 @@ def test_too_few_seeds_are_said_to_show_nothing_however_large_the_difference():
     paired = paired_comparison([101, 102, 103], [1, 2, 3.001])
     assert paired.low > 0  # the interval alone would tempt
     assert paired.p == paired.smallest_p == 0.25
+    assert not paired.shown
     assert paired.conclusion == "3 seeds cannot show a difference at 5 %: need at least 6"
     assert paired_comparison(np.ones(5), np.zeros(5)).conclusion == "5 seeds cannot show a difference at 5 %: need at least 6"
 
@@ -264,10 +265,12 @@ def test_six_seeds_of_one_sign_show_which_is_higher():
     d = 1 + abs(normal(6))
     assert paired_comparison(d, np.zeros(6), names=("dagger", "bc")).conclusion == "dagger is higher than bc at 5 %"
     assert paired_comparison(-d, np.zeros(6), names=("dagger", "bc")).conclusion == "dagger is lower than bc at 5 %"
+    assert paired_comparison(d, np.zeros(6)).shown
 
 
 def test_differences_of_both_signs_show_nothing():
-    assert paired_comparison([1, -1, 2, -2, 1, 0], np.zeros(6)).conclusion == "no difference shown at 5 %"
+    paired = paired_comparison([1, -1, 2, -2, 1, 0], np.zeros(6))
+    assert (paired.shown, paired.conclusion) == (False, "no difference shown at 5 %")
 
 
 def test_more_comparisons_need_more_seeds_or_a_smaller_p():
@@ -277,6 +280,14 @@ def test_more_comparisons_need_more_seeds_or_a_smaller_p():
     d = np.array([5, 4, 3, 3, 2, 2, -1.0])  # p = 4/128
     assert paired_comparison(d, 0 * d).conclusion == "a is higher than b at 5 %"
     assert paired_comparison(d, 0 * d, comparisons=3).conclusion == "no difference shown at 5 % over 3 comparisons"
+
+
+def test_holms_later_steps_need_fewer_seeds_than_the_first():
+    d = np.ones(6)  # p = 2/64, too large for the first of two comparisons
+    paired = paired_comparison(d, 0 * d, comparisons=2, adjusted_p=2 / 64)
+    assert (paired.shown, paired.conclusion) == (True, "a is higher than b at 5 % over 2 comparisons")
+    paired = paired_comparison(d, 0 * d, comparisons=2, adjusted_p=4 / 64)
+    assert (paired.shown, paired.conclusion) == (False, "6 seeds cannot show a difference at 5 % over 2 comparisons: need at least 7")
 
 
 def test_pairing_removes_what_the_seeds_share():

@@ -22,7 +22,7 @@ from ddil_agents.page.figures import TEACHER, number
 from ddil_agents.page.plots import looks, per_step, profile, quality, training
 from ddil_agents.page.tables import BUDGETS, conclusions, percent, settings, tables, unfinished
 from ddil_agents.page.viewer import read_trajectories, samples_in_the_plane, show
-from ddil_agents.report import METRICS
+from ddil_agents.report import heading
 
 HERE = Path(__file__).parent
 
@@ -41,9 +41,9 @@ def write_page(result: dict[str, Any], out: Path) -> Path:
     page = jinja.get_template("page.html").render(
         result=result,
         parts=result["comparison"],
-        primary=METRICS[result["comparison"]["primary"]][0],
+        primary=heading(result["comparison"]["primary"], result),
         percent=percent(result["comparison"]["level"]),
-        METRICS=METRICS,
+        heading=heading,
         BUDGETS=BUDGETS,
         number=number,
         css=Markup((HERE / "page.css").read_text()),

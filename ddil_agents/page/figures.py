@@ -76,7 +76,8 @@ class Look:
 
 
 LOOKS = tuple(Look(f"hue-{i % 6}", MARKERS[(i + i // 6) % 6], GLYPHS[(i + i // 6) % 6]) for i in range(36))  # 36 that differ
-TEACHER, FEWER, FLOOR = Look("ink", "*", "★", "--"), Look("ink", "p", "⬟", "-."), Look("muted", "P", "✚", ":")
+TEACHER, FEWER = Look("ink", "*", "★", "--"), Look("ink", "p", "⬟", "-.")
+FLOOR, HALVES = Look("muted", "P", "✚", ":"), Look("muted", "d", "⬧", ":")
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ if (byId("data")) {
       plot(card, model.x_t[sample].slice(0, k + 1), acting ? model.x_0[sample][k] : model.x_t[sample][last], label);
     }
     const error = acting ? model.error[sample][k] : null;  // null, too, where it is not finite
-    card.querySelector(".acts").textContent = acting ? `${at}, ${model.acts}` : `${at}, done`;
+    card.querySelector(".acts").textContent = `${at}, ${acting ? (model.teacher[sample][k] ? "teacher acts" : "student acts") : "done"}`;
     card.querySelector(".error output").textContent = error !== null ? short(error, 2) : acting ? "not finite" : "–";
     card.querySelector(".bar i").style.width = `${most > 0 ? (100 * error) / most : 0}%`;
   }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddil_agents.buffer import SOURCES
-from ddil_agents.page.figures import FEWER, FLOOR, LOOKS, TEACHER, Group, Line, Look, Points, line_figure, scatter_figure
+from ddil_agents.page.figures import FEWER, FLOOR, HALVES, LOOKS, TEACHER, Group, Line, Look, Points, line_figure, scatter_figure
 from ddil_agents.page.tables import BUDGETS
-from ddil_agents.report import METRICS, read_result
+from ddil_agents.report import heading, read_result
 from ddil_agents.statistics import performance_profile
 from ddil_agents.train import read_metrics
+from ddil_env.presets import read_yaml
 
 Row = dict[str, Any]
 ERROR = "action error E (a − a*)²"
@@ -28,6 +31,10 @@ STEPS: dict[str, tuple[str, str, str]] = {  # key of a row's list over steps →
     "mmd_shift": ("Shift as a kernel sees it", "MMD² to noised data", "0 for equal distributions, around which the estimate scatters."),
     "shift_to_expert": ("Shift from the teacher's states", "sliced W₂ to the teacher's states",
                         "What a student visits against what the teacher visits, wherever the data are."),
+    "gaussian_shift_to_expert": ("Mean and covariance of the teacher's states", "Gaussian W₂ to the teacher's states",
+                                 "What the first two moments show of it. The teacher's own line is the floor."),
+    "mmd_shift_to_expert": ("Shift from the teacher's states as a kernel sees it", "MMD² to the teacher's states",
+                            "0 for equal distributions, around which the estimate scatters."),
     "action_mse_own": ("Error on the model's own states", ERROR, "What sampling suffers: the states are those that the model has led to."),
     "action_mse_expert": ("Error on the teacher's states", ERROR, "The same, where the teacher would have led."),
     "action_mse_forward": ("Error on noised data", ERROR, "The same, where behaviour cloning trains."),
@@ -41,6 +48,8 @@ STEPS: dict[str, tuple[str, str, str]] = {  # key of a row's list over steps →
                   "Where a model falls below the teacher, its samples have come closer together than they should."),
 }  # fmt: skip
 AFTER = ("path_rmse",)  # of the state that a step leads to; all others of the state that it starts from
+QUALITY = ("frechet", "frechet_to_expert")  # the first that was measured, against all of the others
+DIVERSITY = ("recall", "coverage", "vendi", "lpips")
 CURVES: dict[str, tuple[str, str]] = {  # key of a line of metrics.jsonl → title, what to look for
     "loss": ("Training loss", "Each method's own loss, on its own states: compare courses, not heights, between methods."),
     "grad_norm": ("Gradient norm before clipping", "Spikes say that training is unstable: look at arms with and without thresholding."),
@@ -61,7 +70,7 @@ def models(result: dict[str, Any], budget: str) -> Iterator[tuple[str, Look, lis
     """References and arms with their rows."""
     full = max((name for name in result["references"] if name.startswith("teacher@")), key=steps_in, default="")
     for name, rows in result["references"].items():
-        yield name, TEACHER if name == full else FLOOR if "real" in name else FEWER, rows
+        yield name, {full: TEACHER, "held out real": FLOOR, "real halves": HALVES}.get(name, FEWER), rows
     for arm, look in looks(result).items():
         yield arm, look, [run for run in result["budgets"][budget]["runs"] if run["arm"] == arm and run["done"]]
 
@@ -77,19 +86,21 @@ def runs_of(n: int) -> str:
 
 
 def quality(result: dict[str, Any]) -> Group:
-    """Fréchet distance against recall and coverage."""
+    """Fréchet distance to the data, or else to the teacher's samples, against each measure of diversity."""
     group = Group("", [])
-    for budget in result["budgets"]:
-        for key in ("recall", "coverage"):
+    for budget, tier in result["budgets"].items():
+        distance = next((key for key in QUALITY if key in tier["statistics"]), "")
+        for key in DIVERSITY:
             points = []
             for name, look, rows in models(result, budget):
-                rows = [row for row in rows if row.get(key) is not None and row.get("frechet") is not None]
+                rows = [row for row in rows if row.get(key) is not None and row.get(distance) is not None]
                 if rows:
-                    points.append(Points(name, look, [row[key] for row in rows], [row["frechet"] for row in rows]))
+                    points.append(Points(name, look, [row[key] for row in rows], [row[distance] for row in rows]))
             if points:
-                title = f"{key.capitalize()}, equal {BUDGETS[budget]}"
+                x, y = heading(key, result), heading(distance, result)
                 caption = f"The lower right corner is best. {runs_of(max(len(series.x) for series in points))} an arm."
-                group.add(scatter_figure(f"{key}-{budget}", title, caption, points, METRICS[key][0], METRICS["frechet"][0]), points)
+                title = f"{x[0].upper()}{x[1:-2]}, equal {BUDGETS[budget]}"
+                group.add(scatter_figure(f"{key}-{budget}", title, caption, points, x, y), points)
     return group
 
 
@@ -107,7 +118,7 @@ def profile(result: dict[str, Any]) -> Group:
         lines = [Line(arm, looks(result)[arm], at.tolist(), performance_profile(own, at)) for arm, own in scores.items()]
         n = max(map(len, scores.values()))
         caption = f"Further right is better; 0: untrained, 1: the teacher in all its steps. {runs_of(n)} an arm, each a step down: no band."
-        title, x = f"Equal {BUDGETS[budget]}", f"normalised {METRICS[primary][0].rstrip(' ↓↑')}, at least"
+        title, x = f"Equal {BUDGETS[budget]}", f"normalised {heading(primary, result).rstrip(' ↓↑')}, at least"
         figure = line_figure(f"profile-{budget}", title, caption, lines, x, "fraction of runs", log=False, drawstyle="steps-pre")
         group.add(figure, lines)
     return group
@@ -152,8 +163,8 @@ def steps_of(row: Row, key: str) -> list[float]:
     return [math.nan if x is None else float(x) for x in values] if isinstance(values, list) else []
 
 
-def training(result: dict[str, Any], budget: str, out: Path) -> tuple[Group, Group]:
-    """What training logged: each arm's priors and what was drawn, and the curves of all."""
+def training(result: dict[str, Any], budget: str, out: Path) -> tuple[Group, Group, Group]:
+    """What training logged: each arm's priors and what was drawn, the curves of all, and what thresholding does to gradients."""
     logs: dict[str, list[list[Row]]] = {}
     for run in result["budgets"][budget]["runs"]:
         if (path := out / run["directory"] / "metrics.jsonl").is_file():
@@ -173,7 +184,34 @@ def training(result: dict[str, Any], budget: str, out: Path) -> tuple[Group, Gro
         if lines := [line for line in lines if line.y.any()]:  # thresholding that changes nothing needs no figure
             caption = f"{look_for} Up to {runs_of(max(map(len, logs.values())))} an arm. {BAND}."
             curves.add(line_figure(f"{key}-{budget}", title, caption, lines, "gradient steps", title.lower()), lines)
-    return shares, curves
+    thresholded = Group("Gradient norms with and without thresholding", [])
+    for i, family in enumerate(twins(result, out)):
+        lines = [
+            Line.over(
+                f"{arm} ({', '.join(roles)} thresholded)" if roles else f"{arm} (no threshold)",
+                replace(looks(result)[arm], dash="--" if roles else "-"),
+                *binned(logs.get(arm, []), ("grad_norm",)),
+            )
+            for arm, roles in family.items()
+        ]
+        if lines := [line for line in lines if len(line.x)]:
+            n = runs_of(max(len(logs.get(arm, [])) for arm in family))
+            caption = f"Arms that differ in nothing else. Before clipping; dashed: thresholded. Up to {n} an arm. {BAND}."
+            name, x, y = f"thresholded-{budget}-{i}", "gradient steps", "gradient norm"
+            thresholded.add(line_figure(name, ", ".join(family), caption, lines, x, y), lines)
+    return shares, curves, thresholded
+
+
+def twins(result: dict[str, Any], out: Path) -> list[dict[str, list[str]]]:
+    """Arms that differ in thresholding alone, some of them without any: for each, the roles that it is on for."""
+    families: dict[str, dict[str, list[str]]] = {}
+    for run in result["budgets"]["updates"]["runs"]:
+        path = out / run["directory"] / "config.yaml"
+        if run["seed"] == result["comparison"]["first_seed"] and path.is_file():
+            config = read_yaml(path)
+            roles = config.pop("thresholding", {}).get("roles", [])
+            families.setdefault(json.dumps(config, sort_keys=True), {})[run["arm"]] = roles
+    return [family for family in families.values() if any(family.values()) and not all(family.values())]
 
 
 def source_looks() -> dict[str, tuple[Look, Look]]:

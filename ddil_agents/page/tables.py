@@ -7,7 +7,7 @@ import statistics
 from typing import Any, NamedTuple
 
 from ddil_agents.page.figures import number
-from ddil_agents.report import COLUMNS, METRICS
+from ddil_agents.report import COLUMNS, METRICS, heading
 from ddil_agents.statistics import bootstrap_interval, interquartile_mean
 
 BUDGETS = {
@@ -18,7 +18,7 @@ BUDGETS = {
 }
 MEASURED = {"n": "Samples a model", "n_paths": "… for paths", "n_action": "… for action errors", "guidance_scale": "Guidance"}
 COSTS = {"num_updates": ("gradient steps", "{:,.0f}")} | {
-    key: (heading, form.replace("d}", ".0f}")) for key, (heading, form) in COLUMNS.items() if key not in METRICS
+    key: (label, form.replace("d}", ".0f}")) for key, (label, form) in COLUMNS.items() if key not in METRICS
 }  # as means over runs, which are no whole numbers
 
 
@@ -53,13 +53,13 @@ def conclusions(result: dict[str, Any]) -> list[str]:
         texts = [f"{', '.join(own)} against {parts['baseline']}: {text}" if text.startswith("no") else text for text, own in arms.items()]
         nothing = "nothing can be tested: that takes two seeds of the baseline and of another arm" if found else "nothing was measured"
         said.setdefault("; ".join(texts) or nothing, []).append(f"at equal {BUDGETS[budget]}")
-    return [f"In {METRICS[parts['primary']][0]} {' and '.join(budgets)}, {text}." for text, budgets in said.items()]
+    return [f"In {heading(parts['primary'], result)} {' and '.join(budgets)}, {text}." for text, budgets in said.items()]
 
 
 def supported(result: dict[str, Any], budget: str, metric: str) -> set[str]:
     """Arms shown to be better than the baseline; or the baseline, where all others are shown to be worse."""
     parts, found = result["comparison"], result["budgets"][budget]["statistics"][metric]
-    gains = {arm: METRICS[metric][2] * p["mean"] for arm, p in found["pairs"].items() if p["p_holm"] <= 1 - parts["level"]}
+    gains = {arm: METRICS[metric][2] * pair["mean"] for arm, pair in found["pairs"].items() if pair["shown"]}
     worse = sum(gain < 0 for gain in gains.values())
     return {parts["baseline"]} if worse and worse == len(result["arms"]) - 1 else {arm for arm, gain in gains.items() if gain > 0}
 
@@ -83,7 +83,7 @@ def settings(result: dict[str, Any]) -> dict[str, str]:
         "Seeds": f"{parts['seeds']}, from {parts['first_seed']} on, paired",
         "Budgets": "; ".join(f"equal {BUDGETS[budget]}" for budget in parts["equal"]),
         "Baseline": parts["baseline"],
-        "Primary metric": METRICS[parts["primary"]][0],
+        "Primary metric": heading(parts["primary"], result),
         **{MEASURED.get(key, key.replace("_", " ").capitalize()): str(value) for key, value in result["settings"].items()},
         "Made": f"{made.pop('date')} on {made.pop('hardware')}",
         "Versions": ", ".join(f"{package} {version}" for package, version in made.items()),
@@ -118,11 +118,12 @@ def tables(result: dict[str, Any], budget: str) -> dict[str, Any]:
             scaled[arm] = [located(o["normalised"], "{:.2f}", level) if "normalised" in o else Cell("–") for o in own.values()]
     return {
         "budget": budget,
-        "metrics": [unbroken(METRICS[metric][0]) for metric in found],
-        "costs": [unbroken(heading) for heading, _ in costs.values()],
+        "metrics": [unbroken(heading(metric, result)) for metric in found],
+        "costs": [unbroken(label) for label, _ in costs.values()],
         "references": {
             name: [Cell(str(len(rows))), *(average(rows, key, form) for key, form in forms.items())]
             for name, rows in result["references"].items()
+            if rows[0].keys() & METRICS.keys()
         },
         "scores": scores,
         "scaled": scaled,

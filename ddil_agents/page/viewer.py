@@ -27,16 +27,17 @@ CLOUD = 300  # data behind points in the plane
 
 
 def read_trajectories(result: dict[str, Any], out: Path) -> dict[str, Trajectories]:
-    """What was recorded: the teacher on each grid of times that the arms have, and then the arms."""
-    folder = out / "trajectories"
-    teachers: dict[tuple[float, ...], tuple[str, Trajectories]] = {}
-    for arm in result["arms"]:
-        if (path := folder / "teacher" / f"{arm}.safetensors").is_file():
-            found = Trajectories.load(path)
-            teachers.setdefault(tuple(found.times.tolist()), (arm, found))
-    named = {"teacher" if i == 0 else f"teacher, times of {arm}": found for i, (arm, found) in enumerate(teachers.values())}
-    paths = {arm: folder / f"{arm}.safetensors" for arm in result["arms"]}
-    return named | {arm: Trajectories.load(path) for arm, path in paths.items() if path.is_file()}
+    """What was recorded of the first seed: the teacher on each grid of times that the arms have, and then the arms."""
+    runs = [run for run in result["budgets"]["updates"]["runs"] if run["seed"] == result["comparison"]["first_seed"]]
+    teachers, students = (
+        {run["arm"]: Trajectories.load(path) for run in runs if (path := out / run["directory"] / f"{who}.safetensors").is_file()}
+        for who in ("teacher", "trajectories")
+    )
+    by_times: dict[tuple[float, ...], tuple[str, Trajectories]] = {}
+    for arm, found in teachers.items():
+        by_times.setdefault(tuple(found.times.tolist()), (arm, found))
+    named = {"teacher" if i == 0 else f"teacher, times of {arm}": found for i, (arm, found) in enumerate(by_times.values())}
+    return named | students
 
 
 def load_expert(result: dict[str, Any]) -> Expert:
@@ -52,7 +53,8 @@ def show(result: dict[str, Any], trajectories: dict[str, Trajectories]) -> dict[
     """What the template and the viewer's script need.
 
     Returns:
-        models: For each: name, who acts, times, error (n, N), and a `sheet` with the `ratio` of its pictures, or `x_t`, `x_0` in the plane.
+        models: For each: name, whether the teacher acts (n, N), times, error (n, N), and a `sheet` with the `ratio` of its pictures,
+            or `x_t`, `x_0` in the plane.
         conditions: Of the samples, as text.
         cloud: Data in the plane; `reach`: half the width that each sample's points need.
         kind: pictures, plane or numbers.
@@ -71,8 +73,7 @@ def show(result: dict[str, Any], trajectories: dict[str, Trajectories]) -> dict[
     shown["conditions"] = [f"condition {c}" if c >= 0 else "" for c in first.c.tolist()]
     shown["steps"] = max(len(t.times) for t in trajectories.values()) - 1
     for name, t in trajectories.items():
-        acts = "student acts" if name in result["arms"] else "teacher acts"
-        model = {"name": name, "acts": acts, "times": rounded(t.times), "error": rounded(t.error)}
+        model = {"name": name, "teacher": t.by_expert.int().tolist(), "times": rounded(t.times), "error": rounded(t.error)}
         if plane:
             model |= {"x_t": rounded(t.x_t), "x_0": rounded(t.x_0)} if finite(t) else {"x_t": None, "x_0": None}
         elif expert is not None and (drawn := sheet(expert, t)) is not None:
