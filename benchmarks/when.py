@@ -120,6 +120,8 @@ def effect_of(cell: Cell, results: dict[tuple[str, int], dict[str, Any]]) -> dic
         seeds = sorted({seed for _, seed in results if (arm, seed) in results and (base, seed) in results})
         for metric in METRICS if len(seeds) > 1 else ():
             own, reference = ([own_row(results[which, seed])[metric] for seed in seeds] for which in (arm, base))
+            if own[0] is None:  # RMSE, where x_T does not determine the sample
+                continue
             pair, mean = paired_comparison(own, reference, (arm, base)), statistics.fmean(reference)
             effects.setdefault(arm, {})[metric] = {
                 **{key: 100 * getattr(pair, key) / mean for key in ("mean", "low", "high")},
@@ -181,11 +183,11 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, cell in found.items():
         for arm, effect in cell["effects"].items():
-            spans = [f"{e['mean']:+.1f} [{e['low']:+.1f}, {e['high']:+.1f}]" for e in effect.values()]
-            primary = list(effect).index(cell["primary"])
-            spans[primary] = f"**{spans[primary]}**"
+            spans = {key: f"{e['mean']:+.1f} [{e['low']:+.1f}, {e['high']:+.1f}]" for key, e in effect.items()}
+            spans[cell["primary"]] = f"**{spans[cell['primary']]}**"
             p = f"{effect[cell['primary']]['p_holm']:.3f}" if arm == cell["mixture"] else ""
-            row = [name, arm, str(effect[cell["primary"]]["n"]), *spans, p, *(f"{cell['shift'][key]:.2f}" for key in SHIFTS)]
+            found_in = [spans.get(key, "–") for key in METRICS]
+            row = [name, arm, str(effect[cell["primary"]]["n"]), *found_in, p, *(f"{cell['shift'][key]:.2f}" for key in SHIFTS)]
             lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 

@@ -411,7 +411,8 @@ class Judge:
         Returns:
             frechet, kid, precision, recall, density, coverage, vendi, accuracy: samples against data.
             frechet_to_expert: samples against the expert's own.
-            endpoint_rmse, path_rmse: samples, and the latents after each step, against the expert's from the same noise.
+            endpoint_rmse, path_rmse: samples, and the latents after each step, against the expert's from the same noise; None
+                where `renoise` draws more noise on the way, which even a perfect student then answers otherwise.
             clip_score, hpsv2, lpips: where they were asked for.
             action_mse_own, action_mse_expert, action_mse_forward: E (a − a*)² per entry on the policy's own states, on the
                 expert's and on forward-diffused data; action_ratio, the first over the last (over the second without data).
@@ -442,7 +443,9 @@ class Judge:
                 action = policy.act(x_t, at[: len(x_t)], to[: len(x_t)], c)
                 forward.append(float((action - expert_action).square().mean()))
         result |= {
-            "path_rmse": [_rmse(path[:, i + 1], self.expert_path[:, i + 1]) for i in range(self.grid.num_steps)],
+            "path_rmse": [_rmse(path[:, i + 1], self.expert_path[:, i + 1]) for i in range(self.grid.num_steps)]
+            if _follows(self.grid, kernel)
+            else None,
             "action_mse_own": own,
             "action_mse_expert": theirs,
             "action_mse_forward": forward or None,
@@ -508,7 +511,7 @@ class Judge:
         result = self.to_data(drawn.features, drawn.classes, self.c) | {
             "nfe_per_sample": policy.nfe_per_action * grid.num_steps,
             "frechet_to_expert": frechet_distance(self.expert_drawn.features, drawn.features),
-            "endpoint_rmse": _rmse(drawn.path[:, -1], self.expert_path[:, -1]),
+            "endpoint_rmse": _rmse(drawn.path[:, -1], self.expert_path[:, -1]) if _follows(grid, kernel) else None,
             "seconds": drawn.seconds,
             **drawn.scores,
         }
@@ -577,6 +580,11 @@ def _halves(n: int) -> tuple[Tensor, Tensor]:
     """Places of two random halves of n, always the same ones."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     return order[: n // 2], order[n // 2 : n // 2 * 2]
+
+
+def _follows(grid: TimeGrid, kernel: Kernel) -> bool:
+    """Whether x_T alone determines the sample."""
+    return kernel == "ddim" or grid.num_steps == 1
 
 
 def _rmse(a: Tensor, b: Tensor) -> float:

@@ -861,7 +861,8 @@ def test_the_command_leaves_a_result_and_the_critics_curves(run: Path) -> None:
     assert set(result["models"]) == {"teacher@4", "teacher@2", "dmd2@2"}
     own = result["models"]["dmd2@2"]
     assert own["nfe_per_sample"] == 2
-    assert all(math.isfinite(own[key]) for key in ("frechet", "coverage", "accuracy", "endpoint_rmse"))
+    assert all(math.isfinite(own[key]) for key in ("frechet", "coverage", "accuracy", "frechet_to_expert"))
+    assert own["endpoint_rmse"] is own["path_rmse"] is None  # fresh noise on the way
     assert result["teacher_nfe"] == own["teacher_nfe"] == 3 * 4  # updates 1, 4 and 7
     assert result["models"]["teacher@2"]["endpoint_rmse"] > 0
     rows = read_metrics(run / "metrics.jsonl")

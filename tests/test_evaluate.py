@@ -124,6 +124,15 @@ def test_the_experts_own_policy_has_no_error_anywhere():
     assert row["diversity"][0] > row["diversity"][-1]
 
 
+def test_samples_that_draw_noise_on_the_way_are_not_held_against_the_experts_one_by_one():
+    judge = judge_of(mixture())
+    row = judge.judge(judge.few_steps, kernel="renoise")
+    assert row["endpoint_rmse"] is row["path_rmse"] is None
+    assert row["frechet_to_expert"] > 0
+    one = judge.judge(judge.few_steps, TimeGrid(judge.expert.schedule, 1), "renoise")
+    assert one["endpoint_rmse"] > 0
+
+
 def test_a_planted_bias_shows_at_its_step_and_after():
     judge = judge_of(mixture())
     at = judge.grid.times[2]

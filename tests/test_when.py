@@ -18,7 +18,7 @@ def planted(cell, effect, shift):
         for seed in SEEDS:
             score = factor * (2 + 0.1 * seed)
             row = {
-                "endpoint_rmse": score,
+                "endpoint_rmse": score if cell.follows else None,
                 "frechet_to_expert": 2 * score,
                 "recall": 1 / score,
                 "action_ratio": [None, shift, shift + 1, None],
@@ -46,6 +46,7 @@ def test_a_cells_effect_is_in_per_cent_of_its_baseline(found):
     assert effect["endpoint_rmse"]["high"] == pytest.approx(-20 + 100 * half)
     assert effect["recall"]["mean"] == pytest.approx(25)
     assert found["another"]["effects"].keys() == {"half"}
+    assert found["another"]["effects"]["half"].keys() == {"frechet_to_expert", "recall"}
 
 
 def test_shift_is_that_of_the_baseline_after_the_first_step(found):
@@ -103,6 +104,7 @@ def test_the_map_is_written_and_drawn(found, tmp_path):
     when.adjust(found, 20)
     lines = when.markdown(found).splitlines()
     assert sum(line.startswith("| w 1, 8 steps | ddil | 12 | **-20.0 [") for line in lines) == 1
+    assert sum(line.startswith("| another | half | 12 | – | **+0.0 [") for line in lines) == 1
     when.draw(found, tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 10_000
 
