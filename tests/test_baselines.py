@@ -821,7 +821,7 @@ def test_a_run_of_the_command_says_what_it_measured(name: str) -> None:
     assert result["teacher_nfe"] == teacher_nfe
     own = result["models"][f"{name}@4"]
     assert own["nfe_per_sample"] == 4
-    assert all(math.isfinite(own[key]) and own[key] > 0 for key in ("frechet", "endpoint_rmse"))
+    assert all(math.isfinite(own[key]) and own[key] > 0 for key in ("frechet", "frechet_to_expert"))
     saved = load_file("run/student/student.safetensors")
     assert all(torch.isfinite(value).all() for value in saved.values())
     learner = load_run(Path("run"))
