@@ -555,3 +555,13 @@ def test_keyboard_reaches_everything_and_shows_where_it_is(browser, comparison):
         reached.append(name)
     assert {"theme", "sample", "play", "step", "AScores", "AAll settings", "SUMMARYEvery run"} <= set(reached)
     assert sum(name.startswith("SUMMARYNumbers of ") for name in reached) >= 8
+
+
+def test_the_readmes_example_is_a_page_of_at_most_3_mb():
+    root = Path(__file__).parents[1]
+    page, readme = root / "docs/four_agents/report.html", (root / "README.md").read_text()
+    assert page.stat().st_size <= 3_000_000
+    assert "[docs/four_agents](docs/four_agents/report.html)" in readme
+    assert (root / re.search(r"\((docs/four_agents/\S+\.png)\)", readme)[1]).is_file()
+    text = page.read_text()
+    assert all(f">{arm}<" in text or f"> {arm}<" in text for arm in ("bc", "dagger", "lcm", "dmd2"))

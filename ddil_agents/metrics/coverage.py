@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ddil_agents.metrics.distances import as_pair
 from ddil_agents.metrics.features import Features
@@ -37,7 +38,7 @@ class PRDC:
 def _rows_of_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Euclidean distances (rows, m), a few rows of a at a time."""
     rows = max(1, CHUNK // len(b))
-    for start in range(0, len(a), rows):
+    for start in tqdm(range(0, len(a), rows), desc="neighbours", unit="chunk", disable=len(a) <= rows, leave=False):
         part = slice(start, start + rows)
         # Without the matrix-product shortcut, whose round-off would break the tie d(x, y) = radius.
         yield part, torch.cdist(a[part], b, compute_mode="donot_use_mm_for_euclid_dist")
