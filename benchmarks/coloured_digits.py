@@ -68,7 +68,7 @@ def evaluate(runs: Path, seed: int, n: int, asked: list[str]) -> dict[str, dict[
     models: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
     expert = load_expert("coloured_digits", unseen=True)
     judge = Judge(
-        ExpertPolicy(expert), TimeGrid(expert.schedule, max(STEPS)), Evaluation(n=n, n_paths=4, n_action=1, seed=seed, batch_size=256)
+        ExpertPolicy(expert), TimeGrid(expert.schedule, max(STEPS)), Evaluation(n=n, n_paths=2, n_action=1, seed=seed, batch_size=256)
     )
 
     def add(name: str, result: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ def evaluate(runs: Path, seed: int, n: int, asked: list[str]) -> dict[str, dict[
 def draw(runs: Path, path: Path, asked: list[str], columns: int = 14) -> None:
     """Samples of the teacher and of the first seed's students: a caption a column, and the same noise."""
     expert = load_expert("coloured_digits", unseen=True)
-    policy, settings = ExpertPolicy(expert), Evaluation(n=2 * columns, n_paths=4, n_action=1)
+    policy, settings = ExpertPolicy(expert), Evaluation(n=2 * columns, n_paths=2, n_action=1)
     judge = Judge(policy, TimeGrid(expert.schedule, max(STEPS)), settings)
     samples = {f"teacher @{steps}": judge.sample(policy, TimeGrid(expert.schedule, steps)) for steps in STEPS}
     for label in asked:

@@ -367,8 +367,9 @@ def portray(comparison: Comparison, runs: list[Run]) -> dict[str, Rows]:
     for run in tqdm(runs, desc="untrained students", unit="run"):
         path, files = run.directory / "untrained.json", [run.directory / f"{who}.safetensors" for who in ("trajectories", "teacher")]
         shown = run.seed == comparison.first_seed and not all(file.is_file() for file in files)
-        if path.is_file() and not shown:
-            initial.setdefault(run.arm, {})[run.seed] = json.loads(path.read_text())
+        row = json.loads(path.read_text()) if path.is_file() else {}
+        if comparison.primary in row and not shown:
+            initial.setdefault(run.arm, {})[run.seed] = row
             continue
         learner = load_run(run.directory)
         told = Evaluation(**read_yaml(run.directory / "config.yaml")["evaluate"])
@@ -434,6 +435,12 @@ def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], co
             elif (log := run.directory.with_suffix(".log")).is_file():
                 flags.append(f"{budget}/{run.directory.name}: {_last_line(log)}")
         flags += [f"{text} (equal {budget})" for text in idle_arms(comparison, rows)]
+        missing = METRICS[comparison.primary][0].rstrip(" ↓↑")
+        flags += [
+            f"{arm}: its runs have no {missing}, which this comparison is for (equal {budget})"
+            for arm, own in rows.items()
+            if own and all(row.get(comparison.primary) is None for row in own.values())
+        ]
         compared[budget] = {"runs": listed, "statistics": statistics_of(comparison, rows, initial, references[teacher])}
     any_result = next(iter(results.values()))
     return {

@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from ddil_agents.learner import Agent
 
 Score = Literal["clip_score", "hpsv2"]
-LONGEST = 4096  # entries of a sample up to which a covariance of samples is taken: 134 MB, a minute
 GROUPS, IN_GROUP = 50, 10  # prompts and samples of each, in the diversity of DDIL, Section 5
 
 
@@ -115,8 +114,8 @@ class Evaluation:
         for name in ("n_action", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
-        if self.n_paths < 4:
-            raise ValueError(f"n_paths={self.n_paths}: need at least 4, two in each half")
+        if self.n_paths < 2:
+            raise ValueError(f"n_paths={self.n_paths}: need at least 2")
         if not all(steps >= 1 for steps in self.also_steps):
             raise ValueError(f"also_steps={self.also_steps}: need whole numbers ≥ 1")
         if strange := set(self.scores) - set(get_args(Score)):
@@ -230,7 +229,8 @@ class Judge:
         """Of the folder of pictures, or else of the expert's own data."""
         if self.settings.images is None:
             return None if self.real is None else self._read(self.real)[0]
-        place = None if self.shared is None else self.shared / "images.safetensors"
+        digest = folder_digest(Path(self.settings.images)).rpartition(" ")[2]
+        place = None if self.shared is None else self.shared / f"images-{digest}.safetensors"
         if place is not None and place.is_file():
             values = read_tensors(place, "remove it, and the pictures are read again")["features"]
         else:
@@ -279,7 +279,7 @@ class Judge:
     def _open(self, store: Path) -> Path:
         """Makes a store, or takes up one of the same settings."""
         store.mkdir(parents=True, exist_ok=True)
-        path, now = store / "settings.json", json.dumps(self.describe() | {"batch_size": self.settings.batch_size})
+        path, now = store / "settings.json", json.dumps(self._measure() | {"batch_size": self.settings.batch_size})
         if path.is_file() and path.read_text() != now:
             raise ValueError(f"{store} holds an evaluation of other settings; remove it, or choose another")
         write_atomically(path, now)
@@ -287,21 +287,22 @@ class Judge:
 
     @torch.no_grad()
     def _place(self, name: str | None, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, what: str) -> Path | None:
-        """Where something of a model is kept: under its name, and a digest of how it samples, what it does in one state, and the data.
+        """Where something of a model is kept: under its name, and a digest of how it samples, what it does in a state, data and captions.
 
-        Another student of the same name, or an expert of other weights, acts differently and finds nothing.
+        Another student of the same name, or an expert of other weights, acts differently and finds nothing. A policy with an `act` of its
+        own may hide what it does from that, and is not kept.
         """
         store = self.shared if isinstance(policy, ExpertPolicy) else self.store
-        if store is None or name is None:
+        if store is None or name is None or type(policy).act is not DdimPolicy.act:
             return None
-        x_T, nfe = self.noise()[:2], self.expert.nfe
-        t, s = (time.expand(len(x_T)) for time in grid.times[:2])
-        prediction = policy.predict(x_T, t, None if self.c is None else self.c[: len(x_T)], None)
+        x, nfe, does = self.noise()[:2], self.expert.nfe, []
+        for t in grid.times[:-1][:2].unbind():  # some policies differ in all states but the first
+            prediction = policy.predict(x, t.expand(len(x)), None if self.c is None else self.c[: len(x)], None)
+            does.append(_digest(prediction.projected(policy.support).latent(grid.times[-1:].expand(len(x)), policy.schedule)))
         self.expert.nfe = nfe  # no sample has cost it
-        does = _digest(prediction.projected(policy.support).latent(s, policy.schedule))
         data = None if self.real is None else _digest(self.real[:64])
-        how = hashlib.sha256(repr((grid.times.tolist(), kernel, policy.nfe_per_action, does, data)).encode()).hexdigest()[:8]
-        return store / f"{name}-{how}-{what}"
+        about = (grid.times.tolist(), kernel, policy.nfe_per_action, does, data, self._captions())
+        return store / f"{name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:8]}-{what}"
 
     @torch.no_grad()
     def _draw(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, name: str | None = None) -> Drawn:
@@ -312,8 +313,11 @@ class Judge:
         for k in tqdm(range(count), desc=name or "samples", unit="batch", disable=count == 1, leave=False):
             place = None if stem is None else stem.with_name(f"{stem.name}{k:05d}.safetensors")
             if place is not None and place.is_file():
-                kept.append(read_tensors(place, "remove it, and the batch is drawn again"))
-                continue
+                stored = read_tensors(place, "remove it, and the batch is drawn again")
+                if stored.keys() >= set(self.settings.scores):
+                    others = set(get_args(Score)) - set(self.settings.scores)  # that were not asked for now
+                    kept.append({key: value for key, value in stored.items() if key not in others})
+                    continue
             start = time.monotonic()
             c = None if self.c is None else self.c[k * b : (k + 1) * b]
             with out_of_memory.named(f"while judging {min(b, self.n)} samples at a time", "lower the evaluation's batch_size"):
@@ -364,9 +368,9 @@ class Judge:
         """What real data that the expert has not seen score against the reference: no model can be asked for less."""
         found: dict[str, Any] = {}
         if self.real is not None:
-            a, b = _halves(self.real_noised.shape[1])
-            halves = [(x[a], x[b]) for x in self.real_noised]
-            found["real_halves"] = {"n_paths": len(a), **self._between(halves, list(self.real_noised))}
+            found["real_halves"] = self._halves(self.real_noised.transpose(0, 1))
+        theirs = self._halves(self.expert_path[:, :-1])
+        found["teacher_halves"] = {name + "_to_expert" * (name != "n_paths"): value for name, value in theirs.items()}
         if self.settings.images is not None and self.real_features is not None:
             distance = split_half(frechet_distance, self.real_features)
             found.setdefault("real_halves", {}).update({"n": len(self.real_features) // 2, "frechet": distance})
@@ -382,21 +386,25 @@ class Judge:
         return self._between([(path[: len(x), i], x[: len(path)]) for i, x in enumerate(self.real_noised)], list(self.real_noised))
 
     def _shift_to_expert(self, path: Tensor) -> dict[str, list[float]]:
-        """The same from the expert's states. Both start from one noise, of which one half is held against the other, lest pairs meet."""
-        a, b = _halves(len(path))
-        steps = range(self.grid.num_steps)
-        found = self._between([(path[a, i], self.expert_path[b, i]) for i in steps], [self.expert_path[:, i] for i in steps])
+        """The same from the expert's states, which start from the same noise: 0 for the expert itself."""
+        theirs = [self.expert_path[:, i] for i in range(self.grid.num_steps)]
+        found = self._between([(path[:, i], x) for i, x in enumerate(theirs)], theirs)
         return {f"{name}_to_expert": values for name, values in found.items()}
+
+    def _halves(self, path: Tensor) -> dict[str, Any]:
+        """The floor of all three: between random halves of states (m, N, *sample_shape), where both have two."""
+        states = list(path.transpose(0, 1))
+        if len(path) < 4:
+            return {}
+        return {"n_paths": len(path) // 2, **self._between([split_half(lambda a, b: (a, b), x) for x in states], states)}
 
     def _between(self, pairs: list[tuple[Tensor, Tensor]], scale: list[Tensor]) -> dict[str, list[float]]:
         """Distances by step between two sets of states, each (m, *sample_shape); `scale` sets the width of the kernel."""
-        found = {
+        return {
             "shift": [sliced_wasserstein(a, b) for a, b in pairs],
             "mmd_shift": [mmd2(a, b, _width(x)) for (a, b), x in zip(pairs, scale, strict=True)],
+            "gaussian_shift": [gaussian_w2(a, b) for a, b in pairs],
         }
-        if math.prod(self.expert.sample_shape) <= LONGEST:
-            found["gaussian_shift"] = [gaussian_w2(a, b) for a, b in pairs]
-        return found
 
     @torch.no_grad()
     def judge(self, policy: DdimPolicy, grid: TimeGrid | None = None, kernel: Kernel = "ddim", name: str | None = None) -> dict[str, Any]:
@@ -417,8 +425,8 @@ class Judge:
             action_mse_own, action_mse_expert, action_mse_forward: E (a − a*)² per entry on the policy's own states, on the
                 expert's and on forward-diffused data; action_ratio, the first over the last (over the second without data).
             shift, mmd_shift, gaussian_shift: sliced W2, unbiased MMD² and Gaussian W2 between visited latents and
-                forward-diffused data; shift_to_expert, mmd_shift_to_expert, gaussian_shift_to_expert: between one half of the
-                latents and those that the expert visits from the other half's noise. The expert's own row is their floor.
+                forward-diffused data; shift_to_expert, mmd_shift_to_expert, gaussian_shift_to_expert: between them and those that
+                the expert visits from the same noise, 0 for the expert.
             diversity: mean distance between two visited latents, per entry.
             nfe_per_sample, seconds: cost of sampling.
             With a grid of its own only the samples are judged: its states are at other times. Under the `renoise` kernel
@@ -497,7 +505,8 @@ class Judge:
     def judge_baselines(self) -> dict[str, Any]:
         """The metrics of the two; those of few steps are kept in the store, with what the expert would have done instead."""
         full, few = self._baseline_names()
-        place = self._place(f"{few}-beside-{full}", self.few_steps, self.grid, "ddim", "row.json")
+        asked = "-".join(["row", *self.settings.scores, *["lpips"] * self.settings.lpips])
+        place = self._place(f"{few}-beside-{full}", self.few_steps, self.grid, "ddim", f"{asked}.json")
         return {full: self.judge_expert(), few: _kept(place, lambda: self.judge(self.few_steps, name=few))}
 
     def judge_expert(self) -> dict[str, Any]:
@@ -526,7 +535,7 @@ class Judge:
 
     def describe(self) -> dict[str, Any]:
         """What a result must say of how it was measured: results that differ in it are not compared."""
-        s, found = self.settings, dict[str, Any]()
+        s, found = self.settings, self._measure()
         if s.protocol is not None:
             found["protocol"] = s.protocol
         if self.extractor.of_pictures or s.scores or s.lpips:
@@ -538,7 +547,12 @@ class Judge:
         if s.lpips:
             found["lpips"] = LPIPS
         if (captions := self._captions()) is not None:
-            found["captions"] = hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:12]
+            found["captions"] = captions
+        return found
+
+    def _measure(self) -> dict[str, Any]:
+        """What all models of a store share."""
+        s = self.settings
         return {
             "extractor": self.extractor.name,
             "distance": frechet_name(self.extractor.name),
@@ -547,15 +561,15 @@ class Judge:
             "n_paths": min(s.n_paths, self.n),
             "n_action": min(s.n_action, s.n_paths, self.n),
             "guidance_scale": self.expert_policy.guidance_scale,
-            **found,
         }
 
-    def _captions(self) -> list[str] | None:
-        """Of all samples, where conditions are texts."""
+    def _captions(self) -> str | None:
+        """A digest of all samples' captions, where conditions are texts."""
         try:
-            return None if self.c is None else self.expert.captions(self.c)
+            captions = None if self.c is None else self.expert.captions(self.c)
         except ValueError:
             return None
+        return None if captions is None else hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:12]
 
 
 def _kept(place: Path | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -574,12 +588,6 @@ def _kept(place: Path | None, make: Callable[[], dict[str, Any]]) -> dict[str, A
 
 def _digest(x: Tensor) -> str:
     return hashlib.sha256(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def _halves(n: int) -> tuple[Tensor, Tensor]:
-    """Places of two random halves of n, always the same ones."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    return order[: n // 2], order[n // 2 : n // 2 * 2]
 
 
 def _follows(grid: TimeGrid, kernel: Kernel) -> bool:

@@ -13,6 +13,7 @@ from ddil_agents.evaluate import Evaluation, Judge, extractor_for
 from ddil_agents.metrics import extractors
 from ddil_agents.metrics.extractors import Extractor
 from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, load_expert
+from ddil_env.corrections import ScaledEpsilon
 from ddil_env.experts.stable_diffusion import coco_captions
 from ddil_env.presets import config_dir, read_yaml
 
@@ -115,10 +116,10 @@ def test_the_experts_own_policy_has_no_error_anywhere():
     row = judge.judge(judge.expert_policy)
     assert row["path_rmse"] == row["action_mse_own"] == row["action_mse_forward"] == [0.0] * 4
     assert row["action_ratio"] == [None] * 4
-    own = judge.judge_expert()
     for name in ("shift", "mmd_shift", "gaussian_shift"):
-        assert row[f"{name}_to_expert"] == own[f"{name}_to_expert"]  # of two halves of the noise: the floor
-        assert len(own[f"{name}_to_expert"]) == 4
+        assert row[f"{name}_to_expert"] == judge.judge_expert()[f"{name}_to_expert"]
+    assert row["shift_to_expert"] == [0.0] * 4
+    assert row["gaussian_shift_to_expert"] == pytest.approx([0.0] * 4, abs=1e-6)
     assert row["frechet_to_expert"] == pytest.approx(0, abs=1e-9)
     assert len(row["diversity"]) == 5
     assert row["diversity"][0] > row["diversity"][-1]
@@ -143,27 +144,27 @@ def test_a_planted_bias_shows_at_its_step_and_after():
     for states in ("own", "expert", "forward"):
         assert row[f"action_mse_{states}"] == pytest.approx([0, 0, 0.0025, 0], rel=1e-4, abs=1e-12)
     assert row["action_ratio"][2] == pytest.approx(1, rel=1e-4)
-    own = judge.judge_expert()["shift_to_expert"]
-    assert row["shift_to_expert"][2] == own[2]  # the state before the biased action
-    assert row["shift_to_expert"][3] != own[3]
+    assert row["shift_to_expert"][2] == 0.0  # the state before the biased action
+    assert row["shift_to_expert"][3] > 0
 
 
 def test_a_shift_is_measured_to_be_what_was_planted():
     judge = judge_of(mixture(), n=400, n_paths=400, batch_size=400)
     b, floor = 0.5, judge.floors()["held_out_real"]
-    halves = judge.floors()["real_halves"]
+    halves, their_halves = judge.floors()["real_halves"], judge.floors()["teacher_halves"]
     unbiased, row = judge.judge(judge.expert_policy), judge.judge(Biased(judge.expert_policy, judge.grid.times[0], b))
     # All states after the first step are moved by b in each entry. Sliced W2 is per √d: b. Gaussian W2: ‖(b, b)‖ = b √2.
     for name, moved in (("shift", b), ("gaussian_shift", b * 2**0.5)):
-        for to in ("", "_to_expert"):
-            assert row[name + to][0] == unbiased[name + to][0]
-            assert abs(row[name + to][1] - moved) <= unbiased[name + to][1] * 1.02  # the triangle inequality
-            assert row[name + to][1] > 3 * unbiased[name + to][1]
+        assert row[name][0] == unbiased[name][0]
+        assert row[name + "_to_expert"][0] == unbiased[name + "_to_expert"][0]
+        assert abs(row[name][1] - moved) <= unbiased[name][1] * 1.02  # the triangle inequality
+        assert row[name + "_to_expert"][1] == pytest.approx(moved, rel=0.02)  # of random directions
         assert row[name][1] > 3 * floor[name][1]
         assert row[name][1] > 3 * halves[name][1] > 0
-    for to in ("", "_to_expert"):
-        assert row["mmd_shift" + to][1] > 3 * abs(unbiased["mmd_shift" + to][1])
-    assert halves["n_paths"] == 200
+        assert row[name + "_to_expert"][1] > 3 * their_halves[name + "_to_expert"][1] > 0
+    assert row["mmd_shift"][1] > 3 * abs(floor["mmd_shift"][1])
+    assert row["mmd_shift_to_expert"][1] > 3 * abs(their_halves["mmd_shift_to_expert"][1])
+    assert halves["n_paths"] == their_halves["n_paths"] == 200
     assert all(len(halves[name]) == 4 for name in ("shift", "mmd_shift", "gaussian_shift"))
 
 
@@ -206,7 +207,7 @@ def test_pictures_are_compared_with_a_folder(tmp_path: Path, colour):
     assert judge.real_features.values.shape == (40, 6)
     assert judge.describe() | {"resize": "centre_crop_lanczos_256", "distance": "Fréchet distance (colour)"} == judge.describe()
     assert judge.describe()["images"].startswith("40 pictures, ")
-    assert judge.floors().keys() == {"real_halves"}
+    assert judge.floors().keys() == {"real_halves", "teacher_halves"}
     assert judge.judge(judge.few_steps)["frechet"] > 100 * judge.floors()["real_halves"]["frechet"] > 0
 
 
@@ -273,13 +274,29 @@ def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch, tmp_path: Pa
     assert judge.judge(judge.few_steps, judge.grid, name="few") == row
 
 
-def test_a_store_without_a_score_that_is_asked_for_is_refused(monkeypatch, tmp_path: Path):
+def test_a_score_that_a_store_lacks_is_drawn_for_and_one_that_it_has_is_no_burden(monkeypatch, tmp_path: Path):
     expert = load_expert("digits8")
     monkeypatch.setattr(type(expert), "captions", lambda self, c: [str(int(i)) for i in c], raising=False)
+    monkeypatch.setattr(Judge, "scorers", {})
+    assert "clip_score" not in judge_of(expert, tmp_path, n=20, n_paths=5).judge_baselines()["teacher@4"]
     monkeypatch.setattr(Judge, "scorers", {"clip_score": Digit()})
-    judge_of(expert, tmp_path, n=20, n_paths=5)
-    with pytest.raises(ValueError, match="holds an evaluation of other settings"):
-        judge_of(expert, tmp_path, n=20, n_paths=5, scores=("clip_score",))
+    scored = judge_of(expert, tmp_path, n=20, n_paths=5, scores=("clip_score",)).judge_baselines()
+    assert scored["teacher@4"]["clip_score"] == scored["teacher@8"]["clip_score"] == pytest.approx(4.5, abs=2)
+    monkeypatch.setattr(Judge, "scorers", {})
+    expert.nfe = 0
+    plain = judge_of(expert, tmp_path, n=20, n_paths=5).judge_baselines()
+    assert expert.nfe == 0
+    assert not any("clip_score" in row for row in plain.values())
+
+
+def test_a_policy_that_hides_what_it_does_is_not_kept(tmp_path: Path):
+    expert = mixture()
+    judge = judge_of(expert, tmp_path)
+    for b in (0.1, 0.5):
+        row = judge.judge(Biased(judge.expert_policy, judge.grid.times[3], b), name="student")
+        assert row["endpoint_rmse"] == pytest.approx(b, rel=1e-4)
+    scaled = [judge.judge(ScaledEpsilon(judge.few_steps, scale), name="scaled")["endpoint_rmse"] for scale in (1.01, 1.5)]
+    assert scaled[1] > 2 * scaled[0]
 
 
 def test_coco_captions_are_the_first_of_each_image_in_order():

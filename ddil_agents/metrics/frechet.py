@@ -25,8 +25,9 @@ def frechet_distance(a: Tensor | Features, b: Tensor | Features) -> float:
 
         d² = ‖μ_a − μ_b‖² + tr(C_a + C_b − 2 (C_a C_b)^{1/2})      Dowson & Landau 1982; Heusel et al. 2017
 
-    C_a C_b has the eigenvalues of the symmetric C_a^{1/2} C_b C_a^{1/2}, so no root of a non-symmetric matrix is needed,
-    and fewer samples than features, which leave C singular, do no harm.
+    C_a C_b has the eigenvalues of the symmetric C_a^{1/2} C_b C_a^{1/2}, and those of (A Bᵀ)(A Bᵀ)ᵀ / (n − 1)(m − 1), A and B the
+    centred features: the smaller matrix is taken, no root of a non-symmetric one is needed, and fewer samples than features,
+    which leave C singular, do no harm.
 
     Args:
         a, b: Features, (n, d) and (m, d); n ≠ m is allowed.
@@ -37,12 +38,15 @@ def frechet_distance(a: Tensor | Features, b: Tensor | Features) -> float:
     a, b = as_pair(a, b)
     if min(len(a), len(b)) < 2:
         raise ValueError(f"{len(a)} and {len(b)} samples: a covariance needs at least 2 of each")
-    cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(a.shape[1], -1)  # (d, d), also for d = 1
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C_a^{1/2}; round-off can leave an eigenvalue at −1e-17
-    root_trace = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
-    squared = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root_trace
-    return float(squared.clamp(min=0))
+    gap = (a.mean(0) - b.mean(0)).square().sum()
+    a, b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))  # C = aᵀ a
+    if min(len(a), len(b)) < a.shape[1]:
+        root_trace = torch.linalg.svdvals(a @ b.T).sum()
+    else:
+        values, vectors = torch.linalg.eigh(a.T @ a)
+        root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C_a^{1/2}; round-off can leave an eigenvalue at −1e-17
+        root_trace = torch.linalg.eigvalsh(root_a @ (b.T @ b) @ root_a).clamp(min=0).sqrt().sum()
+    return float((gap + a.square().sum() + b.square().sum() - 2 * root_trace).clamp(min=0))
 
 
 def gaussian_w2(a: Tensor | Features, b: Tensor | Features) -> float:

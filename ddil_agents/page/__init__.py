@@ -32,7 +32,7 @@ def write_page(result: dict[str, Any], out: Path) -> Path:
 
     Args:
         result: What comparison.json holds.
-        out: The comparison's directory, with its runs/ and trajectories/; what is not there is left out.
+        out: The comparison's directory, with its runs/; what is not there is left out.
     """
     trajectories = read_trajectories(result, out)
     shown = show(result, trajectories)

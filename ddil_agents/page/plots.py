@@ -32,7 +32,7 @@ STEPS: dict[str, tuple[str, str, str]] = {  # key of a row's list over steps →
     "shift_to_expert": ("Shift from the teacher's states", "sliced W₂ to the teacher's states",
                         "What a student visits against what the teacher visits, wherever the data are."),
     "gaussian_shift_to_expert": ("Mean and covariance of the teacher's states", "Gaussian W₂ to the teacher's states",
-                                 "What the first two moments show of it. The teacher's own line is the floor."),
+                                 "What the first two moments show of it."),
     "mmd_shift_to_expert": ("Shift from the teacher's states as a kernel sees it", "MMD² to the teacher's states",
                             "0 for equal distributions, around which the estimate scatters."),
     "action_mse_own": ("Error on the model's own states", ERROR, "What sampling suffers: the states are those that the model has led to."),
@@ -70,7 +70,7 @@ def models(result: dict[str, Any], budget: str) -> Iterator[tuple[str, Look, lis
     """References and arms with their rows."""
     full = max((name for name in result["references"] if name.startswith("teacher@")), key=steps_in, default="")
     for name, rows in result["references"].items():
-        yield name, {full: TEACHER, "held out real": FLOOR, "real halves": HALVES}.get(name, FEWER), rows
+        yield name, {full: TEACHER, "held out real": FLOOR, "real halves": HALVES, "teacher halves": HALVES}.get(name, FEWER), rows
     for arm, look in looks(result).items():
         yield arm, look, [run for run in result["budgets"][budget]["runs"] if run["arm"] == arm and run["done"]]
 
