@@ -84,7 +84,7 @@ def evaluate(runs: Path, seed: int, n: int, asked: list[str]) -> dict[str, dict[
     for label in asked:
         out, names = folder(label, seed, runs), {steps: f"{label.partition(', 2')[0]} @{steps}" for steps in STUDENTS[label][2]}
         if (out / "result.json").is_file() and not all(name in models for name in names.values()):
-            learner = load_run(out, unseen=True)
+            learner = load_run(out, unseen=True, device=str(expert.device))
             for steps, name in names.items():
                 grid = TimeGrid(learner.expert.schedule, steps, learner.config.grid)
                 add(name, judge.judge(learner.student_policy, grid, learner.kernel))
@@ -99,7 +99,7 @@ def draw(runs: Path, path: Path, asked: list[str], columns: int = 14) -> None:
     samples = {f"teacher @{steps}": judge.sample(policy, TimeGrid(expert.schedule, steps)) for steps in STEPS}
     for label in asked:
         if (folder(label, 0, runs) / "result.json").is_file():
-            learner = load_run(folder(label, 0, runs), unseen=True)
+            learner = load_run(folder(label, 0, runs), unseen=True, device=str(expert.device))
             for steps in STUDENTS[label][2]:
                 grid = TimeGrid(learner.expert.schedule, steps, learner.config.grid)
                 samples[f"{label.partition(', 2')[0]} @{steps}"] = judge.sample(learner.student_policy, grid, learner.kernel)

@@ -164,7 +164,7 @@ def train(run: Run, runs: Path) -> None:
 
 def students(run: Run, out: Path, expert: Expert) -> dict[int, tuple[StudentPolicy, GridKind, str]]:
     """The run's students by number of steps, each with its grid and kernel."""
-    learner = load_run(out)
+    learner = load_run(out, device=str(expert.device))
     kind, kernel = learner.config.grid, learner.kernel
     if run.method == "pd":
         found = {}

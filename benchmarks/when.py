@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from ddil_agents.compare import Comparison, Run, check, merged, own_row, same_measure, train
+from ddil_agents.compare import Comparison, Run, check, last_line, merged, own_row, same_measure, train
 from ddil_agents.evaluate import provenance
 from ddil_agents.report import read_result
 from ddil_agents.statistics import holm, paired_comparison
@@ -115,9 +115,8 @@ def effect_of(cell: Cell, results: dict[tuple[str, int], dict[str, Any]]) -> dic
     """
     base, *others = cell.arms
     effects: dict[str, Any] = {}
-    shifts: dict[int, dict[str, float]] = {}
-    for arm in others:
-        seeds = sorted({seed for _, seed in results if (arm, seed) in results and (base, seed) in results})
+    paired = {arm: sorted({seed for _, seed in results if (arm, seed) in results and (base, seed) in results}) for arm in others}
+    for arm, seeds in paired.items():
         for metric in METRICS if len(seeds) > 1 else ():
             own, reference = ([own_row(results[which, seed])[metric] for seed in seeds] for which in (arm, base))
             if own[0] is None:  # RMSE, where x_T does not determine the sample
@@ -130,11 +129,19 @@ def effect_of(cell: Cell, results: dict[tuple[str, int], dict[str, Any]]) -> dic
                 "baseline": mean,
                 "by_seed": {seed: 100 * (a - b) / mean for seed, a, b in zip(seeds, own, reference, strict=True)},
             }
-    for (arm, seed), result in sorted(results.items()):
-        if arm == base:
-            shifts[seed] = shift_of(own_row(result), result["floors"]["held_out_real"]["gaussian_shift"])
+    shifts = {
+        seed: shift_of(own_row(results[base, seed]), results[base, seed]["floors"]["held_out_real"]["gaussian_shift"])
+        for seed in paired[others[0]]
+    }
     mean_shift = {key: statistics.fmean(shift[key] for shift in shifts.values()) for key in SHIFTS} if shifts else {}
-    return {"mixture": others[0], "primary": cell.primary, "effects": effects, "shift": mean_shift, "shift_by_seed": shifts}
+    return {
+        "mixture": others[0],
+        "primary": cell.primary,
+        "pairs": {arm: len(seeds) for arm, seeds in paired.items()},
+        "effects": effects,
+        "shift": mean_shift,
+        "shift_by_seed": shifts,
+    }
 
 
 def adjust(found: dict[str, Any], family: int) -> None:
@@ -152,10 +159,10 @@ def predicts(found: dict[str, Any]) -> dict[str, Any]:
     half of the seeds and the effect from the other; the correlation is the mean over all ways to halve them.
     """
     chosen = [cell for cell in found.values() if cell["primary"] == "endpoint_rmse" and cell["mixture"] in cell["effects"]]
-    if len(chosen) < 3:
-        return {}
     effects = [cell["effects"][cell["mixture"]]["endpoint_rmse"]["by_seed"] for cell in chosen]
-    seeds = sorted(set.intersection(*(set(effect) & set(cell["shift_by_seed"]) for effect, cell in zip(effects, chosen, strict=True))))
+    seeds = sorted(set.intersection(*map(set, effects))) if effects else []
+    if len(chosen) < 3 or len(seeds) < 4:
+        return {}
     correlations = {}
     for measure in SHIFTS:
         shift = np.array([[cell["shift_by_seed"][seed][measure] for seed in seeds] for cell in chosen])  # (cells, seeds)
@@ -182,12 +189,15 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, cell in found.items():
-        for arm, effect in cell["effects"].items():
+        for arm, pairs in cell["pairs"].items():
+            if (effect := cell["effects"].get(arm)) is None:
+                lines.append(f"| {name} | {arm} | {pairs} |" + " – |" * 6)
+                continue
             spans = {key: f"{e['mean']:+.1f} [{e['low']:+.1f}, {e['high']:+.1f}]" for key, e in effect.items()}
             spans[cell["primary"]] = f"**{spans[cell['primary']]}**"
             p = f"{effect[cell['primary']]['p_holm']:.3f}" if arm == cell["mixture"] else ""
             found_in = [spans.get(key, "–") for key in METRICS]
-            row = [name, arm, str(effect[cell["primary"]]["n"]), *found_in, p, *(f"{cell['shift'][key]:.2f}" for key in SHIFTS)]
+            row = [name, arm, str(pairs), *found_in, p, *(f"{cell['shift'][key]:.2f}" for key in SHIFTS)]
             lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -239,6 +249,7 @@ def main() -> None:
     if unknown := sorted(set(args.cells or ()) - set(names)):
         parser.error(f"--cells {unknown}: choose of {names}")
     found: dict[str, Any] = {}
+    lost: list[str] = []
     for cell in cells():
         out = args.runs / cell.name.replace(",", "").replace(" ", "_")
         settings = Comparison(args.env, cell.arms, merged(BASE, cell.settings), args.seeds, FIRST_SEED, primary=cell.primary)
@@ -246,8 +257,10 @@ def main() -> None:
         if not args.report_only and cell.name in (args.cells or names):
             check(settings, out)
             train(runs, settings, out, None, args.jobs)
-            print(f"{cell.name}: done", flush=True)
+            print(f"{cell.name}: {sum((run.directory / 'result.json').is_file() for run in runs)} of {len(runs)} runs done", flush=True)
         done = {run.directory: read_result(path) for run in runs if (path := run.directory / "result.json").is_file()}
+        begun = [run.directory for run in runs if run.directory not in done and run.directory.with_suffix(".log").is_file()]
+        lost += [f"{cell.name}, {directory.name}: {last_line(directory.with_suffix('.log'))}" for directory in begun]
         if done:
             same_measure(done)
             found[cell.name] = effect_of(cell, {(run.arm, run.seed): done[run.directory] for run in runs if run.directory in done})
@@ -256,14 +269,14 @@ def main() -> None:
     adjust(found, len(names))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"env": args.env, "seeds": args.seeds, "first_seed": FIRST_SEED, **provenance(torch.device("cpu"))}
-    args.out.write_text(json.dumps({"cells": found, "predicts": predicts(found), **about}, indent=1))
+    args.out.write_text(json.dumps({"cells": found, "predicts": predicts(found), "lost": lost, **about}, indent=1))
     draw(found, args.out.with_suffix(".png"))
     told = [
         f"Spearman, {measure} against the mixture's effect: {c['rho']:+.2f} across halves of the seeds ({c['uncorrected']:+.2f} with the"
-        f" same seeds in both), {c['cells']} cells"
+        f" same seeds in both), {c['cells']} cells, {c['seeds']} seeds"
         for measure, c in predicts(found).items()
     ]
-    table = "\n\n".join([markdown(found), *told])
+    table = "\n\n".join([markdown(found), *told, *(f"- ! {each}" for each in lost)])
     args.out.with_suffix(".md").write_text(f"# When does DDIL help?\n\n{table}\n")
     print(table)
 

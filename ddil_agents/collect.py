@@ -137,7 +137,8 @@ class Collector:
         by_expert = torch.rand(n, m, generator=stream, device=device) < p_expert
         may_act, before = p_expert > 0, self.expert.nfe
         for i, (t, u) in enumerate(pairwise(times)):
-            t, s, u = t.expand(n), self.grid.previous(t).expand(n), u.expand(n)
+            t, u = t.expand(n), u.expand(n)
+            s = self.grid.previous(t)  # of (n,): an index of no axes would wait for the device
             if may_act:
                 x_s[:, i] = self.label(x[:, i], t, s, c, w)
             if i + 1 < m:  # the sample itself is no state to train on

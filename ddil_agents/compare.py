@@ -433,7 +433,7 @@ def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], co
                 untrained = initial.get(run.arm, {}).get(run.seed, {})
                 flags += flags_of(run, row, training, untrained, references[teacher].get(run.seed, {}))
             elif (log := run.directory.with_suffix(".log")).is_file():
-                flags.append(f"{budget}/{run.directory.name}: {_last_line(log)}")
+                flags.append(f"{budget}/{run.directory.name}: {last_line(log)}")
         flags += [f"{text} (equal {budget})" for text in idle_arms(comparison, rows)]
         missing = METRICS[comparison.primary][0].rstrip(" ↓↑")
         flags += [
@@ -459,7 +459,8 @@ def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], co
     }
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """Why a run stopped, as far as its log tells."""
     return (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
 
 
@@ -570,6 +571,8 @@ def check(comparison: Comparison, out: Path) -> None:
                 raise ValueError(f"arm {arm}: {error}") from error
             guidance = config.guidance_scale if config.guidance_scale is not None else expert.guidance_scale
             measures[arm] = {"guidance_scale": guidance, **dataclasses.asdict(evaluation), "seed": None, "also_steps": None}
+    expert = None
+    torch.cuda.empty_cache()  # the runs will need it
     (first, measure), *others = measures.items()
     for arm, other in others:
         if differing := [key for key in measure if measure[key] != other[key]]:

@@ -326,7 +326,7 @@ class Judge:
                     torch.cuda.synchronize()
                 seconds = torch.tensor(time.monotonic() - start)
                 shown = max(self.settings.n_paths - k * b, 0)
-                kept.append(self._measured(path[:, -1], c) | {"path": path[:shown], "seconds": seconds})
+                kept.append(self._measured(path[:, -1], c) | {"path": path[:shown].clone(), "seconds": seconds})
             if place is not None:
                 write_atomically(place, save({key: value.cpu().contiguous() for key, value in kept[-1].items()}))
         device = self.expert.device

@@ -540,8 +540,8 @@ class Learner(Agent):
     def clipped(self) -> dict[str, Tensor]:
         """The fraction of entries that thresholding has moved since the last call, by role; NaN where it met none."""
         meters = {role: support for role, support in self.thresholds.items() if isinstance(support, Metered)}
-        counts = [meter.take_counts() for meter in meters.values()]  # (2,) each
-        shares = [moved / seen for moved, seen in ranks.total(torch.stack(counts).to(self.expert.device))] if counts else []
+        counts = [meter.take_counts().to(self.expert.device) for meter in meters.values()]  # (2,) each; one that met nothing is on the CPU
+        shares = [moved / seen for moved, seen in ranks.total(torch.stack(counts))] if counts else []
         return dict(zip(meters, shares, strict=True))
 
     def extend(self, num_updates: int) -> None:
@@ -604,6 +604,7 @@ class Learner(Agent):
             "support": self._calibration(),
             "nfe": {"teacher": self.teacher_nfe, "student": self.student_nfe},
             "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.expert.device) if self.expert.device.type == "cuda" else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -625,6 +626,8 @@ class Learner(Agent):
         self.collector.load_state_dict(state["collector"])
         self.teacher_nfe, self.trainables["student"].bare.nfe = state["nfe"]["teacher"], state["nfe"]["student"]
         torch.set_rng_state(state["random"].cpu())
+        if (random := state.get("random_cuda")) is not None and self.expert.device.type == "cuda":
+            torch.cuda.set_rng_state(random.cpu(), self.expert.device)
 
     def _calibration(self) -> dict[str, Any] | None:
         return support_to_dict(self.support) if self.config.thresholding.kind == "quantile" else None

@@ -209,7 +209,7 @@ class Expert(ABC):
         """Lets torch.compile make its networks faster, at their next call; in place."""
         for part in vars(self).values():
             if isinstance(part, nn.Module):
-                part.compile()
+                getattr(part, "network", part).compile()  # of a denoiser, which counts its forwards, the network alone
 
     def sample_condition(self, n: int, generator: torch.Generator | None = None) -> Tensor | None:
         """n condition ids, uniform, (n,) int64 on the expert's device; None if the expert is unconditional."""

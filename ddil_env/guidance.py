@@ -9,6 +9,8 @@ The projection of h that is added to the features of time starts at zero, so tha
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +19,16 @@ GUIDANCE_FEATURES = 256  # d, as in latent consistency models
 
 def guidance_features(w: Tensor, d: int = GUIDANCE_FEATURES) -> Tensor:
     """h(w), (b,) → (b, d) float32; diffusers' `get_guidance_scale_embedding(w − 1)`."""
-    # In diffusers' order of operations: a phase of 10⁴ radians keeps three digits after the point in float32.
-    step = torch.log(torch.tensor(10000.0)) / (d // 2 - 1)
-    frequencies = torch.exp(torch.arange(d // 2, dtype=torch.float32) * -step).to(w.device)
-    phase = 1000 * (w.float() - 1)[:, None] * frequencies
+    phase = 1000 * (w.float() - 1)[:, None] * _frequencies(d, w.device)
     return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+@cache
+def _frequencies(d: int, device: torch.device) -> Tensor:
+    """f, (d/2,), copied to a device once: a copy waits for it."""
+    # In diffusers' order of operations: a phase of 10⁴ radians keeps three digits after the point in float32.
+    step = torch.log(torch.tensor(10000.0, device="cpu")) / (d // 2 - 1)
+    return torch.exp(torch.arange(d // 2, dtype=torch.float32, device="cpu") * -step).to(device)
 
 
 def zero_projection(width: int, d: int = GUIDANCE_FEATURES) -> nn.Linear:

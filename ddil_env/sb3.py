@@ -18,9 +18,16 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv
 
 from ddil_env.gym_env import DenoisingVectorEnv
-from ddil_env.policy import DdimPolicy
+from ddil_env.policy import DdimPolicy, ExpertPolicy, StudentPolicy
 
 Indices = int | Iterable[int] | None  # which of the environments; None is all
+
+
+def _device_of(policy: DdimPolicy) -> torch.device:
+    if isinstance(policy, ExpertPolicy):
+        return policy.expert.device
+    weights = policy.student.parameters() if isinstance(policy, StudentPolicy) else iter(())
+    return next((weight.device for weight in weights), torch.device("cpu"))
 
 
 class SB3Policy:
@@ -28,12 +35,12 @@ class SB3Policy:
 
     Args:
         policy: Who acts.
-        device: Where it computes.
+        device: Where it computes; default: where its expert is.
     """
 
-    def __init__(self, policy: DdimPolicy, device: torch.device | str = "cpu") -> None:
+    def __init__(self, policy: DdimPolicy, device: torch.device | str | None = None) -> None:
         self.policy = policy
-        self.device = torch.device(device)
+        self.device = _device_of(policy) if device is None else torch.device(device)
 
     def predict(
         self,

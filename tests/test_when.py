@@ -58,9 +58,20 @@ def test_only_seeds_that_both_arms_finished_are_paired():
     cell = when.Cell("cell", when.DAGGER, {})
     results = planted(cell, 0.5, 1.0)
     del results["forward", 2], results["ddil", 5]
-    effect = when.effect_of(cell, results)["effects"]["ddil"]["endpoint_rmse"]
-    assert effect["n"] == len(SEEDS) - 2
+    found = when.effect_of(cell, results)
+    effect = found["effects"]["ddil"]["endpoint_rmse"]
+    assert effect["n"] == found["pairs"]["ddil"] == len(SEEDS) - 2
+    assert found["shift_by_seed"].keys() == set(SEEDS) - {2, 5}
     assert effect["mean"] == pytest.approx(50)
+
+
+def test_a_cell_that_lost_its_runs_keeps_its_line():
+    cell = when.Cell("cell", when.DAGGER, {})
+    results = {key: result for key, result in planted(cell, 0.5, 1.0).items() if key[0] == "forward" or key[1] == 3}
+    found = {"cell": when.effect_of(cell, results)}
+    when.adjust(found, 20)
+    assert when.markdown(found).splitlines()[-1].startswith("| cell | ddil | 1 | – |")
+    assert when.predicts(found) == {}
 
 
 def test_samples_that_noise_does_not_determine_are_not_held_against_the_teachers_one_by_one(found):
