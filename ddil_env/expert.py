@@ -155,6 +155,7 @@ class Expert(ABC):
         self.sample_shape = tuple(sample_shape)
         self.num_conditions = num_conditions
         self.null_condition = null_condition
+        self._guided: tuple[Tensor, int, Tensor] | None = None  # conditions, their version, and both halves' of a guided pair
         self.support: Support = support if support is not None else Unbounded()
         self.device = check_device(device)
         self.guidance_scale = self.check_guidance(guidance_scale)
@@ -201,9 +202,18 @@ class Expert(ABC):
             return self.predict(x_t, t, c)
         if c is None or self.null_condition is None:
             raise ValueError(f"guidance_scale={w}: guidance needs a condition, and {type(self).__name__} was given none")
-        pair = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, torch.full_like(c, self.null_condition)]))
+        pair = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), self._with_null(c, self.null_condition))
         (x_0, x_0_null), (eps, eps_null) = pair.x_0.chunk(2), pair.eps.chunk(2)
         return Prediction(x_0, eps, t, self.schedule).guided_by(Prediction(x_0_null, eps_null, t, self.schedule), w)
+
+    def _with_null(self, c: Tensor, null: int) -> Tensor:
+        """c and as many null conditions, (2b,): of one c the same tensor, so that embeddings are looked up once for a label's steps."""
+        if self._guided is not None and self._guided[0] is c and self._guided[1] == c._version:
+            return self._guided[2]
+        both = torch.cat([c, torch.full_like(c, null)])
+        if not c.is_inference():  # such a tensor does not tell whether it was changed since
+            self._guided = c, c._version, both
+        return both
 
     def compile(self) -> None:
         """Lets torch.compile make its networks faster, at their next call; in place."""

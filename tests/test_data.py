@@ -176,6 +176,12 @@ def test_a_batch_is_looked_up_once_for_all_who_ask_and_anew_when_it_was_changed(
     c += 1
     student.predict(x_t, t, c)
     assert reads == [[2, 4], [3, 5]]
+    for _ in range(3):  # the steps of a guided label, with the null condition
+        teacher.guided(x_t, t, c, 3.0)
+    assert reads == [[2, 4], [3, 5], [3, 5, len(teacher.pairs)]]
+    c += 1
+    teacher.guided(x_t, t, c, 3.0)
+    assert reads[-1] == [4, 6, len(teacher.pairs)]
 
 
 def test_held_out_pairs_are_never_drawn_and_their_captions_neither(folders: dict[str, Path], coco: Path) -> None:
