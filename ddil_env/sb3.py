@@ -26,7 +26,8 @@ Indices = int | Iterable[int] | None  # which of the environments; None is all
 def _device_of(policy: DdimPolicy) -> torch.device:
     if isinstance(policy, ExpertPolicy):
         return policy.expert.device
-    weights = policy.student.parameters() if isinstance(policy, StudentPolicy) else iter(())
+    student = policy.student if isinstance(policy, StudentPolicy) else None
+    weights = student.parameters() if isinstance(student, torch.nn.Module) else iter(())
     return next((weight.device for weight in weights), torch.device("cpu"))
 
 

@@ -35,18 +35,19 @@ def frechet_distance(a: Tensor | Features, b: Tensor | Features) -> float:
     Raises:
         ValueError: fewer than 2 samples, widths or extractors that differ, non-finite features.
     """
-    a, b = as_pair(a, b)
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"{len(a)} and {len(b)} samples: a covariance needs at least 2 of each")
-    gap = (a.mean(0) - b.mean(0)).square().sum()
-    a, b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))  # C = aᵀ a
-    if min(len(a), len(b)) < a.shape[1]:
-        root_trace = torch.linalg.svdvals(a @ b.T).sum()
+    x, y = as_pair(a, b)
+    n, m = len(x), len(y)
+    if min(n, m) < 2:
+        raise ValueError(f"{n} and {m} samples: a covariance needs at least 2 of each")
+    gap = (x.mean(0) - y.mean(0)).square().sum()
+    x, y = (x - x.mean(0)) / (n - 1) ** 0.5, (y - y.mean(0)) / (m - 1) ** 0.5  # C = xᵀ x
+    if min(n, m) < x.shape[1]:
+        root_trace = torch.linalg.svdvals(x @ y.T).sum()
     else:
-        values, vectors = torch.linalg.eigh(a.T @ a)
-        root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C_a^{1/2}; round-off can leave an eigenvalue at −1e-17
-        root_trace = torch.linalg.eigvalsh(root_a @ (b.T @ b) @ root_a).clamp(min=0).sqrt().sum()
-    return float((gap + a.square().sum() + b.square().sum() - 2 * root_trace).clamp(min=0))
+        values, vectors = torch.linalg.eigh(x.T @ x)
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C_a^{1/2}; round-off can leave an eigenvalue at −1e-17
+        root_trace = torch.linalg.eigvalsh(root @ (y.T @ y) @ root).clamp(min=0).sqrt().sum()
+    return float((gap + x.square().sum() + y.square().sum() - 2 * root_trace).clamp(min=0))
 
 
 def gaussian_w2(a: Tensor | Features, b: Tensor | Features) -> float:
