@@ -26,9 +26,9 @@ Indices = int | Iterable[int] | None  # which of the environments; None is all
 def _device_of(policy: DdimPolicy) -> torch.device:
     if isinstance(policy, ExpertPolicy):
         return policy.expert.device
-    student = policy.student if isinstance(policy, StudentPolicy) else None
-    weights = student.parameters() if isinstance(student, torch.nn.Module) else iter(())
-    return next((weight.device for weight in weights), torch.device("cpu"))
+    if isinstance(policy, StudentPolicy) and isinstance(policy.student, torch.nn.Module):
+        return next(policy.student.parameters()).device
+    return torch.device("cpu")
 
 
 class SB3Policy:
