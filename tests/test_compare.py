@@ -305,7 +305,7 @@ def test_a_comparison_runs_whole_and_a_diverged_arm_is_a_result(whole):
     assert matched["dagger"]["teacher_nfe"] == pytest.approx(matched["bc"]["teacher_nfe"], rel=0.35)
     assert found["initial"]["bc"].keys() == {"0", "1"}
     assert found["initial"]["bc"]["0"]["endpoint_rmse"] > 0.3  # a random network
-    assert list(found["references"]) == ["real halves", "held out real", "teacher@4", "teacher@2"]
+    assert list(found["references"]) == ["real halves", "teacher halves", "held out real", "teacher@4", "teacher@2"]
     names = [line[0] for line in compare.table_rows(found, "updates")]
     assert names == ["model", "held out real", "teacher@4", "teacher@2", "bc", "dagger", "hot"]  # halves are of steps alone
     assert len(found["references"]["teacher@4"]) == 2
