@@ -5,7 +5,7 @@
     python benchmarks/ablations.py --report_only                  # the tables, from the runs that are there
 
 Each is the comparison `python -m ddil_agents.compare --config NAME --env ENV`, with 2000 gradient steps on the mixture; its page is among
-the runs.
+the runs. Tables that --out holds already, of other ablations, stay.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--report_only", action="store_true", help="train nothing")
     args = parser.parse_args()
+    known: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {}
     found: dict[str, Any] = {}
     for env in args.envs:
         for name in args.names:
@@ -97,6 +98,8 @@ def main() -> None:
             print(markdown(f"{name}, {env}", found[f"{name}, {env}"]), flush=True)
     if not found:
         parser.error(f"--runs {args.runs}: none of these ablations has run there; leave --report_only out, or name another folder")
+    titles = [f"{name}, {env}" for env in ENVS for name in NAMES]
+    found = {title: (known | found)[title] for title in titles if title in known | found}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(found, indent=1))
     tables = "\n\n".join(markdown(title, one) for title, one in found.items())

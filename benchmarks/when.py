@@ -3,12 +3,16 @@
     python benchmarks/when.py --jobs 2            # hours on two cores; goes on where it stopped
     python benchmarks/when.py --report_only       # the map, from the runs that are there
 
+    when.json, when.md, when.png    the map
+    when_runs.jsonl                 a line for each finished run, all that the map is made of: a run that is in it is not run again
+
 What is expected, which metric and how many seeds was written down in benchmarks/README.md before the runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import statistics
@@ -19,7 +23,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from ddil_agents.compare import Comparison, Run, check, last_line, merged, own_row, same_measure, train
+from ddil_agents.checkpoint import write_atomically
+from ddil_agents.compare import Comparison, Run, check, given_settings, last_line, merged, own_row, same_measure, train
 from ddil_agents.evaluate import provenance
 from ddil_agents.report import read_result
 from ddil_agents.statistics import holm, paired_comparison
@@ -106,19 +111,47 @@ def shift_of(row: dict[str, Any], floor: list[float]) -> dict[str, float]:
     }
 
 
-def effect_of(cell: Cell, results: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
+Key = tuple[str, str, int]  # a run: its cell, arm and seed
+
+
+def record_of(result: dict[str, Any]) -> dict[str, Any]:
+    """What the map needs of one run's result, and how it was measured, with what."""
+    row = own_row(result)
+    measured = {metric: row[metric] for metric in METRICS} | shift_of(row, result["floors"]["held_out_real"]["gaussian_shift"])
+    about = {"settings": {k: v for k, v in result["settings"].items() if k != "seed"}}
+    return measured | about | {key: result[key] for key in ("env_config", "date", "hardware", "torch", "diffusers")}
+
+
+def read_records(path: Path) -> dict[Key, dict[str, Any]]:
+    """The runs of a when_runs.jsonl; none if there is no such file."""
+    lines = map(json.loads, path.read_text().splitlines() if path.is_file() else ())
+    return {(line.pop("cell"), line.pop("arm"), line.pop("seed")): line for line in lines}
+
+
+def write_records(path: Path, records: dict[Key, dict[str, Any]]) -> None:
+    lines = [json.dumps(dict(zip(("cell", "arm", "seed"), key, strict=True)) | record) for key, record in records.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(line + "\n" for line in lines))
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """Of what a run was given."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def effect_of(cell: Cell, records: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
     """A cell's differences from its first arm, paired by seed, in per cent of that arm's mean, and the shift measured on that arm.
 
     Args:
         cell: Which.
-        results: Of its finished runs, by arm and seed.
+        records: Of its finished runs, by arm and seed.
     """
     base, *others = cell.arms
     effects: dict[str, Any] = {}
-    paired = {arm: sorted({seed for _, seed in results if (arm, seed) in results and (base, seed) in results}) for arm in others}
+    paired = {arm: sorted({seed for _, seed in records if (arm, seed) in records and (base, seed) in records}) for arm in others}
     for arm, seeds in paired.items():
         for metric in METRICS if len(seeds) > 1 else ():
-            own, reference = ([own_row(results[which, seed])[metric] for seed in seeds] for which in (arm, base))
+            own, reference = ([records[which, seed][metric] for seed in seeds] for which in (arm, base))
             if own[0] is None:  # RMSE, where x_T does not determine the sample
                 continue
             pair, mean = paired_comparison(own, reference, (arm, base)), statistics.fmean(reference)
@@ -129,10 +162,7 @@ def effect_of(cell: Cell, results: dict[tuple[str, int], dict[str, Any]]) -> dic
                 "baseline": mean,
                 "by_seed": {seed: 100 * (a - b) / mean for seed, a, b in zip(seeds, own, reference, strict=True)},
             }
-    shifts = {
-        seed: shift_of(own_row(results[base, seed]), results[base, seed]["floors"]["held_out_real"]["gaussian_shift"])
-        for seed in paired[others[0]]
-    }
+    shifts = {seed: {key: records[base, seed][key] for key in SHIFTS} for seed in paired[others[0]]}
     mean_shift = {key: statistics.fmean(shift[key] for shift in shifts.values()) for key in SHIFTS} if shifts else {}
     return {
         "mixture": others[0],
@@ -250,24 +280,36 @@ def main() -> None:
         parser.error(f"--cells {unknown}: choose of {names}")
     found: dict[str, Any] = {}
     lost: list[str] = []
+    kept = args.out.with_name(f"{args.out.stem}_runs.jsonl")
+    records = read_records(kept)
     for cell in cells():
         out = args.runs / cell.name.replace(",", "").replace(" ", "_")
         settings = Comparison(args.env, cell.arms, merged(BASE, cell.settings), args.seeds, FIRST_SEED, primary=cell.primary)
-        runs = [Run("updates", arm, seed, out / "runs" / "updates" / f"{arm}-s{seed}") for seed in settings.all_seeds for arm in cell.arms]
-        if not args.report_only and cell.name in (args.cells or names):
+        runs = {
+            (cell.name, arm, seed): Run("updates", arm, seed, out / "runs" / "updates" / f"{arm}-s{seed}")
+            for seed in settings.all_seeds
+            for arm in cell.arms
+        }
+        given = {key: digest(given_settings(settings, run.arm, run.seed)) for key, run in runs.items()}
+        if other := [key for key in runs if key in records and records[key]["given"] != given[key]]:
+            parser.error(f"{kept}: the runs {other} had other settings than they have now; remove their lines, or choose another --out")
+        todo = {key: run for key, run in runs.items() if key not in records}
+        if todo and not args.report_only and cell.name in (args.cells or names):
             check(settings, out)
-            train(runs, settings, out, None, args.jobs)
-            print(f"{cell.name}: {sum((run.directory / 'result.json').is_file() for run in runs)} of {len(runs)} runs done", flush=True)
-        done = {run.directory: read_result(path) for run in runs if (path := run.directory / "result.json").is_file()}
-        begun = [run.directory for run in runs if run.directory not in done and run.directory.with_suffix(".log").is_file()]
-        lost += [f"{cell.name}, {directory.name}: {last_line(directory.with_suffix('.log'))}" for directory in begun]
-        if done:
-            same_measure(done)
-            found[cell.name] = effect_of(cell, {(run.arm, run.seed): done[run.directory] for run in runs if run.directory in done})
+            train(list(todo.values()), settings, out, None, args.jobs)
+        for key, run in todo.items():
+            if (path := run.directory / "result.json").is_file():
+                records[key] = record_of(read_result(path)) | {"given": given[key]}
+            elif (log := run.directory.with_suffix(".log")).is_file():
+                lost.append(f"{cell.name}, {run.directory.name}: {last_line(log)}")
+        if done := {key: records[key] for key in runs if key in records}:
+            print(f"{cell.name}: {len(done)} of {len(runs)} runs done", flush=True)
+            write_records(kept, records)
+            same_measure({Path(*map(str, key)): record for key, record in done.items()})
+            found[cell.name] = effect_of(cell, {(arm, seed): record for (_, arm, seed), record in done.items()})
     if not found:
         parser.error(f"--runs {args.runs}: none of these cells has run there; leave --report_only out, or name another folder")
     adjust(found, len(names))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     about = {"env": args.env, "seeds": args.seeds, "first_seed": FIRST_SEED, **provenance(torch.device("cpu"))}
     args.out.write_text(json.dumps({"cells": found, "predicts": predicts(found), "lost": lost, **about}, indent=1))
     draw(found, args.out.with_suffix(".png"))

@@ -366,6 +366,17 @@ def test_an_ablations_table_has_each_arm_in_per_cent_of_its_baseline(whole):
     assert any(line.startswith("- ! hot, seed 0") or "hot-s0" in line for line in lines)
 
 
+def test_ablations_that_are_run_later_leave_earlier_tables(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "compare", lambda *_: whole[1])
+    monkeypatch.setattr(ablations, "write_page", lambda *_: None)
+    out = tmp_path / "ablations.json"
+    for name in ("replay", "priors", "replay"):
+        monkeypatch.setattr("sys.argv", ["ablations.py", "--names", name, "--envs", "digits8", "--out", str(out)])
+        ablations.main()
+    assert list(json.loads(out.read_text())) == ["priors, digits8", "replay, digits8"]
+    assert out.with_suffix(".md").read_text().count("\n## ") == 2
+
+
 def test_a_second_run_trains_nothing_and_says_the_same(whole, monkeypatch):
     out, before = whole
     monkeypatch.setattr(compare, "subprocess", None)

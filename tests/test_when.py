@@ -1,5 +1,7 @@
 """The map of where DDIL helps: its cells, the pairing by seed, and what it says of shift and benefit."""
 
+import json
+
 import numpy as np
 import pytest
 import when
@@ -9,9 +11,17 @@ from ddil_agents import compare
 from ddil_agents.compare import Comparison, merged
 
 SEEDS = range(12)
+MEASURED = {
+    "settings": {"n": 300, "seed": 7},
+    "env_config": {"expert": "digits8"},
+    "date": "2026-11-22",
+    "hardware": "a CPU",
+    "torch": "2.15.0",
+    "diffusers": "0.42.1",
+}
 
 
-def planted(cell, effect, shift):
+def planted_results(cell, effect, shift):
     """Results of a cell whose first arm scores 2 + .1 · seed and whose second differs by `effect` of it, seed by seed."""
     results = {}
     for arm, factor in zip(cell.arms, (1, 1 + effect), strict=True):
@@ -25,8 +35,13 @@ def planted(cell, effect, shift):
                 "gaussian_shift": [0.3, 0.1 * shift, 0.2 * shift],
             }
             floors = {"held_out_real": {"gaussian_shift": [9.0, 0.1, 0.1]}}
-            results[arm, seed] = {"student": "a@2", "models": {"a@2": row}, "floors": floors}
+            results[arm, seed] = {"student": "a@2", "models": {"a@2": row}, "floors": floors, **MEASURED}
     return results
+
+
+def planted(cell, effect, shift):
+    """The records of such results."""
+    return {key: when.record_of(result) for key, result in planted_results(cell, effect, shift).items()}
 
 
 @pytest.fixture
@@ -141,3 +156,48 @@ def test_a_report_of_no_runs_is_refused(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         when.main()
     assert "none of these cells has run there" in capsys.readouterr().err
+
+
+@pytest.fixture
+def mapped(tmp_path, monkeypatch):
+    """Runs the script with training replaced by planted results; returns a function from --runs to what it would have trained."""
+
+    def run(folder, *arguments, lose=()):
+        trained = []
+
+        def train(runs, settings, out, updates, jobs):
+            results = planted_results(next(cell for cell in when.cells() if cell.arms == settings.arms), -0.1, 2.0)
+            for each in runs:
+                trained.append((each.arm, each.seed))
+                if trained[-1] not in lose:
+                    each.directory.mkdir(parents=True)
+                    (each.directory / "result.json").write_text(json.dumps(results[each.arm, each.seed - when.FIRST_SEED]))
+
+        monkeypatch.setattr(when, "train", train)
+        argv = ["when.py", "--seeds", "3", "--cells", "LCM, w 3, 4 steps", "--runs", str(tmp_path / folder), *arguments]
+        monkeypatch.setattr("sys.argv", [*argv, "--out", str(tmp_path / "when.json")])
+        when.main()
+        return trained
+
+    return run
+
+
+def test_a_run_in_the_records_is_not_run_again(mapped, tmp_path):
+    assert len(mapped("one machine", lose=[("half", 101)])) == 6
+    assert len((tmp_path / "when_runs.jsonl").read_text().splitlines()) == 5
+    assert mapped("another") == [("half", 101)]
+    first = json.loads((tmp_path / "when.json").read_text())["cells"]["LCM, w 3, 4 steps"]
+    assert first["effects"]["half"]["frechet_to_expert"]["mean"] == pytest.approx(-10)
+    assert first["pairs"] == {"half": 3}
+    assert mapped("a third") == []
+    mapped("a fourth", "--report_only")
+    assert json.loads((tmp_path / "when.json").read_text())["cells"]["LCM, w 3, 4 steps"] == first
+
+
+def test_records_of_other_settings_are_refused(mapped, monkeypatch, capsys):
+    mapped("one")
+    monkeypatch.setitem(when.BASE, "batch_size", 31)
+    with pytest.raises(SystemExit):
+        mapped("two")
+    assert "('LCM, w 3, 4 steps', 'forward', 100)" in (told := capsys.readouterr().err)
+    assert "had other settings than they have now; remove their lines" in told
