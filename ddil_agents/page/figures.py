@@ -77,7 +77,7 @@ class Look:
 
 LOOKS = tuple(Look(f"hue-{i % 6}", MARKERS[(i + i // 6) % 6], GLYPHS[(i + i // 6) % 6]) for i in range(36))  # 36 that differ
 TEACHER, FEWER = Look("ink", "*", "★", "--"), Look("ink", "p", "⬟", "-.")
-FLOOR, HALVES = Look("muted", "P", "✚", ":"), Look("muted", "d", "⬧", ":")
+FLOOR, HALVES = Look("muted", "P", "✚", ":"), Look("muted", "d", "◊", ":")
 
 
 @dataclass(frozen=True)
