@@ -11,13 +11,16 @@ the runs. Tables that --out holds already, of other ablations, stay.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from ddil_agents.checkpoint import write_atomically
 from ddil_agents.compare import Comparison, compare, merged
 from ddil_agents.page import write_page
+from ddil_agents.statistics import paired_comparison
 from ddil_env.presets import find_preset, read_yaml
 
 NAMES = ("priors", "thresholding", "teacher_share", "matched_compute", "replay")
@@ -46,12 +49,38 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
                 if (values := tier["statistics"].get(metric)) is None or arm not in values["arms"]:
                     continue
                 base, own = values["arms"][baseline]["mean"], values["arms"][arm]["mean"]
-                rows[arm][metric] = {"mean": own}
+                rows[arm][metric] = {
+                    "mean": own,
+                    "by_seed": dict(zip(values["arms"][arm]["seeds"], values["arms"][arm]["values"], strict=True)),
+                }
                 if (pair := values["pairs"].get(arm)) is not None:
                     scaled = {key: 100 * pair[key] / base for key in ("mean", "low", "high")}
                     rows[arm][metric] |= {"difference": scaled, "p_holm": pair["p_holm"]}
         found[budget] = rows
     return {"baseline": baseline, "primary": result["comparison"]["primary"], "budgets": found, "flags": result["flags"]}
+
+
+def interactions(rows: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of arms that are named by two factors, "A, B": whether B does another thing with A than with the first A, by metric.
+
+        (y_AB − y_A0) − (y_0B − y_00), paired by seed, in per cent of the mean of y_00, the first arm
+
+    Returns:
+        By the arm AB; empty for arms that are no such grid.
+    """
+    factors = [list(dict.fromkeys(part)) for part in zip(*(name.partition(", ")[::2] for name in rows), strict=True)]
+    if list(rows) != [f"{a}, {b}" for a, b in itertools.product(*factors)] or min(map(len, factors)) < 2:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    (a_0, *some), (b_0, *more) = factors
+    for (a, b), metric in itertools.product(itertools.product(some, more), METRICS):
+        cells = [rows[f"{x}, {y}"].get(metric, {}).get("by_seed", {}) for x, y in ((a, b), (a, b_0), (a_0, b), (a_0, b_0))]
+        seeds = sorted(set.intersection(*map(set, cells)))
+        if len(seeds) > 1:
+            changes = [[cells[i][s] - cells[i + 1][s] for s in seeds] for i in (0, 2)]
+            pair, mean = paired_comparison(*changes), statistics.fmean(cells[3][s] for s in seeds)
+            found.setdefault(f"{a}, {b}", {})[metric] = {key: 100 * getattr(pair, key) / mean for key in ("mean", "low", "high")}
+    return found
 
 
 def markdown(title: str, found: dict[str, Any]) -> str:
@@ -72,7 +101,27 @@ def markdown(title: str, found: dict[str, Any]) -> str:
             costs = f"{row['seeds']} | {row['num_updates']:.0f} | {row['teacher_nfe']:,.0f}"
             lines.append(f"| {arm} | {costs} | {' | '.join(cells)} | {'' if p is None else f'{p:.3f}'} |")
         lines.append("")
+        if crossed := interactions(rows):
+            lines += [
+                f"Interactions: what the second factor does here less what it does in *{found['baseline']}*'s row, % of that arm.",
+                "",
+            ]
+            lines += [f"| arm | {' | '.join(METRICS.values())} |", "|---|" + "---|" * len(METRICS)]
+            for arm, own in crossed.items():
+                cells = [f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" if (d := own.get(m)) else "–" for m in METRICS]
+                lines.append(f"| {arm} | {' | '.join(cells)} |")
+            lines.append("")
     return "\n".join([*lines, *(f"- ! {flag}" for flag in found["flags"])])
+
+
+def write(path: Path, known: dict[str, Any]) -> None:
+    """The JSON file, and its tables beside it."""
+    titles = [f"{name}, {env}" for env in ENVS for name in NAMES]
+    known = {title: known[title] for title in titles if title in known}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(known, indent=1))
+    tables = "\n\n".join(markdown(title, one) for title, one in known.items())
+    write_atomically(path.with_suffix(".md"), f"# Ablations\n\n{tables}\n")
 
 
 def main() -> None:
@@ -85,25 +134,21 @@ def main() -> None:
     parser.add_argument("--report_only", action="store_true", help="train nothing")
     args = parser.parse_args()
     known: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {}
-    found: dict[str, Any] = {}
+    done = False
     for env in args.envs:
         for name in args.names:
             out = args.runs / f"{name}-{env}"
-            if args.report_only and not out.is_dir():
+            if args.report_only and not any(out.glob("runs/*/*/result.json")):
                 continue
             command = f"python benchmarks/ablations.py --names {name} --envs {env}"
             result = compare(settings_of(name, env), out, args.jobs, command, args.report_only)
             write_page(result, out)
-            found[f"{name}, {env}"] = summary(result) | {"provenance": result["provenance"]}
-            print(markdown(f"{name}, {env}", found[f"{name}, {env}"]), flush=True)
-    if not found:
+            known[f"{name}, {env}"] = found = summary(result) | {"provenance": result["provenance"]}
+            print(markdown(f"{name}, {env}", found), flush=True)
+            write(args.out, known)
+            done = True
+    if not done:
         parser.error(f"--runs {args.runs}: none of these ablations has run there; leave --report_only out, or name another folder")
-    titles = [f"{name}, {env}" for env in ENVS for name in NAMES]
-    found = {title: (known | found)[title] for title in titles if title in known | found}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1))
-    tables = "\n\n".join(markdown(title, one) for title, one in found.items())
-    args.out.with_suffix(".md").write_text(f"# Ablations\n\n{tables}\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python benchmarks/when.py --report_only       # the map, from the runs that are there
 
     when.json, when.md, when.png    the map
-    when_runs.jsonl                 a line for each finished run, all that the map is made of: a run that is in it is not run again
+    when_runs.jsonl                 a line for each run, all that the map is made of; a run that has its line is not run again
 
 What is expected, which metric and how many seeds was written down in benchmarks/README.md before the runs.
 """
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from scipy import stats
 
 from ddil_agents.checkpoint import write_atomically
-from ddil_agents.compare import Comparison, Run, check, given_settings, last_line, merged, own_row, same_measure, train
-from ddil_agents.evaluate import provenance
+from ddil_agents.compare import Comparison, Run, check, given_settings, last_line, made, merged, own_row, same_measure, train
+from ddil_agents.evaluate import PROVENANCE
 from ddil_agents.report import read_result
 from ddil_agents.statistics import holm, paired_comparison
+from ddil_env.presets import read_yaml
 
 METRICS = ("endpoint_rmse", "frechet_to_expert", "recall")
 SHIFTS = {"action_ratio": "action error, own / forward states", "gaussian_shift": "Gaussian W2 of visits / held-out floor"}
@@ -119,7 +119,15 @@ def record_of(result: dict[str, Any]) -> dict[str, Any]:
     row = own_row(result)
     measured = {metric: row[metric] for metric in METRICS} | shift_of(row, result["floors"]["held_out_real"]["gaussian_shift"])
     about = {"settings": {k: v for k, v in result["settings"].items() if k != "seed"}}
-    return measured | about | {key: result[key] for key in ("env_config", "date", "hardware", "torch", "diffusers")}
+    return measured | about | {key: result[key] for key in ("env_config", *PROVENANCE)}
+
+
+def harvest(run: Run, agent: str, lost: bool) -> dict[str, Any] | None:
+    """The record of a run that has ended: its result or, of one that failed, how; None if there is nothing to tell yet."""
+    given, log = run.directory.with_suffix(".yaml"), run.directory.with_suffix(".log")
+    if (path := run.directory / "result.json").is_file():
+        return record_of(read_result(path)) | {"given": digest(agent, read_yaml(given))}
+    return {"lost": last_line(log), "given": digest(agent, read_yaml(given))} if lost and log.is_file() else None
 
 
 def read_records(path: Path) -> dict[Key, dict[str, Any]]:
@@ -134,9 +142,9 @@ def write_records(path: Path, records: dict[Key, dict[str, Any]]) -> None:
     write_atomically(path, "".join(line + "\n" for line in lines))
 
 
-def digest(settings: dict[str, Any]) -> str:
+def digest(agent: str, settings: dict[str, Any]) -> str:
     """Of what a run was given."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([agent, settings], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def effect_of(cell: Cell, records: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
@@ -227,7 +235,8 @@ def markdown(found: dict[str, Any]) -> str:
             spans[cell["primary"]] = f"**{spans[cell['primary']]}**"
             p = f"{effect[cell['primary']]['p_holm']:.3f}" if arm == cell["mixture"] else ""
             found_in = [spans.get(key, "–") for key in METRICS]
-            row = [name, arm, str(pairs), *found_in, p, *(f"{cell['shift'][key]:.2f}" for key in SHIFTS)]
+            shift = [f"{cell['shift'][key]:.2f}" if cell["primary"] == "endpoint_rmse" else "–" for key in SHIFTS]
+            row = [name, arm, str(pairs), *found_in, p, *shift]
             lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -252,7 +261,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     grid.set_yticks(range(len(GUIDANCE)), [f"{w:g}" for w in GUIDANCE])
     grid.set(xlabel="student steps", ylabel="guidance w", title="DDIL's RMSE to teacher against forward-only", box_aspect=0.75)
     for axis, (measure, label) in zip(scatters, SHIFTS.items(), strict=True):
-        for marker, arm in zip("osD^", ("ddil", "student", "half", "half teacher"), strict=True):
+        for marker, arm in zip("os", ("ddil", "student"), strict=True):
             cells = [cell for cell in found.values() if arm in cell["effects"]]
             if cells:
                 effects = [cell["effects"][arm][cell["primary"]] for cell in cells]
@@ -260,8 +269,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 error = [[e["mean"] - e["low"] for e in effects], [e["high"] - e["mean"] for e in effects]]
                 axis.errorbar([cell["shift"][measure] for cell in cells], y, error, fmt=marker, label=arm, capsize=2, alpha=0.8)
         axis.axhline(0, color="grey", lw=0.8)
-        axis.set(xlabel=label, ylabel="effect, % (LCM, DMD2: of Fréchet to teacher)")
-        axis.legend(fontsize=8)
+        axis.set(xlabel=label, ylabel="effect on RMSE to teacher, %")
+        if axis.lines[1:]:
+            axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -279,7 +289,6 @@ def main() -> None:
     if unknown := sorted(set(args.cells or ()) - set(names)):
         parser.error(f"--cells {unknown}: choose of {names}")
     found: dict[str, Any] = {}
-    lost: list[str] = []
     kept = args.out.with_name(f"{args.out.stem}_runs.jsonl")
     records = read_records(kept)
     for cell in cells():
@@ -290,27 +299,33 @@ def main() -> None:
             for seed in settings.all_seeds
             for arm in cell.arms
         }
-        given = {key: digest(given_settings(settings, run.arm, run.seed)) for key, run in runs.items()}
-        if other := [key for key in runs if key in records and records[key]["given"] != given[key]]:
-            parser.error(f"{kept}: the runs {other} had other settings than they have now; remove their lines, or choose another --out")
         todo = {key: run for key, run in runs.items() if key not in records}
-        if todo and not args.report_only and cell.name in (args.cells or names):
+        trains = bool(todo) and not args.report_only and cell.name in (args.cells or names)
+        if trains:
             check(settings, out)
             train(list(todo.values()), settings, out, None, args.jobs)
-        for key, run in todo.items():
-            if (path := run.directory / "result.json").is_file():
-                records[key] = record_of(read_result(path)) | {"given": given[key]}
-            elif (log := run.directory.with_suffix(".log")).is_file():
-                lost.append(f"{cell.name}, {run.directory.name}: {last_line(log)}")
-        if done := {key: records[key] for key in runs if key in records}:
+        new = {key: harvest(run, cell.arms[run.arm]["agent"], trains) for key, run in todo.items()}
+        records |= {key: record for key, record in new.items() if record is not None}
+        own = {key: records[key] for key in runs if key in records}
+        given = {key: digest(cell.arms[run.arm]["agent"], given_settings(settings, run.arm, run.seed)) for key, run in runs.items()}
+        if other := [key for key, record in own.items() if record["given"] != given[key]]:
+            parser.error(f"the runs {other} had other settings than they have now; remove them from {kept} and {args.runs}")
+        done = {key: record for key, record in own.items() if "lost" not in record}
+        if len(devices := {record["hardware"] for record in done.values()}) > 1:
+            parser.error(f"{cell.name} was run on {' and '.join(sorted(devices))}, which draw other noise: make it on one of them alone")
+        if own:
             print(f"{cell.name}: {len(done)} of {len(runs)} runs done", flush=True)
+            records |= read_records(kept)  # another process may have added cells of its own
             write_records(kept, records)
+        if done:
             same_measure({Path(*map(str, key)): record for key, record in done.items()})
             found[cell.name] = effect_of(cell, {(arm, seed): record for (_, arm, seed), record in done.items()})
     if not found:
         parser.error(f"--runs {args.runs}: none of these cells has run there; leave --report_only out, or name another folder")
     adjust(found, len(names))
-    about = {"env": args.env, "seeds": args.seeds, "first_seed": FIRST_SEED, **provenance(torch.device("cpu"))}
+    used = {key: record for key, record in records.items() if key[0] in found}
+    lost = [f"{cell}, {arm}, seed {seed}: {record['lost']}" for (cell, arm, seed), record in used.items() if "lost" in record]
+    about = {"env": args.env, "seeds": args.seeds, "first_seed": FIRST_SEED, **made(r for r in used.values() if "lost" not in r)}
     args.out.write_text(json.dumps({"cells": found, "predicts": predicts(found), "lost": lost, **about}, indent=1))
     draw(found, args.out.with_suffix(".png"))
     told = [
@@ -318,6 +333,7 @@ def main() -> None:
         f" same seeds in both), {c['cells']} cells, {c['seeds']} seeds"
         for measure, c in predicts(found).items()
     ]
+    told += [f"{about['hardware']}, torch {about['torch']}, {about['date']}"]
     table = "\n\n".join([markdown(found), *told, *(f"- ! {each}" for each in lost)])
     args.out.with_suffix(".md").write_text(f"# When does DDIL help?\n\n{table}\n")
     print(table)

@@ -254,6 +254,9 @@ def load_run(directory: Path, guidance_scale: float | None = None, **env: Any) -
     vars(cfg.env).update(env)
     expert, config = expert_and_config(agent, parser, cfg)
     settings = judged(config, plan(config)[-1].config)
+    if env.get("data", "") is None and hasattr(settings, "gan_weight"):
+        unused: dict[str, Any] = {"gan_weight": 0.0}  # the discriminator is trained on data, and judging needs neither
+        settings = replace(settings, **unused)
     if guidance_scale is not None:
         if getattr(settings, "guidance_range", None) is None:
             raise ValueError(f"guidance_scale={guidance_scale:g}: the student of {directory} is not told it, but has that of its training")
@@ -429,7 +432,12 @@ def _config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> Learn
 
 
 def check_evaluable(agent: type[Agent], expert: Expert, stages: list[Stage], evaluation: Evaluation) -> None:
-    """Refuses before training what would fail after it: an extractor that does not fit, absent weights or data, times of no format."""
+    """Refuses before training what would fail after it, or mislead: an extractor that does not fit, absent weights, a protocol's name."""
+    if evaluation.protocol is not None:
+        raise ValueError(
+            f"evaluate.protocol={evaluation.protocol}: a run is judged on its own prompts, which are not the protocol's; leave it out, and "
+            f"judge the run afterwards by python -m ddil_agents.evaluate --run OUT --config {evaluation.protocol} --captions FILE"
+        )
     extractor_for(expert, evaluation)
     load_scorers(evaluation, expert.device)
     if evaluation.lpips:

@@ -8,7 +8,7 @@ An arm is an agent with settings. Arms of one seed share the initial weights, th
 x_T and conditions, so their differences are paired. Budgets: every arm takes the same number of gradient steps; then, if asked for,
 as many as the baseline's teacher forwards, forwards of both networks, or seconds allow. Run it again, and it goes on where it stopped.
 
-    comparison.json    all numbers         report.html    the page
+    comparison.json    all numbers         report.html    the page         matched.json    steps at the other budgets
     table.csv, table.tex                   runs/          with each student's denoisings, the teacher's, and untrained.json
 """
 
@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +45,8 @@ from tqdm import tqdm
 
 from ddil_agents.checkpoint import write_atomically
 from ddil_agents.cli import clear_errors, find_agent, load_run, refuse_early, with_preset
-from ddil_agents.evaluate import Evaluation, Judge, provenance
-from ddil_agents.report import METRICS, heading, markdown_table, read_result
+from ddil_agents.evaluate import PROVENANCE, Evaluation, Judge
+from ddil_agents.report import METRICS, called, heading, markdown_table, measured, read_result
 from ddil_agents.settings import read_arguments
 from ddil_agents.statistics import (
     bootstrap_interval,
@@ -70,6 +71,7 @@ BETAS: dict[str, tuple[float, float, float]] = {  # source priors by name: forwa
     "half": (0.5, 0.0, 0.5),
     "ddil": (0.5, 0.1, 0.4),
 }
+FIXED = "matched.json"  # of a comparison: the gradient steps of each arm at the budgets that the baseline's costs set
 SHOWN = 10  # trajectories of each arm that the page can play
 
 
@@ -94,7 +96,7 @@ class Comparison:
     primary: str = "frechet"
     """The metric that the comparison was set up for."""
     level: float = 0.95
-    """Of intervals, and 1 − the error rate of all tests of one metric together."""
+    """Of intervals, and 1 − the error rate of all tests of one metric at one budget together."""
 
     def __post_init__(self) -> None:
         if not self.arms:
@@ -255,10 +257,41 @@ def matched_updates(comparison: Comparison, budget: Budget, results: dict[str, l
     return {arm: max(1, round(allowed / cost(arm))) for arm in results}
 
 
+def basis(comparison: Comparison) -> list[Any]:
+    """What sets the budgets: the baseline, and its settings."""
+    return [comparison.reference, *settings_of(comparison, comparison.reference)]
+
+
+def read_fixed(out: Path) -> dict[str, Any]:
+    path = out / FIXED
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def fixed_updates(comparison: Comparison, budget: Budget, out: Path) -> dict[str, int]:
+    """The gradient steps that arms were given before at one budget: seeds that are added later change what a step costs in the mean.
+
+    Raises:
+        ValueError: another baseline set them, or the same with other settings.
+    """
+    found = read_fixed(out).get(budget, {"baseline": basis(comparison), "updates": {}})
+    if found["baseline"] != basis(comparison):
+        raise ValueError(
+            f"the runs of {out / 'runs' / budget} were matched to what {found['baseline'][0]} cost then, and the baseline is "
+            f"{comparison.reference} now, or has other settings; remove them and {out / FIXED}, or choose another --out"
+        )
+    return dict(found["updates"])
+
+
 def own_row(result: dict[str, Any]) -> dict[str, Any]:
     """What a run's own student scored and cost."""
     row: dict[str, Any] = result["models"][result["student"]]
     return row
+
+
+def made(results: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """When, on what and with which versions some runs were judged: all of them, where they differ."""
+    results = list(results)
+    return {key: ", ".join(sorted({result[key] for result in results})) for key in PROVENANCE}
 
 
 def same_measure(results: dict[Path, dict[str, Any]]) -> None:
@@ -285,6 +318,7 @@ def statistics_of(comparison: Comparison, rows: dict[str, Rows], initial: dict[s
         teacher: What the teacher scores in all its steps.
     """
     found: dict[str, Any] = {}
+    base = comparison.reference
     for metric, (_, _, better) in METRICS.items():
         values = {arm: {seed: float(row[metric]) for seed, row in own.items() if row.get(metric) is not None} for arm, own in rows.items()}
         values = {arm: v for arm, v in values.items() if v}
@@ -299,8 +333,20 @@ def statistics_of(comparison: Comparison, rows: dict[str, Rows], initial: dict[s
             ends = [(initial.get(arm, {}).get(seed, {}).get(metric), teacher.get(seed, {}).get(metric)) for seed in by_seed]
             if all(start is not None and goal is not None and start != goal for start, goal in ends):
                 arms[arm]["normalised"] = np.atleast_1d(normalised(v, *map(list, zip(*ends, strict=True)))).tolist()
-        found[metric] = {"arms": arms, "pairs": pairs_of(comparison, values, better)}
+        held = (
+            set(values) if metric != "frechet_to_expert" else {arm for arm in values if shares_noise(rows, arm) == shares_noise(rows, base)}
+        )
+        found[metric] = {"arms": arms, "pairs": pairs_of(comparison, {arm: v for arm, v in values.items() if arm in held}, better)}
     return found
+
+
+def shares_noise(rows: dict[str, Rows], arm: str) -> bool:
+    """Whether x_T determines an arm's samples, as it does the teacher's; of one that draws noise on the way it does not.
+
+    Without common noise even a perfect student's samples are as far from the teacher's as another set of the teacher's own is:
+    in their distance to it such arms are not held against the others.
+    """
+    return any(row.get("endpoint_rmse") is not None for row in rows.get(arm, {}).values())
 
 
 def pairs_of(comparison: Comparison, values: dict[str, dict[int, float]], better: int) -> dict[str, Any]:
@@ -319,7 +365,9 @@ def pairs_of(comparison: Comparison, values: dict[str, dict[int, float]], better
     return found
 
 
-def flags_of(run: Run, row: dict[str, Any], training: list[dict[str, Any]], initial: dict[str, Any], teacher: dict[str, Any]) -> list[str]:
+def flags_of(
+    run: Run, row: dict[str, Any], training: list[dict[str, Any]], initial: dict[str, Any], teacher: dict[str, Any], primary: str
+) -> list[str]:
     """What a reader should be warned of in one run.
 
     Args:
@@ -328,12 +376,18 @@ def flags_of(run: Run, row: dict[str, Any], training: list[dict[str, Any]], init
         training: Its lines of metrics.
         initial: What the untrained student scored.
         teacher: What the teacher scores in all its steps.
+        primary: The metric that the comparison is for.
     """
-    found, now = [], row.get("coverage")
+    found = []
     # An untrained student covers little where a network of its own starts it: half of the teacher's is short of what few steps cost.
-    for whose, end, share in (("untrained", initial, 0.9), ("of the teacher", teacher, 0.5)):
-        if now is not None and now < share * (then := end.get("coverage") or 0.0):
-            found.append(f"coverage is {now:.3f}, against {then:.3f} {whose}: modes are missed")
+    for key, (whose, end, share) in itertools.product(
+        ("coverage", "vendi"), (("untrained", initial, 0.9), ("of the teacher", teacher, 0.5))
+    ):
+        if (now := row.get(key)) is not None and now < share * (then := end.get(key) or 0.0):
+            found.append(f"{key} is {now:.3f}, against {then:.3f} {whose}: modes are missed")
+    now, then = row.get(primary), initial.get(primary)
+    if now is not None and then is not None and METRICS[primary][2] * (now - then) < 0:
+        found.append(f"{METRICS[primary][0][:-2]} is {now:.4g}, and was {then:.4g} untrained: training made it worse")
     for name in sorted({key for line in training for key in line if key.endswith("grad_norm")}):
         lines = [line for line in training if name in line]
         usual = statistics.median(line[name] for line in lines)
@@ -372,14 +426,15 @@ def portray(comparison: Comparison, runs: list[Run]) -> dict[str, Rows]:
             initial.setdefault(run.arm, {})[run.seed] = row
             continue
         learner = load_run(run.directory)
-        told = Evaluation(**read_yaml(run.directory / "config.yaml")["evaluate"])
+        given = read_yaml(run.directory / "config.yaml")
+        told = Evaluation(**given["evaluate"])
         scores = tuple(score for score in told.scores if score == comparison.primary)  # of what costs most, what is asked for
         told = dataclasses.replace(told, also_steps=(), scores=scores, lpips=told.lpips and comparison.primary == "lpips")
         key = repr((run.seed, learner.grid.times.tolist(), learner.config.substeps, learner.reference.guidance_scale))
         if key not in judges:
             judges[key] = Judge(learner.reference, learner.grid, told)
         judge = judges[key]
-        untrained = type(learner)(learner.expert, learner.config, learner.support)
+        untrained = type(learner)(learner.expert, dataclasses.replace(learner.config, init=given.get("init")), learner.support)
         thresholding = learner.config.thresholding if "student" in learner.config.thresholding.roles else None
         start = repr((key, learner.kernel, thresholding, untrained.average.prediction_type, weights_digest(untrained.average)))
         if start not in known:  # most arms of a seed start as the same student
@@ -417,7 +472,8 @@ def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], co
         result = results[run.directory]
         for name, row in {**result["floors"], **result["models"]}.items():
             if name in result["floors"] or name.startswith("teacher@"):
-                references.setdefault(name.replace("_", " "), {}).setdefault(run.seed, row)
+                shown = called(name, row) if name in result["floors"] else name
+                references.setdefault(shown, {}).setdefault(run.seed, row | {"times": result["times"]})
     teacher = max((name for name in references if name.startswith("teacher@")), key=lambda name: int(name.split("@")[1]))
     compared: dict[str, Any] = {}
     flags: list[str] = []
@@ -431,10 +487,14 @@ def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], co
                 listed[-1] |= {"num_updates": results[run.directory]["num_updates"], **row}
                 training = read_metrics(run.directory / "metrics.jsonl")
                 untrained = initial.get(run.arm, {}).get(run.seed, {})
-                flags += flags_of(run, row, training, untrained, references[teacher].get(run.seed, {}))
+                flags += flags_of(run, row, training, untrained, references[teacher].get(run.seed, {}), comparison.primary)
             elif (log := run.directory.with_suffix(".log")).is_file():
                 flags.append(f"{budget}/{run.directory.name}: {last_line(log)}")
         flags += [f"{text} (equal {budget})" for text in idle_arms(comparison, rows)]
+        fresh = [arm for arm in rows if rows[arm] and shares_noise(rows, arm) != shares_noise(rows, comparison.reference)]
+        if fresh and comparison.primary == "frechet_to_expert" and rows[comparison.reference]:
+            told = f"in {METRICS[comparison.primary][0][:-2]} not held against {comparison.reference}"
+            flags.append(f"{', '.join(fresh)}: {told}: one of the two shares the teacher's noise; see teacher halves (equal {budget})")
         missing = METRICS[comparison.primary][0].rstrip(" ↓↑")
         flags += [
             f"{arm}: its runs have no {missing}, which this comparison is for (equal {budget})"
@@ -442,6 +502,11 @@ def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], co
             if own and all(row.get(comparison.primary) is None for row in own.values())
         ]
         compared[budget] = {"runs": listed, "statistics": statistics_of(comparison, rows, initial, references[teacher])}
+    flags += [
+        f"equal {budget}: not run, since {comparison.reference}, whose costs set it, has no finished run"
+        for budget in comparison.equal
+        if budget not in tiers
+    ]
     any_result = next(iter(results.values()))
     return {
         "title": f"{any_result['env']}: {', '.join(comparison.arms)}",
@@ -455,7 +520,7 @@ def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], co
         "initial": initial,
         "budgets": compared,
         "flags": flags,
-        "provenance": provenance(torch.device("cpu" if not torch.cuda.is_available() else "cuda")),
+        "provenance": made(results.values()),
     }
 
 
@@ -493,19 +558,22 @@ def table_rows(result: dict[str, Any], budget: str, intervals: bool = True) -> l
 def csv_table(result: dict[str, Any]) -> str:
     """A line for each run: its budget, arm, seed, scores and costs."""
     file = io.StringIO()
-    keys = ["budget", "arm", "seed", "done", "num_updates", *METRICS, "teacher_nfe", "student_nfe", "train_seconds"]
+    keys = ["budget", "arm", "seed", "done", "num_updates", *METRICS, "teacher_nfe", "student_nfe", "train_seconds", "extractor", "n"]
+    how = {key: result["settings"][key] for key in ("extractor", "n")}
     writer = csv.DictWriter(file, keys, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for budget, tier in result["budgets"].items():
         for run in tier["runs"]:
-            writer.writerow({"budget": budget, **{k: "" if v is None else v for k, v in run.items()}})
+            writer.writerow({"budget": budget, **how, **{k: "" if v is None else v for k, v in run.items()}})
     return file.getvalue()
 
 
 def latex_table(result: dict[str, Any]) -> str:
     """A booktabs table for each budget."""
     plain = str.maketrans(
-        {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "é": r"\'e", "²": "$^2$"}
+        {c: f"\\{c}" for c in "{}$"}
+        | {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}", "<": "$<$", ">": "$>$"}
+        | {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "é": r"\'e", "²": "$^2$"}
     )
     parts = []
     for budget in result["budgets"]:
@@ -515,7 +583,8 @@ def latex_table(result: dict[str, Any]) -> str:
         rows = "\n".join(body)
         columns = "ll" + "r" * (len(cells[0]) - 2)
         parts.append(
-            f"% {result['title']}, equal {budget}: interquartile means, {result['comparison']['level']:.0%} bootstrap intervals\n"
+            f"% {result['title']}, equal {budget}: interquartile means, {result['comparison']['level']:.0%} bootstrap intervals; "
+            f"{measured(result['settings'], result['provenance'])}\n"
             f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{rows}\n\\bottomrule\n\\end{{tabular}}\n"
         )
     return "\n".join(parts)
@@ -540,9 +609,15 @@ def compare(comparison: Comparison, out: Path, jobs: int, command: str = "", rep
                 arm: [read_result(r.directory / "result.json") for r in tiers["updates"] if r.arm == arm and _done(r)]
                 for arm in comparison.arms
             }
-            updates = matched_updates(comparison, budget, {arm: found for arm, found in done.items() if found})
-            set_ = {arm: found[0]["num_updates"] for arm, found in done.items() if found}
-            runs = [run for run in runs if run.arm in updates]
+            done = {arm: found for arm, found in done.items() if found}
+            if comparison.reference not in done:  # a baseline that diverged sets no budget; what was trained is still to be shown
+                continue
+            updates = matched_updates(comparison, budget, done) | fixed_updates(comparison, budget, out)
+            if not report_only:
+                fixed = read_fixed(out) | {budget: {"baseline": basis(comparison), "updates": updates}}
+                write_atomically(out / FIXED, json.dumps(fixed, indent=1))
+            set_ = {arm: found[0]["num_updates"] for arm, found in done.items()}
+            runs = [run for run in runs if run.arm in done]
             for i, run in enumerate(runs):  # a run that would differ by less than a hundredth is the one that is there
                 if abs(updates[run.arm] - set_[run.arm]) < 0.01 * set_[run.arm]:
                     runs[i] = run._replace(directory=out / "runs" / "updates" / run.directory.name)
@@ -584,6 +659,8 @@ def check(comparison: Comparison, out: Path) -> None:
         if given.is_file() and read_yaml(given) | matched != given_settings(comparison, arm, seed) | matched:
             runs = out / "runs" / "*" / f"{arm}-s*"
             raise ValueError(f"{given} holds other settings than arm {arm} has now; choose another --out, or remove its runs, {runs}")
+    for budget in comparison.equal:
+        fixed_updates(comparison, budget, out)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -597,7 +674,7 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         shown = [f"{heading(primary, result)}, paired", *said, ""] if said else []
         parts += [f"equal {budget}", "", *markdown_table(table_rows(result, budget, intervals=False)), "", *shown]
-    return "\n".join([*parts, *(f"! {flag}" for flag in result["flags"])])
+    return "\n".join([*parts, measured(result["settings"], result["provenance"]), *(f"! {flag}" for flag in result["flags"])])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -49,7 +49,7 @@ from ddil_agents.metrics.vendi import vendi_score
 from ddil_agents.settings import read_arguments
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, NoDataError, TimeGrid, load_expert, unroll
 from ddil_env.mdp import Kernel
-from ddil_env.presets import find_expert, preset_names, read_env
+from ddil_env.presets import find_expert, preset_names, read_env, read_yaml
 from ddil_env.schedule import GridKind
 from ddil_env.weights import read_tensors
 
@@ -191,7 +191,8 @@ class Judge:
             are kept in the settings' own store, if there is one.
 
     Raises:
-        ValueError: an unknown extractor, pictures or captions asked of an expert that has none, or a store of other settings.
+        ValueError: an unknown extractor, pictures or captions asked of an expert that has none, a store of other settings, or, under a
+            protocol, fewer samples than it asks for.
     """
 
     def __init__(self, expert_policy: ExpertPolicy, grid: TimeGrid, settings: Evaluation | None = None, store: Path | None = None) -> None:
@@ -202,6 +203,11 @@ class Judge:
         self.extractor = extractor_for(expert, self.settings)
         self.real, (self.held_out, self.held_out_c), self.c = self._data()
         self.n = self.settings.n if self.real is None else len(self.real)
+        if self.settings.protocol is not None and self.n < self.settings.n:
+            raise ValueError(
+                f"protocol={self.settings.protocol}: {self.settings.n} samples are asked for, and the expert's own data allow {self.n}; "
+                "load it with the protocol's captions and without data, or choose protocol=null for other numbers"
+            )
         self.store = None if store is None else self._open(store)
         self.shared = self.store if self.settings.store is None else self._open(Path(self.settings.store) / f"seed{self.settings.seed}")
         self.expert_drawn = self._draw(expert_policy, grid, "ddim", self._baseline_names()[0])
@@ -365,12 +371,23 @@ class Judge:
         return result
 
     def floors(self) -> dict[str, Any]:
-        """What real data that the expert has not seen score against the reference: no model can be asked for less."""
+        """What a perfect model would score: no model can be asked for less.
+
+        Returns:
+            held_out_real: real data that the expert has not seen, against the reference.
+            real_halves, teacher_halves: two halves of the reference, or of the expert's own states and samples.
+            n and n_paths are the numbers of samples and of trajectories on each side. The teacher's halves are matched by class.
+            Their frechet_to_expert is the floor of samplers that draw fresh noise, and so share none with the expert: of n samples
+            even a perfect one is about half of it away, since this bias goes as 1/n, and nearer where no two samples share a condition,
+            which halves then cannot be matched by.
+        """
         found: dict[str, Any] = {}
-        if self.real is not None:
-            found["real_halves"] = self._halves(self.real_noised.transpose(0, 1))
+        if self.real is not None and (halves := self._halves(self.real_noised.transpose(0, 1))):
+            found["real_halves"] = {"n": halves["n_paths"], **halves}
         theirs = self._halves(self.expert_path[:, :-1])
-        found["teacher_halves"] = {name + "_to_expert" * (name != "n_paths"): value for name, value in theirs.items()}
+        theirs = {name + "_to_expert" * (name != "n_paths"): value for name, value in theirs.items()}
+        if (half := self.n // 2) >= 2:
+            found["teacher_halves"] = {"n": half, "frechet_to_expert": self._between_teachers(half), **theirs}
         if self.settings.images is not None and self.real_features is not None:
             distance = split_half(frechet_distance, self.real_features)
             found.setdefault("real_halves", {}).update({"n": len(self.real_features) // 2, "frechet": distance})
@@ -386,9 +403,9 @@ class Judge:
         return self._between([(path[: len(x), i], x[: len(path)]) for i, x in enumerate(self.real_noised)], list(self.real_noised))
 
     def _shift_to_expert(self, path: Tensor) -> dict[str, list[float]]:
-        """The same from the expert's states, which start from the same noise: 0 for the expert itself."""
+        """The same from the expert's states, each from the same noise as the policy's of its index: 0 for the expert itself."""
         theirs = [self.expert_path[:, i] for i in range(self.grid.num_steps)]
-        found = self._between([(path[:, i], x) for i, x in enumerate(theirs)], theirs)
+        found = self._between([(path[:, i], x) for i, x in enumerate(theirs)], theirs, paired=True)
         return {f"{name}_to_expert": values for name, values in found.items()}
 
     def _halves(self, path: Tensor) -> dict[str, Any]:
@@ -398,11 +415,23 @@ class Judge:
             return {}
         return {"n_paths": len(path) // 2, **self._between([split_half(lambda a, b: (a, b), x) for x in states], states)}
 
-    def _between(self, pairs: list[tuple[Tensor, Tensor]], scale: list[Tensor]) -> dict[str, list[float]]:
-        """Distances by step between two sets of states, each (m, *sample_shape); `scale` sets the width of the kernel."""
+    def _between_teachers(self, half: int) -> float:
+        """Fréchet distance between two sets of the expert's own samples, every other one in order of class."""
+        order = torch.arange(self.n) if self.c is None else self.c.argsort(stable=True)
+        even, odd = (self.expert_drawn.features[order[k : 2 * half : 2]] for k in (0, 1))
+        return frechet_distance(even, odd)
+
+    def _between(self, pairs: list[tuple[Tensor, Tensor]], scale: list[Tensor], paired: bool = False) -> dict[str, list[float]]:
+        """Distances by step between two sets of states, each (m, *sample_shape).
+
+        Args:
+            pairs: The two sets at each step.
+            scale: States that set the width of the kernel.
+            paired: Whether two states of one index started from one noise.
+        """
         return {
             "shift": [sliced_wasserstein(a, b) for a, b in pairs],
-            "mmd_shift": [mmd2(a, b, _width(x)) for (a, b), x in zip(pairs, scale, strict=True)],
+            "mmd_shift": [mmd2(a, b, _width(x), paired=paired) for (a, b), x in zip(pairs, scale, strict=True)],
             "gaussian_shift": [gaussian_w2(a, b) for a, b in pairs],
         }
 
@@ -426,7 +455,7 @@ class Judge:
                 expert's and on forward-diffused data; action_ratio, the first over the last (over the second without data).
             shift, mmd_shift, gaussian_shift: sliced W2, unbiased MMD² and Gaussian W2 between visited latents and
                 forward-diffused data; shift_to_expert, mmd_shift_to_expert, gaussian_shift_to_expert: between them and those that
-                the expert visits from the same noise, 0 for the expert.
+                the expert visits from the same noise, 0 for the expert; this MMD² leaves out the pairs that share their noise.
             diversity: mean distance between two visited latents, per entry.
             nfe_per_sample, seconds: cost of sampling.
             With a grid of its own only the samples are judged: its states are at other times. Under the `renoise` kernel
@@ -505,7 +534,7 @@ class Judge:
     def judge_baselines(self) -> dict[str, Any]:
         """The metrics of the two; those of few steps are kept in the store, with what the expert would have done instead."""
         full, few = self._baseline_names()
-        asked = "-".join(["row", *self.settings.scores, *["lpips"] * self.settings.lpips])
+        asked = "-".join(["scores", *self.settings.scores, *["lpips"] * self.settings.lpips])
         place = self._place(f"{few}-beside-{full}", self.few_steps, self.grid, "ddim", f"{asked}.json")
         return {full: self.judge_expert(), few: _kept(place, lambda: self.judge(self.few_steps, name=few))}
 
@@ -612,16 +641,19 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+PACKAGES = ("ddil", "torch", "diffusers", "tensordict", "torchrl", "gymnasium", "accelerate")
+PROVENANCE = ("date", "hardware", "python", *PACKAGES)
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """Versions, date, and the hardware of the device."""
-    packages = ("ddil", "torch", "diffusers", "tensordict", "torchrl", "gymnasium", "accelerate")
     on_cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
     return {
         "date": date.today().isoformat(),
         "hardware": hardware,
         "python": platform.python_version(),
-        **{p: _version(p) for p in packages},
+        **{p: _version(p) for p in PACKAGES},
     }
 
 
@@ -664,6 +696,14 @@ def evaluate_run(learner: Agent, settings: Evaluation, store: Path | None = None
     return {"settings": judge.describe(), "floors": judge.floors(), "models": models, **provenance(learner.expert.device)}
 
 
+def _settings_of_expert(run: str | None, env: str) -> dict[str, Any]:
+    """The expert's settings in a run's config.yaml, none where there is no such file; or, without a run, in an env preset."""
+    if run is None:
+        return read_env(env)
+    config = Path(run) / "config.yaml"
+    return read_yaml(config).get("env") or {} if config.is_file() else {}
+
+
 def main(argv: list[str] | None = None) -> None:
     from ddil_agents.cli import clear_errors, load_run, with_preset
     from ddil_agents.report import table
@@ -683,7 +723,9 @@ def main(argv: list[str] | None = None) -> None:
         default=None,
         help="default: the expert's, or the run's; with --run for a student that is told it",
     )
-    parser.add_argument("--captions", type=str | None, default=None, help="prompts of the expert: a text file, or COCO's captions JSON")
+    parser.add_argument(
+        "--captions", type=str | None, default=None, help="prompts in the place of the expert's own, or of its data: text or COCO's JSON"
+    )
     parser.add_argument("--device", type=str | None, default=None, help="default: the expert's own")
     parser.add_argument("--out", type=str | None, default=None, help="JSON file for the results; beside it, batches until it is done")
     parser.add_class_arguments(Evaluation, None, skip={"seed"})
@@ -693,13 +735,21 @@ def main(argv: list[str] | None = None) -> None:
         out = None if args.out is None else Path(args.out)
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
             raise ValueError(f"--out {out}: need a file in a folder that exists")
-        env = {key: value for key, value in (("device", args.device), ("prompts", args.captions)) if value is not None}
+        env: dict[str, Any] = {key: value for key, value in (("device", args.device), ("prompts", args.captions)) if value is not None}
+        if args.protocol is not None and args.captions is None:
+            raise ValueError(
+                f"--protocol {args.protocol}: its samples are of its own captions, not of the expert's prompts; "
+                "pass them as --captions FILE, or --protocol null for other numbers"
+            )
         if args.run is not None and (args.env is not None or args.steps):
             raise ValueError("--run names expert and steps; leave --env and --steps out (--also_steps judges the run in more steps)")
         if args.run is None and args.captions is not None:
             takes = inspect.signature(find_expert(read_env(args.env or "digits")["expert"])).parameters
             if "prompts" not in takes:
                 raise ValueError(f"--captions {args.captions}: the expert of {args.env or 'digits'} takes none; leave it out")
+        if args.captions is not None:  # an expert has prompts, or data with captions of their own
+            own = _settings_of_expert(args.run, args.env or "digits")
+            env |= dict.fromkeys(key for key in ("data", "images", "data_cache") if key in own)
         learner = None if args.run is None else load_run(Path(args.run), args.guidance_scale, **env)
         expert = load_expert(args.env or "digits", **env) if learner is None else learner.expert
         results = []

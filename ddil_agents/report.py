@@ -50,6 +50,18 @@ def heading(key: str, result: dict[str, Any]) -> str:
     return name.replace("Fréchet", "FID").replace("kernel distance", "KID") if result["settings"]["extractor"] == FID_EXTRACTOR else name
 
 
+def called(name: str, row: dict[str, Any]) -> str:
+    """A floor as tables and figures name it, with how many samples it is of: distances fall with their number."""
+    return f"{name.replace('_', ' ')}, n = {row['n']}" if "n" in row else name.replace("_", " ")
+
+
+def measured(settings: dict[str, Any], made: dict[str, Any]) -> str:
+    """How scores were measured, and where: the line below a table."""
+    seed = f", evaluation seed {settings['seed']}" if "seed" in settings else ""
+    how = f"n = {settings['n']}{seed}, features of {settings['extractor']}, guidance {settings['guidance_scale']:g}"
+    return f"{how}; {made['hardware']}, torch {made['torch']}, {made['date']}"
+
+
 def markdown_table(cells: list[list[str]]) -> list[str]:
     """Its lines; of the cells (rows, columns) the first row is the head."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -59,17 +71,14 @@ def markdown_table(cells: list[list[str]]) -> list[str]:
 
 def table(result: dict[str, Any]) -> str:
     """A Markdown table, a line for each metric and cost and a column for each floor and model, and how they were measured."""
-    rows = {**{name.replace("_", " "): values for name, values in result["floors"].items()}, **result["models"]}
+    rows = {**{called(name, values): values for name, values in result["floors"].items()}, **result["models"]}
     rows = {name: row for name, row in rows.items() if row.keys() & METRICS.keys()}  # some floors are of steps alone
     cells = [["", *rows]]
     for key, (_, form) in COLUMNS.items():
         if any(row.get(key) is not None for row in rows.values()):
             values = (row.get(key) for row in rows.values())
             cells.append([heading(key, result), *("–" if value is None else form.format(value) for value in values)])
-    s = result["settings"]
-    how = f"n = {s['n']}, evaluation seed {s['seed']}, features of {s['extractor']}, guidance {s['guidance_scale']:g}; "
-    how += f"{result['hardware']}, torch {result['torch']}, {result['date']}"
-    return "\n".join([*markdown_table(cells), "", how])
+    return "\n".join([*markdown_table(cells), "", measured(result["settings"], result)])
 
 
 def picture_rows(judge: Judge, samples: dict[str, Tensor], columns: int = 20) -> dict[str, np.ndarray]:

@@ -131,7 +131,7 @@ class RunFiles:
             for key, value in flat.items():
                 self._board.add_scalar(key, value, row["step"])
         if self._live is not None:
-            self._live.log(flat, step=row["step"])
+            self._live.log({key: value for key, value in flat.items() if key != "step"}, step=row["step"])
 
 
 class MetricsLog(RunFiles):

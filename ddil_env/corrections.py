@@ -60,7 +60,7 @@ class ScaledEpsilon(DdimPolicy):
             max_batch=policy.max_batch,
         )
         self.nfe_per_action, self.by_expert = policy.nfe_per_action, policy.by_expert
-        self.scale = scale
+        self.policy, self.scale = policy, scale
 
 
 class TimeShifted(DdimPolicy):

@@ -10,6 +10,7 @@ Needs `pip install 'ddil[sb3]'`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,16 @@ from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv
 
 from ddil_env.gym_env import DenoisingVectorEnv
-from ddil_env.policy import DdimPolicy, ExpertPolicy, StudentPolicy
+from ddil_env.policy import DdimPolicy, ExpertPolicy
 
 Indices = int | Iterable[int] | None  # which of the environments; None is all
 
 
 def _device_of(policy: DdimPolicy) -> torch.device:
-    if isinstance(policy, ExpertPolicy):
-        return policy.expert.device
-    if isinstance(policy, StudentPolicy) and isinstance(policy.student, torch.nn.Module):
-        return next(policy.student.parameters()).device
-    return torch.device("cpu")
+    """Where the networks beneath compute; the CPU if there is none."""
+    experts = (part.expert.device for part in policy.modules() if isinstance(part, ExpertPolicy))
+    students = (parameter.device for parameter in policy.parameters())
+    return next(chain(experts, students), torch.device("cpu"))
 
 
 class SB3Policy:
@@ -36,7 +36,7 @@ class SB3Policy:
 
     Args:
         policy: Who acts.
-        device: Where it computes; default: where its expert is.
+        device: Where it computes; default: where its network is, also beneath a policy made of others.
     """
 
     def __init__(self, policy: DdimPolicy, device: torch.device | str | None = None) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,6 +20,7 @@ from ddil_agents.compare import (
     Comparison,
     Run,
     arms_of,
+    fixed_updates,
     flags_of,
     idle_arms,
     matched_updates,
@@ -189,8 +191,8 @@ def test_an_arm_that_is_the_baseline_bit_for_bit_is_flagged():
 CALM = [{"grad_norm": 1.0, "grad_norm_max": 1.0, "critic_grad_norm": 2.0, "critic_grad_norm_max": 2.0}] * 20
 
 
-def flagged(row=None, training=CALM, initial=None, teacher=None):
-    return flags_of(Run("updates", "a", 3, Path("a-s3")), row or {}, training, initial or {}, teacher or {})
+def flagged(row=None, training=CALM, initial=None, teacher=None, primary="frechet"):
+    return flags_of(Run("updates", "a", 3, Path("a-s3")), row or {}, training, initial or {}, teacher or {}, primary)
 
 
 def test_flags_name_modes_that_the_untrained_student_or_the_teacher_has():
@@ -199,6 +201,8 @@ def test_flags_name_modes_that_the_untrained_student_or_the_teacher_has():
     assert flag == "a, seed 3: coverage is 0.500, against 0.950 untrained: modes are missed (equal updates)"
     (flag,) = flagged({"coverage": 0.4}, initial={"coverage": 0.1}, teacher={"coverage": 0.9})
     assert "coverage is 0.400, against 0.900 of the teacher" in flag
+    (flag,) = flagged({"vendi": 3.0}, teacher={"vendi": 8.0})  # without data there is no coverage
+    assert "vendi is 3.000, against 8.000 of the teacher" in flag
     assert flagged({"coverage": 0.4}) == flagged({"coverage": None}, initial={"coverage": 0.9}, teacher={"coverage": 0.9}) == []
 
 
@@ -217,12 +221,50 @@ def test_flags_name_any_networks_gradients_that_blow_up(spike, told):
     assert flagged(training=[*CALM, {**CALM[0], "grad_norm_max": float("inf")}]) == []  # a step that fp16's scaler skips
 
 
+def test_flags_name_a_student_that_training_made_worse():
+    (flag,) = flagged({"frechet": 9.0}, initial={"frechet": 8.5})
+    assert flag == "a, seed 3: Fréchet is 9, and was 8.5 untrained: training made it worse (equal updates)"
+    (flag,) = flagged({"recall": 0.2}, initial={"recall": 0.3}, primary="recall")
+    assert "recall is 0.2, and was 0.3 untrained" in flag
+    for row, initial in (({"frechet": 8.0}, {"frechet": 8.5}), ({"frechet": None}, {"frechet": 8.5}), ({"frechet": 9.0}, {})):
+        assert flagged(row, initial=initial) == []
+
+
+def test_arms_without_the_teachers_noise_are_not_held_against_those_with_it():
+    rows = {
+        arm: {seed: {"frechet": 3.0 + seed, "frechet_to_expert": far + seed, "endpoint_rmse": rmse} for seed in range(7)}
+        for arm, far, rmse in (("bc", 0.3, 0.1), ("dagger", 0.2, 0.1), ("lcm", 5.0, None), ("dmd2", 6.0, None))
+    }
+    arms = {arm: {"agent": arm} for arm in rows}
+    found = statistics_of(comparison(arms=arms), rows, {}, {})
+    assert found["frechet"]["pairs"].keys() == {"dagger", "lcm", "dmd2"}
+    assert found["frechet_to_expert"]["arms"].keys() == set(arms)
+    assert found["frechet_to_expert"]["pairs"].keys() == {"dagger"}
+    found = statistics_of(comparison(arms=arms, baseline="lcm"), rows, {}, {})
+    assert found["frechet_to_expert"]["pairs"].keys() == {"dmd2"}
+
+
+def test_seeds_that_are_added_are_matched_as_the_others_were(tmp_path: Path):
+    given = comparison(equal=("updates", "teacher_nfe"))
+    assert fixed_updates(given, "teacher_nfe", tmp_path) == {}
+    fixed = {"teacher_nfe": {"baseline": compare.basis(given), "updates": {"bc": 100, "dagger": 63}}}
+    (tmp_path / "matched.json").write_text(json.dumps(fixed))
+    assert fixed_updates(given, "teacher_nfe", tmp_path) == {"bc": 100, "dagger": 63}
+    assert fixed_updates(given, "seconds", tmp_path) == {}
+    for other in ({"baseline": "dagger"}, {"shared": {"num_updates": 7}}):
+        now = comparison(equal=("updates", "teacher_nfe"), **other)
+        with pytest.raises(ValueError, match=r"were matched to what bc cost then, and the baseline is .* now, or has other settings"):
+            compare.check(now, tmp_path)
+
+
 def test_every_score_of_a_row_is_in_every_table():
     scores = ["frechet", "kid", "precision", "recall", "density", "coverage", "accuracy", "vendi", "lpips", "clip_score", "hpsv2"]
     assert {*scores} < METRICS.keys()
     settings = {"n": 20, "seed": 0, "extractor": "inception_v3_2015", "guidance_scale": 1.0}
-    result = {"settings": settings, "hardware": "a CPU", "torch": "2", "date": "today", "floors": {"held_out_real": {"recall": 0.9}}}
+    made = {"hardware": "a CPU", "torch": "2", "date": "today"}
+    result = {"settings": settings, **made, "floors": {"held_out_real": {"recall": 0.9, "n": 11}}}
     lines = table({**result, "models": {"dagger@4": dict.fromkeys(scores, 0.25)}}).splitlines()
+    assert "held out real, n = 11" in lines[0]
     names = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
     assert names[2:] == [heading(score, result) for score in scores]
     assert names[2:4] == ["FID ↓", "KID ↓"]
@@ -231,8 +273,9 @@ def test_every_score_of_a_row_is_in_every_table():
     rows = {arm: {seed: dict.fromkeys(scores, 0.1 * seed) for seed in range(3)} for arm in ("bc", "dagger")}
     found = {
         "title": "t",
+        "provenance": made,
         "comparison": {"level": 0.95, "primary": "clip_score", "baseline": "bc"},
-        "settings": settings,
+        "settings": {key: value for key, value in settings.items() if key != "seed"},
         "references": {"teacher@4": [{"clip_score": 0.3}]},
         "arms": dict.fromkeys(rows),
         "budgets": {
@@ -245,8 +288,13 @@ def test_every_score_of_a_row_is_in_every_table():
     }
     for text in (compare.latex_table(found), compare.markdown(found)):
         assert all(name in text for name in ("FID", "KID", "LPIPS diversity", "CLIP score", "HPSv2", "precision", "density", "Vendi"))
+        assert "n = 20, features of inception_v3_2015, guidance 1; a CPU, torch 2, today" in text
     assert "dagger − bc: +0 [+0, +0]; 3 seeds cannot show" in compare.markdown(found)
-    assert all(list(csv.DictReader(io.StringIO(compare.csv_table(found))))[1][score] == "0.1" for score in scores)
+    line = list(csv.DictReader(io.StringIO(compare.csv_table(found))))[1]
+    assert all(line[score] == "0.1" for score in scores)
+    assert (line["extractor"], line["n"]) == ("inception_v3_2015", "20")
+    found["arms"] = {"a_b^2 ~ {1 < $2} \\": None}
+    assert r"a\_b\^{}2 \~{} \{1 $<$ \$2\} \textbackslash{} & 0" in compare.latex_table(found)
 
 
 def test_a_run_gets_a_gpu_that_is_free_of_those_that_are_visible(monkeypatch, tmp_path: Path):
@@ -305,9 +353,21 @@ def test_a_comparison_runs_whole_and_a_diverged_arm_is_a_result(whole):
     assert matched["dagger"]["teacher_nfe"] == pytest.approx(matched["bc"]["teacher_nfe"], rel=0.35)
     assert found["initial"]["bc"].keys() == {"0", "1"}
     assert found["initial"]["bc"]["0"]["endpoint_rmse"] > 0.3  # a random network
-    assert list(found["references"]) == ["real halves", "teacher halves", "held out real", "teacher@4", "teacher@2"]
-    names = [line[0] for line in compare.table_rows(found, "updates")]
-    assert names == ["model", "held out real", "teacher@4", "teacher@2", "bc", "dagger", "hot"]  # halves are of steps alone
+    assert found["provenance"].keys() >= {"date", "hardware", "torch"}
+    names = [name.partition(",")[0] for name in found["references"]]
+    assert names == ["real halves", "teacher halves", "held out real", "teacher@4", "teacher@2"]
+    assert all(re.search(r", n = \d+$", name) for name in list(found["references"])[:3])
+    names = [line[0].partition(",")[0] for line in compare.table_rows(found, "updates")]
+    assert names == [
+        "model",
+        "teacher halves",
+        "held out real",
+        "teacher@4",
+        "teacher@2",
+        "bc",
+        "dagger",
+        "hot",
+    ]  # halves of the data are of steps alone
     assert len(found["references"]["teacher@4"]) == 2
     lines = list(csv.DictReader(io.StringIO((out / "out" / "table.csv").read_text())))
     assert len(lines) == 6 + 4
@@ -354,6 +414,31 @@ def test_arms_that_start_as_one_student_are_judged_once(whole, monkeypatch, tmp_
     assert rows["bc"][1]["endpoint_rmse"] == found["initial"]["bc"]["1"]["endpoint_rmse"]
 
 
+def test_an_untrained_student_is_what_training_started_from(whole, tmp_path: Path):
+    out, found = whole
+    trained = out / "out" / "runs" / "updates" / "bc-s1"
+    run = Run("updates", "bc", 1, tmp_path / "bc")
+    shutil.copytree(trained, run.directory)
+    (run.directory / "untrained.json").unlink()
+    started = read_yaml(run.directory / "config.yaml") | {"init": str(trained)}
+    (run.directory / "config.yaml").write_text(yaml.safe_dump(started))
+    given = Comparison(**yaml.safe_load((out / "given.yaml").read_text()))
+    (own,) = (r for r in found["budgets"]["updates"]["runs"] if (r["arm"], r["seed"]) == ("bc", 1))
+    assert compare.portray(given, [run])["bc"][1]["endpoint_rmse"] == pytest.approx(own["endpoint_rmse"], rel=1e-5)
+
+
+def test_a_baseline_that_diverged_leaves_what_was_trained_to_be_shown(whole, tmp_path: Path):
+    out, _ = whole
+    shutil.copytree(out / "out", tmp_path / "out")
+    (tmp_path / "out" / "matched.json").unlink()
+    given = ["--config", str(out / "given.yaml"), "--out", str(tmp_path / "out"), "--baseline", "hot"]
+    compare.main([*given, "--report_only", "true"])
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["budgets"].keys() == {"updates"}
+    assert "equal teacher_nfe: not run, since hot, whose costs set it, has no finished run" in found["flags"]
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
 def test_an_ablations_table_has_each_arm_in_per_cent_of_its_baseline(whole):
     _, found = whole
     rows = ablations.summary(found)["budgets"]["updates"]
@@ -364,6 +449,17 @@ def test_an_ablations_table_has_each_arm_in_per_cent_of_its_baseline(whole):
     lines = ablations.markdown("a title", ablations.summary(found)).splitlines()
     assert sum(line.startswith("| dagger | 2 | 12 |") and f", {difference:+.1f} [" in line for line in lines) == 1
     assert any(line.startswith("- ! hot, seed 0") or "hot-s0" in line for line in lines)
+
+
+def test_interactions_are_what_one_factor_changes_of_the_other():
+    y = {"a, none": 10.0, "a, tight": 8.0, "b, none": 11.0, "b, tight": 6.0}
+    rows = {arm: {"recall": {"by_seed": {seed: value + seed for seed in range(4)}}} for arm, value in y.items()}
+    del rows["b, tight"]["recall"]["by_seed"][2]
+    found = ablations.interactions(rows)
+    assert found.keys() == {"b, tight"}
+    base = (10 + 11 + 13) / 3
+    assert found["b, tight"]["recall"] == pytest.approx(dict.fromkeys(("mean", "low", "high"), 100 * ((6 - 11) - (8 - 10)) / base))
+    assert ablations.interactions({"forward": {}, "student": {}}) == ablations.interactions({"a, x": {}, "b, y": {}}) == {}
 
 
 def test_ablations_that_are_run_later_leave_earlier_tables(whole, tmp_path, monkeypatch):

@@ -1,20 +1,26 @@
 """The judge: batches, their store, trajectories step by step, pictures and captions."""
 
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from tiny_sd import write_tiny_sd
 
-from ddil_agents import evaluate
-from ddil_agents.cli import with_preset
+from ddil_agents import dagger, dmd2, evaluate
+from ddil_agents.cli import find_agent, refuse_early, with_preset
 from ddil_agents.evaluate import Evaluation, Judge, extractor_for
 from ddil_agents.metrics import extractors
+from ddil_agents.metrics.distances import mmd2, split_half
 from ddil_agents.metrics.extractors import Extractor
+from ddil_agents.metrics.frechet import frechet_distance
+from ddil_agents.report import merge
 from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, load_expert
 from ddil_env.corrections import ScaledEpsilon
-from ddil_env.experts.stable_diffusion import coco_captions
+from ddil_env.experts.stable_diffusion import StableDiffusion, coco_captions
 from ddil_env.presets import config_dir, read_yaml
 
 
@@ -118,7 +124,7 @@ def test_the_experts_own_policy_has_no_error_anywhere():
     assert row["action_ratio"] == [None] * 4
     for name in ("shift", "mmd_shift", "gaussian_shift"):
         assert row[f"{name}_to_expert"] == judge.judge_expert()[f"{name}_to_expert"]
-    assert row["shift_to_expert"] == [0.0] * 4
+    assert row["shift_to_expert"] == row["mmd_shift_to_expert"] == [0.0] * 4
     assert row["gaussian_shift_to_expert"] == pytest.approx([0.0] * 4, abs=1e-6)
     assert row["frechet_to_expert"] == pytest.approx(0, abs=1e-9)
     assert len(row["diversity"]) == 5
@@ -166,6 +172,48 @@ def test_a_shift_is_measured_to_be_what_was_planted():
     assert row["mmd_shift_to_expert"][1] > 3 * abs(their_halves["mmd_shift_to_expert"][1])
     assert halves["n_paths"] == their_halves["n_paths"] == 200
     assert all(len(halves[name]) == 4 for name in ("shift", "mmd_shift", "gaussian_shift"))
+
+
+def test_only_states_of_one_noise_are_compared_in_pairs():
+    judge = judge_of(mixture())
+    row, states = judge.judge(judge.few_steps), judge.expert_path[:, :4].transpose(0, 1)
+    halves = judge.floors()["teacher_halves"]["mmd_shift_to_expert"]
+    for i, (x, width) in enumerate(zip(states, map(evaluate._width, states), strict=True)):
+        assert halves[i] == split_half(lambda a, b, h=width: mmd2(a, b, h), x)
+        if i > 0:  # at the first, two of one index are the same
+            assert row["mmd_shift_to_expert"][i] != 0
+    for i, x in enumerate(judge.real_noised):
+        assert row["mmd_shift"][i] == mmd2(judge._draw(judge.few_steps, judge.grid, "ddim").path[:, i], x, evaluate._width(x))
+
+
+@pytest.mark.parametrize(("k", "labels"), [(1, None), (3, [0, 1, 2])])
+def test_a_perfect_sampler_with_noise_of_its_own_is_half_as_far_as_the_teachers_halves(k, labels):
+    means = torch.randn(k, 24, generator=torch.Generator().manual_seed(0))
+    expert = GaussianMixtureExpert(means=means, stds=torch.full((k,), 0.3), weights=torch.ones(k) / k, labels=labels)
+    judges = [judge_of(expert, n=401, n_paths=4, n_action=1, batch_size=401, seed=seed) for seed in range(6)]
+    nfe, floors = expert.nfe, [judge.floors()["teacher_halves"] for judge in judges]
+    assert expert.nfe == nfe
+    apart = [frechet_distance(a.expert_drawn.features, b.expert_drawn.features) for a, b in pairwise(judges)]
+    assert sum(floor["frechet_to_expert"] for floor in floors) / 6 == pytest.approx(2 * sum(apart) / 5, rel=0.15)
+    order = torch.arange(401) if labels is None else judges[0].c.argsort(stable=True)
+    a, b = (judges[0].expert_drawn.features[order[first:400:2]] for first in (0, 1))
+    assert floors[0]["frechet_to_expert"] == frechet_distance(a, b)
+    assert floors[0]["n"] == 200
+
+
+def test_every_floor_says_of_how_many_samples_it_is(monkeypatch):
+    floors = judge_of(mixture()).floors()
+    assert {name: row["n"] for name, row in floors.items()} == {"real_halves": 10, "teacher_halves": 30, "held_out_real": 60}
+    expert = mixture()
+    draw = expert.reference_data
+
+    def three(n, held_out=False):
+        if held_out:
+            raise NoDataError("none")
+        return draw(3)
+
+    monkeypatch.setattr(expert, "reference_data", three)
+    assert judge_of(expert).floors() == {}
 
 
 def test_data_free_conditions_come_in_turn(monkeypatch):
@@ -346,11 +394,77 @@ def test_a_protocol_needs_a_caption_for_each_sample(tmp_path: Path, colour):
     extractor_for(load_expert("digits8"), Evaluation(n=10, **asked))
 
 
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """A tiny pipeline's folder, and one of 30 pictures with captions."""
+    folder = tmp_path_factory.mktemp("captioned")
+    (folder / "pictures").mkdir()
+    for i in range(30):
+        pixels = torch.randint(0, 256, (18, 20, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
+        Image.fromarray(pixels.numpy()).save(folder / "pictures" / f"{i:02d}.png")
+        (folder / "pictures" / f"{i:02d}.txt").write_text(f"bee {i}")
+    return write_tiny_sd(folder / "model"), folder / "pictures"
+
+
+def test_a_protocol_refuses_data_that_leave_it_fewer_samples(captioned, colour):
+    model, pictures = map(str, captioned)
+    expert = StableDiffusion(model, data=pictures, held_out=0.4, workers=0)
+    asked = {"extractor": "colour", "images": pictures, "protocol": "coco2017_5k", "n_paths": 4, "n_action": 2}
+    with pytest.raises(ValueError, match="protocol=coco2017_5k: 20 samples are asked for, and the expert's own data allow 18"):
+        judge_of(expert, n=20, **asked)
+    assert judge_of(expert, n=18, **asked).n == 18
+
+
+def test_a_runs_own_evaluation_bears_no_protocols_name(captioned):
+    flags = ["--env", "gaussian_mixture", "--evaluate.images", str(captioned[1]), "--evaluate.protocol", "coco2017_5k"]
+    with pytest.raises(
+        ValueError, match=r"evaluate.protocol=coco2017_5k: a run is judged on its own prompts.* --config coco2017_5k --captions"
+    ):
+        refuse_early(find_agent("bc"), flags)
+
+
+@pytest.mark.parametrize(("agent", "own"), [(dagger, ""), (dmd2, "--gan_weight .1 --critic_updates 1")])
+def test_a_run_on_own_data_is_judged_on_the_captions_of_a_protocol(captioned, colour, tmp_path: Path, agent, own):
+    model, pictures = map(str, captioned)
+    env = ["--env.expert", "ddil_env.experts.stable_diffusion.StableDiffusion", "--env.model", model, "--data", pictures]
+    env += ["--env.held_out", ".4", "--env.workers", "0", "--env.data_cache", str(tmp_path / "cache"), "--guidance_scale", "2"]
+    sizes = "--num_updates 1 --batch_size 4 --num_steps 2 --teacher_steps 4 --mixed_precision no --collect_size 8 --updates_per_collect 1"
+    judge = "--evaluate.n 10 --evaluate.n_paths 4 --evaluate.n_action 2 --thresholding.kind expert"
+    agent.main([*env, *sizes.split(), *judge.split(), *own.split(), "--out", str(tmp_path / "run")])
+    captions, out = tmp_path / "captions.txt", tmp_path / "result.json"
+    captions.write_text("\n".join(f"sea {i}" for i in range(25)))
+    asked = ["--config", "coco2017_5k", "--images", pictures, "--n", "22", "--extractor", "colour", "--scores", "[]", "--lpips", "false"]
+    evaluate.main(["--run", str(tmp_path / "run"), *asked, "--captions", str(captions), "--out", str(out)])
+    (result,) = json.loads(out.read_text())
+    assert (result["settings"]["protocol"], result["settings"]["n"]) == ("coco2017_5k", 22)
+    expert = StableDiffusion(model, prompts=str(captions))
+    policy = ExpertPolicy(expert, 1, 2.0)
+    same = Judge(policy, TimeGrid(expert.schedule, 1), Evaluation(n=22, n_paths=2, extractor="colour"))
+    assert result["settings"]["captions"] == same.describe()["captions"]
+    student = result["models"][f"{agent.__name__.rpartition('.')[2]}@2"]
+    assert student["frechet"] > 0
+    assert student["shift"] is None  # the data are set aside
+    preset = {"expert": env[1], "model": model, "data": pictures, "data_cache": str(tmp_path / "cache"), "held_out": 0.4}
+    (tmp_path / "mine.yaml").write_text(json.dumps(preset))
+    evaluate.main(["--env", str(tmp_path / "mine.yaml"), "--steps", "1", *asked, "--captions", str(captions), "--out", str(out)])
+    assert json.loads(out.read_text())[0]["settings"]["captions"] == result["settings"]["captions"]
+
+
+@pytest.mark.parametrize(("key", "others"), [("settings", {"n": 60}), ("env_config", {"model": "b"})])
+def test_runs_that_were_measured_differently_are_not_merged_and_both_ways_are_named(key, others):
+    first = {"settings": {"n": 50}, "env_config": {"model": "a"}, "models": {"teacher@8": {}, "bc@4": {}}}
+    second = {**first, "models": {"teacher@8": {}, "dagger@4": {}}}
+    assert merge({"bc@4": first, "dagger@4": second})["models"].keys() == {"teacher@8", "bc@4", "dagger@4"}
+    ways = re.escape(f"bc@4 has {key} {first[key]}, dagger@4 {others}; compare runs of one expert, judged in one way")
+    with pytest.raises(ValueError, match=ways):
+        merge({"bc@4": first, "dagger@4": {**second, key: others}})
+
+
 def test_a_preset_reaches_the_judge(monkeypatch, capsys, tmp_path: Path):
     asked = []
     monkeypatch.setattr(evaluate, "evaluate_expert", lambda expert, steps, settings, *args: asked.append(settings) or {"models": {}})
     monkeypatch.setattr("ddil_agents.report.table", lambda result: "")
-    evaluate.main(["--env", "gaussian_mixture", "--config", "coco2017_5k", "--images", str(tmp_path)])
+    evaluate.main(["--env", "gaussian_mixture", "--config", "coco2017_5k", "--protocol", "null"])
     assert (asked[0].n, asked[0].scores, asked[0].lpips) == (5000, ("clip_score", "hpsv2"), True)
 
 
@@ -363,6 +477,10 @@ def test_the_expert_is_sampled_once_in_each_number_of_steps(monkeypatch):
 def test_the_command_names_what_is_wrong(tmp_path: Path, capsys):
     for flags, message in (
         (["--run", str(tmp_path)], "holds no finished run"),
+        (
+            ["--config", "coco2017_5k"],
+            "--protocol coco2017_5k: its samples are of its own captions, not of the expert's prompts; pass them as",
+        ),
         (["--config", "coco"], "unknown evaluate 'coco'; presets: coco2014_30k, coco2017_5k"),
         (["--env", "digits8", "--captions", "x.json"], "--captions x.json: the expert of digits8 takes none; leave it out"),
         (["--run", "runs/mine", "--steps", "4"], "--run names expert and steps; leave --env and --steps out"),

@@ -80,6 +80,36 @@ def test_mmd2_is_the_naive_double_sum_also_in_chunks(monkeypatch):
     assert mmd2(a, b, bandwidth=1.7) == pytest.approx(expected, rel=1e-9)
 
 
+def test_paired_mmd2_is_the_u_statistic_of_pairs_also_in_chunks(monkeypatch):
+    a, b = normal(11, 3, 0), normal(11, 3, 1) + 0.5
+
+    def k(x, y):
+        return float(torch.exp(-(x - y).square().sum() / (2 * 1.3**2)))
+
+    terms = [k(a[i], a[j]) + k(b[i], b[j]) - k(a[i], b[j]) - k(a[j], b[i]) for i in range(11) for j in range(11) if i != j]
+    assert mmd2(a, b, 1.3, paired=True) == pytest.approx(sum(terms) / 110, rel=1e-9)
+    monkeypatch.setattr(distances, "CHUNK", 40)
+    assert mmd2(a, b, 1.3, paired=True) == pytest.approx(sum(terms) / 110, rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [7, 90])  # cdist multiplies matrices from 26 samples on
+def test_paired_mmd2_of_a_set_and_itself_is_0_and_the_other_form_is_not(n):
+    a = normal(n, 4, 0) + 5
+    assert mmd2(a, a.clone(), 2.0, paired=True) == 0
+    away = float(torch.exp(-torch.pdist(a).square() / 8).mean())
+    assert mmd2(a, a, 2.0) == pytest.approx(-2 / n * (1 - away), rel=1e-6)
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.9, 1.0])
+def test_paired_mmd2_between_draws_of_one_distribution_has_mean_0_whatever_they_share(shared):
+    values = []
+    for i in range(300):
+        a, fresh = normal(20, 3, 2 * i), normal(20, 3, 2 * i + 1)
+        values.append(mmd2(a, shared * a + (1 - shared**2) ** 0.5 * fresh, 1.5, paired=True))
+    values = torch.tensor(values)
+    assert abs(float(values.mean())) <= 4 * float(values.std()) / 300**0.5
+
+
 def test_mmd2_of_gaussians_is_the_closed_form():
     d, h, s_a, s_b, shift = 3, 1.5, 1.0, 1.4, torch.tensor([0.6, -0.3, 0.2], dtype=torch.float64)
 
@@ -246,6 +276,7 @@ def test_only_inception_features_give_fid():
         (lambda: mmd2(normal(9, 3, 0), normal(8, 3, 0), bandwidth=0), "bandwidth=0: need a finite bandwidth above 0"),
         (lambda: mmd2(torch.ones(9, 3), torch.ones(8, 3)), r"bandwidth=0\.0: most samples are equal, so pass a bandwidth"),
         (lambda: mmd2(normal(9, 3, 0), normal(8, 3, 0) / 0), "8 of 8 samples of the second set"),
+        (lambda: mmd2(normal(9, 3, 0), normal(8, 3, 0), paired=True), "9 samples against 8"),
         (lambda: gaussian_w2(normal(1, 3, 0), normal(9, 3, 0)), "1 and 9 samples"),
         (lambda: split_half(mmd2, normal(1, 3, 0)), "1 samples have no two halves"),
         (lambda: vendi_score(torch.zeros(4, 3)), "4 of 4 features are all 0"),

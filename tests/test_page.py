@@ -20,8 +20,8 @@ import yaml
 
 from ddil_agents import compare
 from ddil_agents.page import write_page
-from ddil_agents.page.figures import LOOKS, PLACEHOLDER, Line, inline_svg, line_figure
-from ddil_agents.page.plots import binned, quality, steps_of, training
+from ddil_agents.page.figures import LOOKS, PLACEHOLDER, Line, inline_svg, line_figure, number
+from ddil_agents.page.plots import binned, per_step, quality, steps_of, training
 from ddil_agents.page.tables import conclusions, tables
 from ddil_agents.page.viewer import load_expert, read_trajectories, sheet
 from ddil_agents.trajectories import Trajectories
@@ -149,7 +149,10 @@ def test_strings_of_settings_are_escaped(plane, tmp_path):
         "env_config": {**result["env_config"], HOSTILE: HOSTILE},
         "settings": {**result["settings"], HOSTILE: HOSTILE, "extractor": HOSTILE},
         "provenance": {**result["provenance"], "hardware": HOSTILE},
-        "references": {**result["references"], HOSTILE: result["references"]["held out real"]},
+        "references": {
+            **result["references"],
+            HOSTILE: next(rows for name, rows in result["references"].items() if name.startswith("held out real")),
+        },
     }
     text = changed(plane, tmp_path, **hostile)
     Page(text)
@@ -240,6 +243,18 @@ def test_lists_that_no_row_has_are_left_out(plane, tmp_path):
     text = changed(plane, tmp_path, budgets=budgets)
     assert not re.search("<b>(Covariate shift|Path error|Error on the model|Compounding, against the teacher)", text)
     assert "<b>Error on the teacher&#39;s states</b>" in text
+
+
+def test_a_reference_of_other_times_than_the_arms_is_drawn_on_its_own_or_not_at_all(plane, tmp_path):
+    result, out = plane
+    references = copy.deepcopy(result["references"])
+    full, few = references["teacher@4"], references["teacher@2"]
+    references["teacher@1"] = [{**few[0], "shift": [7.5]}]  # of one step, of which the times are not known
+    few[1] |= {"times": [5, 4, 3, 0], "shift": [0.1, 0.2, 0.3]}  # a seed whose row is of another arm
+    (figure,) = [f for f in per_step({**result, "references": references}, "updates", out).figures if f.title == "Covariate shift"]
+    assert "teacher@1" not in figure.headings
+    assert [row[figure.headings.index("teacher@2")] for row in figure.rows] == [number(x) for x in few[0]["shift"]]
+    assert full[0]["times"] == few[0]["times"]
 
 
 def test_page_without_runs_and_trajectories_has_its_tables(plane, tmp_path):

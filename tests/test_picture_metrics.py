@@ -1,5 +1,6 @@
 """Metrics of pictures against the packages that they stand on, with small random networks in the place of the published ones."""
 
+import hashlib
 import json
 import os
 import sys
@@ -209,6 +210,17 @@ def test_inception_is_found_under_its_other_name_and_as_safetensors(inception_we
     save_file(tensors, tmp_path / "pt_inception-2015-12-05-6726825d.safetensors")
     x = pictures(1, 32, 32)
     torch.testing.assert_close(Inception(tmp_path).features(x), Inception(inception_weights).features(x))
+
+
+def test_weights_of_another_sha256_than_their_name_states_are_told(inception_weights, tmp_path):
+    path = inception_weights / "weights-inception-2015-12-05-6726825d.pth"
+    found = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    with pytest.warns(UserWarning, match=rf"{path.name} states sha256 6726825d… and has {found}…"):
+        Inception(inception_weights)
+    (tmp_path / f"mine-{found}.pth").symlink_to(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Inception(tmp_path / f"mine-{found}.pth")
 
 
 def test_inception_runs_no_code_from_its_weights(tmp_path):

@@ -28,7 +28,9 @@ from ddil_env import (
     load_expert,
     unroll,
 )
+from ddil_env.corrections import Mixed, ScaledEpsilon, TimeShifted
 from ddil_env.mdp import Kernel
+from ddil_env.policy import DdimPolicy
 from ddil_env.sb3 import SB3Policy, SB3VecEnv
 
 
@@ -237,3 +239,18 @@ def test_an_observation_that_lacks_the_condition_is_refused() -> None:
     observation, _ = DenoisingGymEnv(mixture(labelled=False)).reset(seed=0)
     with pytest.raises(ValueError, match="the observation lacks c: this policy reads x_t, t, s, c; use the env of its expert"):
         SB3Policy(ExpertPolicy(mixture())).predict(observation)
+
+
+def test_states_go_to_the_network_beneath_a_policy_made_of_others() -> None:
+    expert = GaussianMixtureExpert(torch.eye(2), [0.5, 0.5])
+    student, teacher = StudentPolicy(expert.make_student(width=16).to("meta"), expert), ExpertPolicy(expert)
+    expert.device = torch.device("meta")
+    made = [made_of for p in (student, teacher) for made_of in (p, ScaledEpsilon(p, 1.01), TimeShifted(ScaledEpsilon(p, 1.01), 4, 0))]
+    for policy in [*made, Mixed(teacher, student, 0.5)]:
+        assert SB3Policy(policy).device.type == "meta"
+        assert SB3Policy(policy, "cpu").device.type == "cpu"
+
+
+def test_a_policy_without_a_network_computes_on_the_cpu() -> None:
+    expert = mixture()
+    assert SB3Policy(DdimPolicy(expert.predict, expert.schedule)).device.type == "cpu"

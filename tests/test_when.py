@@ -5,19 +5,20 @@ import json
 import numpy as np
 import pytest
 import when
+import yaml
 from scipy import stats
 
 from ddil_agents import compare
-from ddil_agents.compare import Comparison, merged
+from ddil_agents.compare import Comparison, given_settings, merged
+from ddil_agents.evaluate import PROVENANCE
 
 SEEDS = range(12)
 MEASURED = {
     "settings": {"n": 300, "seed": 7},
     "env_config": {"expert": "digits8"},
+    **dict.fromkeys(PROVENANCE, "1.0"),
     "date": "2026-11-22",
     "hardware": "a CPU",
-    "torch": "2.15.0",
-    "diffusers": "0.42.1",
 }
 
 
@@ -162,16 +163,19 @@ def test_a_report_of_no_runs_is_refused(tmp_path, capsys, monkeypatch):
 def mapped(tmp_path, monkeypatch):
     """Runs the script with training replaced by planted results; returns a function from --runs to what it would have trained."""
 
-    def run(folder, *arguments, lose=()):
+    def run(folder, *arguments, lose=(), hardware="a CPU"):
         trained = []
 
         def train(runs, settings, out, updates, jobs):
             results = planted_results(next(cell for cell in when.cells() if cell.arms == settings.arms), -0.1, 2.0)
             for each in runs:
                 trained.append((each.arm, each.seed))
+                each.directory.mkdir(parents=True)
+                each.directory.with_suffix(".yaml").write_text(yaml.safe_dump(given_settings(settings, each.arm, each.seed)))
+                each.directory.with_suffix(".log").write_text("started\nthe loss is not finite\n")
                 if trained[-1] not in lose:
-                    each.directory.mkdir(parents=True)
-                    (each.directory / "result.json").write_text(json.dumps(results[each.arm, each.seed - when.FIRST_SEED]))
+                    result = results[each.arm, each.seed - when.FIRST_SEED] | {"hardware": hardware}
+                    (each.directory / "result.json").write_text(json.dumps(result))
 
         monkeypatch.setattr(when, "train", train)
         argv = ["when.py", "--seeds", "3", "--cells", "LCM, w 3, 4 steps", "--runs", str(tmp_path / folder), *arguments]
@@ -183,15 +187,61 @@ def mapped(tmp_path, monkeypatch):
 
 
 def test_a_run_in_the_records_is_not_run_again(mapped, tmp_path):
-    assert len(mapped("one machine", lose=[("half", 101)])) == 6
-    assert len((tmp_path / "when_runs.jsonl").read_text().splitlines()) == 5
-    assert mapped("another") == [("half", 101)]
-    first = json.loads((tmp_path / "when.json").read_text())["cells"]["LCM, w 3, 4 steps"]
-    assert first["effects"]["half"]["frechet_to_expert"]["mean"] == pytest.approx(-10)
-    assert first["pairs"] == {"half": 3}
+    lines = tmp_path / "when_runs.jsonl"
+    assert len(mapped("one machine")) == 6
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:5]))
+    assert mapped("another") == [("half", 102)]
+    first = json.loads((tmp_path / "when.json").read_text())
+    cell = first["cells"]["LCM, w 3, 4 steps"]
+    assert cell["effects"]["half"]["frechet_to_expert"]["mean"] == pytest.approx(-10)
+    assert cell["pairs"] == {"half": 3}
+    assert (first["date"], first["hardware"]) == ("2026-11-22", "a CPU")
     assert mapped("a third") == []
     mapped("a fourth", "--report_only")
-    assert json.loads((tmp_path / "when.json").read_text())["cells"]["LCM, w 3, 4 steps"] == first
+    assert json.loads((tmp_path / "when.json").read_text()) == first
+
+
+def test_a_run_that_failed_has_its_line(mapped, tmp_path):
+    assert len(mapped("one", lose=[("half", 101)])) == 6
+    assert mapped("another") == []
+    found = json.loads((tmp_path / "when.json").read_text())
+    assert found["lost"] == ["LCM, w 3, 4 steps, half, seed 101: the loss is not finite"]
+    assert found["cells"]["LCM, w 3, 4 steps"]["pairs"] == {"half": 2}
+    assert "- ! LCM, w 3, 4 steps, half, seed 101" in (tmp_path / "when.md").read_text()
+
+
+def test_a_report_does_not_call_runs_that_go_on_lost(mapped, tmp_path):
+    mapped("one", lose=[("half", 101)])
+    (tmp_path / "when_runs.jsonl").unlink()
+    mapped("one", "--report_only")
+    assert json.loads((tmp_path / "when.json").read_text())["lost"] == []
+
+
+def test_lines_that_were_added_meanwhile_stay(mapped, tmp_path, monkeypatch):
+    lines, read = tmp_path / "when_runs.jsonl", when.read_records
+    other = {("another cell", "half", 100): {"lost": "", "given": ""}}
+    monkeypatch.setattr(when, "read_records", lambda path: read(path) | (other if path.is_file() else {}))
+    mapped("one")
+    mapped("one")
+    assert ("another cell", "half", 100) in read(lines)
+
+
+def test_a_cell_is_made_on_one_kind_of_device(mapped, tmp_path, capsys):
+    mapped("one")
+    lines = tmp_path / "when_runs.jsonl"
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:5]))
+    with pytest.raises(SystemExit):
+        mapped("two", hardware="a GPU")
+    assert "LCM, w 3, 4 steps was run on a CPU and a GPU, which draw other noise" in capsys.readouterr().err
+
+
+def test_runs_that_were_begun_with_other_settings_are_refused(mapped, tmp_path, monkeypatch, capsys):
+    mapped("one")
+    (tmp_path / "when_runs.jsonl").unlink()
+    monkeypatch.setitem(when.BASE, "batch_size", 31)
+    with pytest.raises(SystemExit):
+        mapped("one", "--report_only")  # of runs that were begun with other settings
+    assert "had other settings than they have now" in capsys.readouterr().err
 
 
 def test_records_of_other_settings_are_refused(mapped, monkeypatch, capsys):
@@ -200,4 +250,4 @@ def test_records_of_other_settings_are_refused(mapped, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         mapped("two")
     assert "('LCM, w 3, 4 steps', 'forward', 100)" in (told := capsys.readouterr().err)
-    assert "had other settings than they have now; remove their lines" in told
+    assert "had other settings than they have now; remove them" in told

@@ -89,22 +89,25 @@ def _kernel_sum(x: Tensor, y: Tensor, bandwidth: float) -> float:
     return sum(float(torch.cdist(part, y).square().div(-2 * bandwidth**2).exp().sum()) for part in x.split(rows))
 
 
-def mmd2(a: Tensor | Features, b: Tensor | Features, bandwidth: float | None = None) -> float:
+def mmd2(a: Tensor | Features, b: Tensor | Features, bandwidth: float | None = None, *, paired: bool = False) -> float:
     """Squared maximum mean discrepancy under a Gaussian kernel, without bias: its mean is 0 between two draws of one distribution.
 
         MMD² = mean_{i≠j} k(aᵢ, aⱼ) + mean_{i≠j} k(bᵢ, bⱼ) − 2 mean_{i,j} k(aᵢ, bⱼ)      Gretton et al. 2012
         k(x, y) = exp(−‖x − y‖² / 2h²)
 
-    It can fall below 0. Numbers of two bandwidths do not compare: for several models, pass one h.
+    Paired, the last mean is over i ≠ j too, the U-statistic of their h(zᵢ, zⱼ): aᵢ and bᵢ may then depend on each other, as samples
+    from one noise do, and a set is at exactly 0 from itself. It can fall below 0. Numbers of two bandwidths do not compare: for
+    several models, pass one h.
 
     Args:
-        a, b: Samples, (n, *shape) and (m, *shape); n ≠ m is allowed.
+        a, b: Samples, (n, *shape) and (m, *shape); n ≠ m is allowed unless paired.
         bandwidth: h; default: the median distance between the pooled samples.
+        paired: Whether aᵢ and bᵢ belong together, each pair drawn independently of the others.
 
     Raises:
-        ValueError: fewer than 2 samples, shapes that differ, non-finite values, h ≤ 0, or a median distance of 0.
+        ValueError: fewer than 2 samples, shapes that differ, non-finite values, h ≤ 0, a median distance of 0, or n ≠ m where paired.
     """
-    a, b = as_pair(a, b)
+    a, b = as_pair(a, b, equal_n=paired)
     n, m = len(a), len(b)
     if min(n, m) < 2:
         raise ValueError(f"{n} and {m} samples: without bias, MMD needs at least 2 of each")
@@ -115,7 +118,10 @@ def mmd2(a: Tensor | Features, b: Tensor | Features, bandwidth: float | None = N
         cure = "most samples are equal, so pass a bandwidth" if bandwidth is None else "need a finite bandwidth above 0"
         raise ValueError(f"bandwidth={h}: {cure}")
     within = (_kernel_sum(a, a, h) - n) / (n * (n - 1)) + (_kernel_sum(b, b, h) - m) / (m * (m - 1))  # k(x, x) = 1 left out
-    return within - 2 * _kernel_sum(a, b, h) / (n * m)
+    if not paired:
+        return within - 2 * _kernel_sum(a, b, h) / (n * m)
+    own = float((a - b).square().sum(1).div(-2 * h**2).exp().sum())  # Σᵢ k(aᵢ, bᵢ)
+    return within - 2 * (_kernel_sum(a, b, h) - own) / (n * (n - 1))
 
 
 def split_half(metric: Callable[[Samples, Samples], Result], x: Samples, generator: torch.Generator | None = None) -> Result:

@@ -9,7 +9,9 @@ import contextlib
 import hashlib
 import importlib
 import pickle
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,17 @@ def find_weights(weights_dir: Path, *names: str, cure: str) -> Path:
     raise ValueError(f"no {' or '.join(dict.fromkeys(path.name for path in candidates))} in {weights_dir}: {cure}")
 
 
+def check_digest(path: Path) -> None:
+    """Warns of a pickle that has not the sha256 whose beginning its name states, as torch's hub names them: NAME-6726825d.pth."""
+    stated = re.search(r"-([0-9a-f]{8,64})\.pth?$", path.name)
+    if stated is None:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()[: len(stated[1])]
+    if found != stated[1]:
+        warnings.warn(f"{path} states sha256 {stated[1]}… and has {found}…: what is called after it is of other weights", stacklevel=2)
+
+
 def read_pretrained(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file or of a pickle, in which torch accepts nothing but tensors.
 
@@ -156,6 +169,7 @@ def pretrained_tensors(weights_dir: Path | None, url: str, *other_names: str) ->
     name = url.rpartition("/")[2]
     if weights_dir is not None:
         path = find_weights(weights_dir, name, *other_names, cure=f"download {url} into it")
+        check_digest(path)
         return read_pretrained(path), str(path)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # the downloader prints

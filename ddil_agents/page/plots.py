@@ -26,15 +26,17 @@ Row = dict[str, Any]
 ERROR = "action error E (a − a*)²"
 STEPS: dict[str, tuple[str, str, str]] = {  # key of a row's list over steps → title, y axis, what to look for
     "shift": ("Covariate shift", "sliced W₂ to noised data",
-              "Where a model lies above held-out real data, it visits states that noised data do not."),
+              "Where a model lies above held-out real data, it visits states that noised data do not. Halves are of half as many samples, "
+              "and lie higher for it."),
     "gaussian_shift": ("Shift of mean and covariance", "Gaussian W₂ to noised data", "What the first two moments show of the shift."),
     "mmd_shift": ("Shift as a kernel sees it", "MMD² to noised data", "0 for equal distributions, around which the estimate scatters."),
     "shift_to_expert": ("Shift from the teacher's states", "sliced W₂ to the teacher's states",
-                        "What a student visits against what the teacher visits, wherever the data are."),
+                        "What a student visits against what the teacher visits, wherever the data are. Both start from the same noise: "
+                        "the floor is 0, but for samplers that draw noise on the way, to which the teacher's halves apply."),
     "gaussian_shift_to_expert": ("Mean and covariance of the teacher's states", "Gaussian W₂ to the teacher's states",
                                  "What the first two moments show of it."),
     "mmd_shift_to_expert": ("Shift from the teacher's states as a kernel sees it", "MMD² to the teacher's states",
-                            "0 for equal distributions, around which the estimate scatters."),
+                            "0 for the teacher itself; of equal distributions the estimate scatters around 0."),
     "action_mse_own": ("Error on the model's own states", ERROR, "What sampling suffers: the states are those that the model has led to."),
     "action_mse_expert": ("Error on the teacher's states", ERROR, "The same, where the teacher would have led."),
     "action_mse_forward": ("Error on noised data", ERROR, "The same, where behaviour cloning trains."),
@@ -70,7 +72,8 @@ def models(result: dict[str, Any], budget: str) -> Iterator[tuple[str, Look, lis
     """References and arms with their rows."""
     full = max((name for name in result["references"] if name.startswith("teacher@")), key=steps_in, default="")
     for name, rows in result["references"].items():
-        yield name, {full: TEACHER, "held out real": FLOOR, "real halves": HALVES, "teacher halves": HALVES}.get(name, FEWER), rows
+        kind = name.partition(",")[0]  # a floor's name goes on with its number of samples
+        yield name, {full: TEACHER, "held out real": FLOOR, "real halves": HALVES, "teacher halves": HALVES}.get(kind, FEWER), rows
     for arm, look in looks(result).items():
         yield arm, look, [run for run in result["budgets"][budget]["runs"] if run["arm"] == arm and run["done"]]
 
@@ -127,13 +130,17 @@ def profile(result: dict[str, Any]) -> Group:
 def per_step(result: dict[str, Any], budget: str, out: Path) -> Group:
     """Whatever the rows hold for each step, over the time that it is of; over the step's number where times are unknown."""
     group, known = Group("Over the steps of sampling", []), times(result, budget, out)
-    first = next(iter(known.values()), [])  # references are of the first arm's runs
     timed = len(known) == len({run["arm"] for run in result["budgets"][budget]["runs"] if run["done"]})
     for key, (title, y, look_for) in STEPS.items():
         lines, n = [], 0
         for name, look, rows in models(result, budget):
-            if lists := [values for row in rows if (values := steps_of(row, key))]:
-                length, own = len(lists[0]), known.get(name, first)
+            own = known[name] if name in known else rows[0].get("times", []) if rows else []
+            rows = [row for row in rows if row.get("times", own) == own]  # a reference's are of any arm's times
+            lists = [values for row in rows if (values := steps_of(row, key))]
+            kind = name.partition(",")[0]  # its steps may be of fewer paths than its samples
+            name = f"{kind}, n = {rows[0]['n_paths']}" if name not in known and rows and "n_paths" in rows[0] else name
+            if lists and (not timed or len(own) - len(lists[0]) in (0, 1)):  # a teacher in fewer steps than the arm has times of its own
+                length = len(lists[0])
                 x = (own[-length:] if key in AFTER else own[:length]) if timed else list(range(1, length + 1))
                 lines.append(Line.over(name, look, x, lists))
                 n = max(n, len(lists) if name in result["arms"] else 0)
