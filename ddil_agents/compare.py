@@ -257,9 +257,10 @@ def matched_updates(comparison: Comparison, budget: Budget, results: dict[str, l
     return {arm: max(1, round(allowed / cost(arm))) for arm in results}
 
 
-def basis(comparison: Comparison) -> list[Any]:
-    """What sets the budgets: the baseline, and its settings."""
-    return [comparison.reference, *settings_of(comparison, comparison.reference)]
+def fixed_by(comparison: Comparison, updates: dict[str, int]) -> dict[str, Any]:
+    """What matched.json holds of one budget: gradient steps, and the settings of the arms that they are for."""
+    settings = {arm: list(settings_of(comparison, arm)) for arm in updates if arm in comparison.arms}
+    return {"baseline": comparison.reference, "updates": updates, "settings": settings}
 
 
 def read_fixed(out: Path) -> dict[str, Any]:
@@ -273,13 +274,16 @@ def fixed_updates(comparison: Comparison, budget: Budget, out: Path) -> dict[str
     Raises:
         ValueError: another baseline set them, or the same with other settings.
     """
-    found = read_fixed(out).get(budget, {"baseline": basis(comparison), "updates": {}})
-    if found["baseline"] != basis(comparison):
+    if (found := read_fixed(out).get(budget)) is None:
+        return {}
+    now = fixed_by(comparison, found["updates"])
+    same = {arm for arm, settings in now["settings"].items() if settings == found["settings"].get(arm)}
+    if found["baseline"] != comparison.reference or comparison.reference not in same:
         raise ValueError(
-            f"the runs of {out / 'runs' / budget} were matched to what {found['baseline'][0]} cost then, and the baseline is "
+            f"the runs of {out / 'runs' / budget} were matched to what {found['baseline']} cost then, and the baseline is "
             f"{comparison.reference} now, or has other settings; remove them and {out / FIXED}, or choose another --out"
         )
-    return dict(found["updates"])
+    return {arm: updates for arm, updates in found["updates"].items() if arm in same}  # another arm's costs are its own
 
 
 def own_row(result: dict[str, Any]) -> dict[str, Any]:
@@ -614,8 +618,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, command: str = "", rep
                 continue
             updates = matched_updates(comparison, budget, done) | fixed_updates(comparison, budget, out)
             if not report_only:
-                fixed = read_fixed(out) | {budget: {"baseline": basis(comparison), "updates": updates}}
-                write_atomically(out / FIXED, json.dumps(fixed, indent=1))
+                write_atomically(out / FIXED, json.dumps(read_fixed(out) | {budget: fixed_by(comparison, updates)}, indent=1))
             set_ = {arm: found[0]["num_updates"] for arm, found in done.items()}
             runs = [run for run in runs if run.arm in done]
             for i, run in enumerate(runs):  # a run that would differ by less than a hundredth is the one that is there

@@ -247,10 +247,12 @@ def test_arms_without_the_teachers_noise_are_not_held_against_those_with_it():
 def test_seeds_that_are_added_are_matched_as_the_others_were(tmp_path: Path):
     given = comparison(equal=("updates", "teacher_nfe"))
     assert fixed_updates(given, "teacher_nfe", tmp_path) == {}
-    fixed = {"teacher_nfe": {"baseline": compare.basis(given), "updates": {"bc": 100, "dagger": 63}}}
+    fixed = {"teacher_nfe": compare.fixed_by(given, {"bc": 100, "dagger": 63})}
     (tmp_path / "matched.json").write_text(json.dumps(fixed))
     assert fixed_updates(given, "teacher_nfe", tmp_path) == {"bc": 100, "dagger": 63}
     assert fixed_updates(given, "seconds", tmp_path) == {}
+    other_arm = comparison(arms={"bc": {"agent": "bc"}, "dagger": {"agent": "dagger", "updates_per_collect": 2}, "lcm": {"agent": "lcm"}})
+    assert fixed_updates(other_arm, "teacher_nfe", tmp_path) == {"bc": 100}
     for other in ({"baseline": "dagger"}, {"shared": {"num_updates": 7}}):
         now = comparison(equal=("updates", "teacher_nfe"), **other)
         with pytest.raises(ValueError, match=r"were matched to what bc cost then, and the baseline is .* now, or has other settings"):
