@@ -124,10 +124,9 @@ def record_of(result: dict[str, Any]) -> dict[str, Any]:
 
 def harvest(run: Run, agent: str, lost: bool) -> dict[str, Any] | None:
     """The record of a run that has ended: its result or, of one that failed, how; None if there is nothing to tell yet."""
-    given, log = run.directory.with_suffix(".yaml"), run.directory.with_suffix(".log")
     if (path := run.directory / "result.json").is_file():
-        return record_of(read_result(path)) | {"given": digest(agent, read_yaml(given))}
-    return {"lost": last_line(log), "given": digest(agent, read_yaml(given))} if lost and log.is_file() else None
+        return record_of(read_result(path)) | {"given": digest(agent, read_yaml(run.given))}
+    return {"lost": last_line(run.log), "given": digest(agent, read_yaml(run.given))} if lost and run.log.is_file() else None
 
 
 def read_records(path: Path) -> dict[Key, dict[str, Any]]:
@@ -137,6 +136,7 @@ def read_records(path: Path) -> dict[Key, dict[str, Any]]:
 
 
 def write_records(path: Path, records: dict[Key, dict[str, Any]]) -> None:
+    """A when_runs.jsonl, of all of these runs."""
     lines = [json.dumps(dict(zip(("cell", "arm", "seed"), key, strict=True)) | record) for key, record in records.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(line + "\n" for line in lines))

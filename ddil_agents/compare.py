@@ -138,6 +138,15 @@ class Run(NamedTuple):
     seed: int
     directory: Path
 
+    @property
+    def given(self) -> Path:
+        """The config file that it is started with. An arm's name may hold a dot: what follows it is no suffix to replace."""
+        return self.directory.with_name(f"{self.directory.name}.yaml")
+
+    @property
+    def log(self) -> Path:
+        return self.directory.with_name(f"{self.directory.name}.log")
+
 
 def merged(*settings: dict[str, Any]) -> dict[str, Any]:
     """Nested settings laid over one another, the last on top."""
@@ -200,17 +209,15 @@ def train(runs: list[Run], comparison: Comparison, out: Path, updates: dict[str,
         if (run.directory / "config.yaml").is_file():
             arguments = ["--resume", str(run.directory)]
         else:
-            given = run.directory.with_suffix(".yaml")
-            write_atomically(given, yaml.safe_dump(settings, sort_keys=False))
-            arguments = ["--config", str(given), "--seed", str(run.seed), "--out", str(run.directory)]
+            write_atomically(run.given, yaml.safe_dump(settings, sort_keys=False))
+            arguments = ["--config", str(run.given), "--seed", str(run.seed), "--out", str(run.directory)]
             arguments += ["--evaluate.store", str((out / "expert").resolve())]  # the teacher is sampled once a seed
         environment = dict(os.environ)
         if worker.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = worker.gpu
         elif jobs > 1:
             environment["OMP_NUM_THREADS"] = "1"  # more threads a run than cores would fight
-        log = run.directory.with_suffix(".log")
-        with log.open("w") as file:
+        with run.log.open("w") as file:
             command = [sys.executable, "-m", f"ddil_agents.{agent}", *arguments]
             failed = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode != 0
         bar.set_postfix_str(f"{run.arm}, seed {run.seed}{' failed' if failed else ''}")
@@ -264,6 +271,7 @@ def fixed_by(comparison: Comparison, updates: dict[str, int]) -> dict[str, Any]:
 
 
 def read_fixed(out: Path) -> dict[str, Any]:
+    """A comparison's matched.json, by budget; nothing before there is one."""
     path = out / FIXED
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -322,7 +330,6 @@ def statistics_of(comparison: Comparison, rows: dict[str, Rows], initial: dict[s
         teacher: What the teacher scores in all its steps.
     """
     found: dict[str, Any] = {}
-    base = comparison.reference
     for metric, (_, _, better) in METRICS.items():
         values = {arm: {seed: float(row[metric]) for seed, row in own.items() if row.get(metric) is not None} for arm, own in rows.items()}
         values = {arm: v for arm, v in values.items() if v}
@@ -337,10 +344,9 @@ def statistics_of(comparison: Comparison, rows: dict[str, Rows], initial: dict[s
             ends = [(initial.get(arm, {}).get(seed, {}).get(metric), teacher.get(seed, {}).get(metric)) for seed in by_seed]
             if all(start is not None and goal is not None and start != goal for start, goal in ends):
                 arms[arm]["normalised"] = np.atleast_1d(normalised(v, *map(list, zip(*ends, strict=True)))).tolist()
-        held = (
-            set(values) if metric != "frechet_to_expert" else {arm for arm in values if shares_noise(rows, arm) == shares_noise(rows, base)}
-        )
-        found[metric] = {"arms": arms, "pairs": pairs_of(comparison, {arm: v for arm, v in values.items() if arm in held}, better)}
+        if metric == "frechet_to_expert":
+            values = {arm: v for arm, v in values.items() if shares_noise(rows, arm) == shares_noise(rows, comparison.reference)}
+        found[metric] = {"arms": arms, "pairs": pairs_of(comparison, values, better)}
     return found
 
 
@@ -492,8 +498,8 @@ def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], co
                 training = read_metrics(run.directory / "metrics.jsonl")
                 untrained = initial.get(run.arm, {}).get(run.seed, {})
                 flags += flags_of(run, row, training, untrained, references[teacher].get(run.seed, {}), comparison.primary)
-            elif (log := run.directory.with_suffix(".log")).is_file():
-                flags.append(f"{budget}/{run.directory.name}: {last_line(log)}")
+            elif run.log.is_file():
+                flags.append(f"{budget}/{run.directory.name}: {last_line(run.log)}")
         flags += [f"{text} (equal {budget})" for text in idle_arms(comparison, rows)]
         fresh = [arm for arm in rows if rows[arm] and shares_noise(rows, arm) != shares_noise(rows, comparison.reference)]
         if fresh and comparison.primary == "frechet_to_expert" and rows[comparison.reference]:

@@ -325,6 +325,23 @@ def test_a_run_gets_a_gpu_that_is_free_of_those_that_are_visible(monkeypatch, tm
     assert compare.visible_gpus() == []
 
 
+def test_arms_with_dots_in_their_names_have_files_of_their_own(monkeypatch, tmp_path: Path):
+    given = {}
+
+    def ran(command, **_):
+        path = Path(command[command.index("--config") + 1])
+        given[path.name] = read_yaml(path)["beta"]["teacher"]
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(compare.subprocess, "run", ran)
+    shares = {"teacher .1": 0.1, "teacher .25": 0.25, "teacher .5, quantile 0.9": 0.5, "teacher .5, quantile 0.99": 0.45}
+    arms = {name: {"agent": "dagger", "beta": {"forward": 1 - x, "teacher": x, "student": 0.0}} for name, x in shares.items()}
+    runs = [Run("updates", arm, seed, tmp_path / f"{arm}-s{seed}") for seed in (0, 1) for arm in arms]
+    compare.train(runs, comparison(arms=arms), tmp_path, None, jobs=1)
+    assert given == {f"{arm}-s{seed}.yaml": x for arm, x in shares.items() for seed in (0, 1)}
+    assert {path.name for path in tmp_path.glob("*.log")} == {f"{arm}-s{seed}.log" for arm in arms for seed in (0, 1)}
+
+
 def config(folder: Path, settings) -> Path:
     path = folder / "given.yaml"
     path.write_text(yaml.safe_dump(settings))
