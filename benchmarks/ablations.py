@@ -69,7 +69,7 @@ def interactions(rows: dict[str, Any]) -> dict[str, dict[str, Any]]:
         By the arm AB; empty for arms that are no such grid.
     """
     factors = [list(dict.fromkeys(part)) for part in zip(*(name.partition(", ")[::2] for name in rows), strict=True)]
-    if list(rows) != [f"{a}, {b}" for a, b in itertools.product(*factors)] or min(map(len, factors)) < 2:
+    if len(rows) < 4 or list(rows) != [f"{a}, {b}" for a, b in itertools.product(*factors)] or min(map(len, factors)) < 2:
         return {}
     found: dict[str, dict[str, Any]] = {}
     (a_0, *some), (b_0, *more) = factors

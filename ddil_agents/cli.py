@@ -254,9 +254,6 @@ def load_run(directory: Path, guidance_scale: float | None = None, **env: Any) -
     vars(cfg.env).update(env)
     expert, config = expert_and_config(agent, parser, cfg)
     settings = judged(config, plan(config)[-1].config)
-    if env.get("data", "") is None and hasattr(settings, "gan_weight"):
-        unused: dict[str, Any] = {"gan_weight": 0.0}  # the discriminator is trained on data, and judging needs neither
-        settings = replace(settings, **unused)
     if guidance_scale is not None:
         if getattr(settings, "guidance_range", None) is None:
             raise ValueError(f"guidance_scale={guidance_scale:g}: the student of {directory} is not told it, but has that of its training")

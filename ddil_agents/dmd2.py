@@ -16,8 +16,8 @@ The inputs x_{t_j} come from the student's own steps, the teacher's or data (sim
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from tensordict import TensorDict
@@ -77,6 +77,9 @@ class DMD2Config(LearnerConfig):
             raise ValueError(f"guidance_range={self.guidance_range}: DMD2 matches one distribution; set guidance_scale, the real score's")
         if self.prioritised:
             raise ValueError("prioritised=true: DMD2's loss says how large a step is, not how wrong a state; leave it false")
+
+    def to_judge(self) -> Self:
+        return replace(super().to_judge(), gan_weight=0.0)  # a discriminator needs data
 
     @property
     def units(self) -> tuple[int, int, int]:

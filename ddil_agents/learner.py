@@ -77,6 +77,10 @@ class AgentConfig:
         """Expert steps in one student step."""
         return self.teacher_steps // self.num_steps
 
+    def to_judge(self) -> Self:
+        """These settings without what only training needs, for a student that is loaded."""
+        return dataclasses.replace(self, init=None)
+
 
 @dataclass(frozen=True)
 class LearnerConfig(AgentConfig):

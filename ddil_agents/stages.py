@@ -165,4 +165,4 @@ def judged(config: LearnerConfig, stage: LearnerConfig) -> LearnerConfig:
     """
     steps = config.teacher_steps if config.teacher_steps % stage.num_steps == 0 else stage.num_steps
     scale = config.guidance_scale if stage.guidance_range is None else stage.guidance_scale
-    return dataclasses.replace(stage, teacher_steps=steps, guidance_scale=scale, init=None)
+    return dataclasses.replace(stage.to_judge(), teacher_steps=steps, guidance_scale=scale)

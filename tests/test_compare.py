@@ -478,7 +478,8 @@ def test_interactions_are_what_one_factor_changes_of_the_other():
     assert found.keys() == {"b, tight"}
     base = (10 + 11 + 13) / 3
     assert found["b, tight"]["recall"] == pytest.approx(dict.fromkeys(("mean", "low", "high"), 100 * ((6 - 11) - (8 - 10)) / base))
-    assert ablations.interactions({"forward": {}, "student": {}}) == ablations.interactions({"a, x": {}, "b, y": {}}) == {}
+    for other in ({}, {"forward": {}, "student": {}}, {"a, x": {}, "b, y": {}}, {arm: {} for arm in ("a, x", "a, y", "b, x", "c, y")}):
+        assert ablations.interactions(other) == {}
 
 
 def test_ablations_that_are_run_later_leave_earlier_tables(whole, tmp_path, monkeypatch):
