@@ -21,7 +21,7 @@ import yaml
 from ddil_agents import compare
 from ddil_agents.page import write_page
 from ddil_agents.page.figures import LOOKS, PLACEHOLDER, Line, inline_svg, line_figure, number
-from ddil_agents.page.plots import binned, per_step, quality, steps_of, training
+from ddil_agents.page.plots import binned, counts_of, per_step, quality, steps_of, training
 from ddil_agents.page.tables import conclusions, tables
 from ddil_agents.page.viewer import load_expert, read_trajectories, sheet
 from ddil_agents.trajectories import Trajectories
@@ -357,6 +357,11 @@ def test_curves_are_means_within_stretches_of_steps():
     x, means = binned(runs, ("loss",), bins=2)
     assert x == [2.0, 4.0]  # 1.5 to even
     np.testing.assert_array_equal(means, [[3.0, 8.0], [0.0, math.nan]])
+
+
+def test_states_drawn_are_counted_over_a_run_and_averaged_over_runs():
+    rows = [{"step": 1, "source_counts": {"forward": 900, "student": 100}}, {"step": 2, "source_counts": {"forward": 500, "student": 0}}]
+    assert counts_of([rows, rows[:1]]) == "1,150 forward, 0 teacher, 100 student"
 
 
 def test_ratio_of_errors_is_undefined_where_the_teacher_errs_not():

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -183,7 +184,10 @@ def training(result: dict[str, Any], budget: str, out: Path) -> tuple[Group, Gro
             lines.append(Line.over(f"β of {source}", prior, *binned(runs, ("beta", source))))
             lines.append(Line.over(f"{source}, drawn", drawn, *binned(runs, ("drawn", source), 12)))
         if lines := [line for line in lines if len(line.x)]:
-            caption = f"Marks are what was drawn, and scatter around the lines. Mean of {runs_of(len(runs))}; band: lowest to highest seed."
+            caption = (
+                f"Marks are what was drawn, and scatter around the lines; in all {counts_of(runs)} states a run. "
+                f"Mean of {runs_of(len(runs))}; band: lowest to highest seed."
+            )
             name, x, y = f"beta-{budget}-{i}", "gradient steps", "share of states"
             shares.add(line_figure(name, arm, caption, lines, x, y, log=False, limits=(-0.03, 1.03)), lines)
     for key, (title, look_for) in CURVES.items():
@@ -225,6 +229,12 @@ def source_looks() -> dict[str, tuple[Look, Look]]:
     """Of each source's prior, a line, and of what was drawn from it, marks."""
     shapes = (("o", "●", "-"), ("*", "★", "--"), ("^", "▲", ":"))
     return {s: (Look("ink", "", "", dash), Look("ink", mark, glyph, "")) for s, (mark, glyph, dash) in zip(SOURCES, shapes, strict=True)}
+
+
+def counts_of(runs: list[list[Row]]) -> str:
+    """How many states were drawn from each source, as the mean run counted them."""
+    drawn = [sum((Counter[str](row.get("source_counts") or {}) for row in rows), Counter[str]()) for rows in runs]
+    return ", ".join(f"{sum(own[source] for own in drawn) / len(runs):,.0f} {source}" for source in SOURCES)
 
 
 def logged(row: Row, keys: tuple[str, ...]) -> float:
