@@ -23,7 +23,7 @@ from ddil_agents.page import write_page
 from ddil_agents.statistics import paired_comparison
 from ddil_env.presets import find_preset, read_yaml
 
-NAMES = ("priors", "thresholding", "teacher_share", "matched_compute", "replay")
+NAMES = ("priors", "thresholding", "teacher_share", "matched_compute", "replay", "baselines")
 ENVS: dict[str, dict[str, Any]] = {"digits8": {}, "gaussian_mixture": {"num_updates": 2000}}
 METRICS = {"endpoint_rmse": "RMSE to teacher", "frechet_to_expert": "Fréchet to teacher", "frechet": "Fréchet", "recall": "recall"}
 
