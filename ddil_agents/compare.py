@@ -698,7 +698,7 @@ def main(argv: list[str] | None = None) -> None:
     jobs = torch.cuda.device_count() or os.cpu_count() or 1
     parser.add_argument("--jobs", type=PositiveInt, default=jobs, help="runs at a time; default: one a GPU, or one a core")
     parser.add_argument("--out", type=str, required=True, help="directory of the comparison; it goes on with one that is there")
-    parser.add_argument("--report_only", type=bool, default=False, help="true: train nothing, show what is there")
+    parser.add_argument("--report_only", type=bool, default=False, help="train nothing, show what is there")
     with clear_errors(parser):
         args = read_arguments(parser, with_preset("ablations", argv))
         given = {f.name: args[f.name] for f in dataclasses.fields(Comparison)}

@@ -46,12 +46,15 @@ def _word(kind: str) -> str:
 
 
 def read_arguments(parser: ArgumentParser, argv: list[str]) -> Namespace:
-    """What a command line says.
+    """What a command line says; a flag that takes true or false means true if it stands alone.
 
     Raises:
         ValueError: a setting that does not fit, or an unknown flag, with those that look like it.
     """
     parser.exit_on_error = False
+    for action in parser._actions:
+        if getattr(action, "_typehint", None) is bool:
+            action.nargs, action.const = "?", True
     try:
         return parser.parse_args(argv)
     except ArgumentError as error:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tiny_sd import write_tiny_sd
 
 from ddil_agents import bc, dagger, evaluate, report
-from ddil_agents.cli import load_run
+from ddil_agents.cli import load_run, parse
 from ddil_agents.train import read_metrics
 from ddil_env.presets import preset_names
 
@@ -276,6 +276,14 @@ def test_an_expert_of_ones_own_is_found_by_its_class_path() -> None:
 def test_a_wrong_command_is_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(dagger.main, [*argv, "--out", "run"] if "--resume" not in argv else argv, capsys)
     assert re.search(message, error, re.DOTALL), error
+
+
+def test_a_flag_of_true_or_false_that_stands_alone_means_true(capsys: pytest.CaptureFixture[str]) -> None:
+    _, alone = parse(dagger.Dagger, [*ENV, "--prioritised", "--evaluate.lpips", "--seed", "3"])
+    assert (alone.prioritised, alone.evaluate.lpips, alone.seed) == (True, True, 3)
+    _, said = parse(dagger.Dagger, [*ENV, "--prioritised", "false", "--evaluate.lpips=true"])
+    assert (said.prioritised, said.evaluate.lpips) == (False, True)
+    assert "prioritised=maybe: need true or false" in refused(dagger.main, [*ENV, "--prioritised", "maybe", "--out", "run"], capsys)
 
 
 @pytest.mark.parametrize("flag", ["--env", "--config"])

@@ -451,7 +451,7 @@ def test_a_baseline_that_diverged_leaves_what_was_trained_to_be_shown(whole, tmp
     shutil.copytree(out / "out", tmp_path / "out")
     (tmp_path / "out" / "matched.json").unlink()
     given = ["--config", str(out / "given.yaml"), "--out", str(tmp_path / "out"), "--baseline", "hot"]
-    compare.main([*given, "--report_only", "true"])
+    compare.main([*given, "--report_only"])
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["budgets"].keys() == {"updates"}
     assert "equal teacher_nfe: not run, since hot, whose costs set it, has no finished run" in found["flags"]
