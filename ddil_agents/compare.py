@@ -159,11 +159,20 @@ def merged(*settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_of(comparison: Comparison, arm: str) -> tuple[str, dict[str, Any]]:
-    """An arm's agent, and all of its settings as a config file holds them."""
+    """An arm's agent, and all of its settings as a config file holds them.
+
+    Raises:
+        ValueError: a setting that is the comparison's own.
+    """
     own = dict(comparison.arms[arm])
     agent, preset = str(own.pop("agent")), own.pop("config", None)
     base = {} if preset is None else read_yaml(find_preset(agent, str(preset)))
-    return agent, merged(base, comparison.shared, own)
+    settings = merged(base, comparison.shared, own)
+    if settings.get("env", comparison.env) != comparison.env:
+        raise ValueError(f"env={settings['env']}: all arms have the comparison's; write an expert's settings into a YAML file for that")
+    if "seed" in settings.get("evaluate", {}):
+        raise ValueError(f"evaluate.seed={settings['evaluate']['seed']}: samples start from noise of their run's own seed; leave it out")
+    return agent, settings
 
 
 def given_settings(comparison: Comparison, arm: str, seed: int) -> dict[str, Any]:
@@ -342,7 +351,8 @@ def statistics_of(comparison: Comparison, rows: dict[str, Rows], initial: dict[s
             arms[arm] = {"seeds": list(by_seed), "values": v, "mean": statistics.fmean(v), "iqm": float(interquartile_mean(v))}
             arms[arm] |= {"low": low, "high": high}
             ends = [(initial.get(arm, {}).get(seed, {}).get(metric), teacher.get(seed, {}).get(metric)) for seed in by_seed]
-            if all(start is not None and goal is not None and start != goal for start, goal in ends):
+            no_goal = metric == "frechet_to_expert" and not shares_noise(rows, arm)  # even a perfect one is not at the teacher's 0
+            if not no_goal and all(start is not None and goal is not None and start != goal for start, goal in ends):
                 arms[arm]["normalised"] = np.atleast_1d(normalised(v, *map(list, zip(*ends, strict=True)))).tolist()
         if metric == "frechet_to_expert":
             values = {arm: v for arm, v in values.items() if shares_noise(rows, arm) == shares_noise(rows, comparison.reference)}
@@ -484,7 +494,7 @@ def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], co
             if name in result["floors"] or name.startswith("teacher@"):
                 shown = called(name, row) if name in result["floors"] else name
                 references.setdefault(shown, {}).setdefault(run.seed, row | {"times": result["times"]})
-    teacher = max((name for name in references if name.startswith("teacher@")), key=lambda name: int(name.split("@")[1]))
+    teacher = next(name for name in references if name.startswith("teacher@"))  # in all its steps, the first that a run judges
     compared: dict[str, Any] = {}
     flags: list[str] = []
     for budget, runs in tiers.items():
@@ -624,7 +634,9 @@ def compare(comparison: Comparison, out: Path, jobs: int, command: str = "", rep
                 continue
             updates = matched_updates(comparison, budget, done) | fixed_updates(comparison, budget, out)
             if not report_only:
-                write_atomically(out / FIXED, json.dumps(read_fixed(out) | {budget: fixed_by(comparison, updates)}, indent=1))
+                known = read_fixed(out)
+                known[budget] = merged(known.get(budget, {}), fixed_by(comparison, updates))  # arms that are left out now keep theirs
+                write_atomically(out / FIXED, json.dumps(known, indent=1))
             set_ = {arm: found[0]["num_updates"] for arm, found in done.items()}
             runs = [run for run in runs if run.arm in done]
             for i, run in enumerate(runs):  # a run that would differ by less than a hundredth is the one that is there
@@ -632,7 +644,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, command: str = "", rep
                     runs[i] = run._replace(directory=out / "runs" / "updates" / run.directory.name)
         tiers[budget] = runs
         if not report_only:
-            train(runs, comparison, out, updates, jobs)
+            train([run for run in runs if run.directory.parent.name == budget], comparison, out, updates, jobs)
     result = gather(comparison, out, tiers, command)
     write_atomically(out / "comparison.json", json.dumps(result, indent=1))
     write_atomically(out / "table.csv", csv_table(result))
@@ -646,15 +658,16 @@ def check(comparison: Comparison, out: Path) -> None:
     measures: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for arm in comparison.arms:
-            agent, settings = settings_of(comparison, arm)
             path = Path(folder) / "arm.yaml"
-            path.write_text(yaml.safe_dump(settings))
             try:
+                agent, settings = settings_of(comparison, arm)
+                path.write_text(yaml.safe_dump(settings))
                 expert, config, evaluation = refuse_early(find_agent(agent), ["--env", comparison.env, "--config", str(path)], expert)
             except ValueError as error:
                 raise ValueError(f"arm {arm}: {error}") from error
             guidance = config.guidance_scale if config.guidance_scale is not None else expert.guidance_scale
-            measures[arm] = {"guidance_scale": guidance, **dataclasses.asdict(evaluation), "seed": None, "also_steps": None}
+            measures[arm] = {"guidance_scale": guidance, "teacher_steps": config.teacher_steps, **dataclasses.asdict(evaluation)}
+            measures[arm] |= {"seed": None, "also_steps": None}
     expert = None
     torch.cuda.empty_cache()  # the runs will need it
     (first, measure), *others = measures.items()

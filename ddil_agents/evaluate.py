@@ -44,7 +44,7 @@ from ddil_agents.metrics.extractors import Extractor, default_extractor, load_ex
 from ddil_agents.metrics.features import Features
 from ddil_agents.metrics.frechet import frechet_distance, frechet_name, gaussian_w2
 from ddil_agents.metrics.kid import kernel_distance
-from ddil_agents.metrics.pictures import RESIZE, folder_digest, load_pictures, resize
+from ddil_agents.metrics.pictures import RESIZE, folder_digest, load_pictures, picture_files, resize
 from ddil_agents.metrics.vendi import vendi_score
 from ddil_agents.settings import read_arguments
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, NoDataError, TimeGrid, load_expert, unroll
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from ddil_agents.learner import Agent
 
 Score = Literal["clip_score", "hpsv2"]
+KEPT = 1024  # real pictures whose features are written at a time
 GROUPS, IN_GROUP = 50, 10  # prompts and samples of each, in the diversity of DDIL, Section 5
 
 
@@ -219,6 +220,12 @@ class Judge:
             self.real_noised = self._noised(self.real, generator)
             self.held_out_noised = None if self.held_out is None else self._noised(self.held_out, generator)
 
+    @cached_property
+    def _data_digest(self) -> tuple[str | None, str | None]:
+        """Of what samples are held against: the expert's own data, and a folder of pictures."""
+        folder = self.settings.images
+        return None if self.real is None else _digest(self.real), None if folder is None else folder_digest(Path(folder))
+
     def _data(self) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None], Tensor | None]:
         """Real samples, held-out samples and their conditions, and the conditions of every model."""
         try:
@@ -235,16 +242,23 @@ class Judge:
         """Of the folder of pictures, or else of the expert's own data."""
         if self.settings.images is None:
             return None if self.real is None else self._read(self.real)[0]
+        files, values = picture_files(Path(self.settings.images)), []
         digest = folder_digest(Path(self.settings.images)).rpartition(" ")[2]
-        place = None if self.shared is None else self.shared / f"images-{digest}.safetensors"
-        if place is not None and place.is_file():
-            values = read_tensors(place, "remove it, and the pictures are read again")["features"]
-        else:
-            batches = tqdm(load_pictures(Path(self.settings.images)), desc="real pictures", unit="batch")
-            values = torch.cat([self.extractor.features(pictures) for pictures in batches])
-            if place is not None:
-                write_atomically(place, save({"features": values.cpu()}))
-        return Features(self.extractor.name, values.to(self.expert.device))
+        with tqdm(total=len(files), desc="real pictures", unit="picture") as bar:
+            for start in range(0, len(files), KEPT):
+                part, read = files[start : start + KEPT], []
+                place = None if self.shared is None else self.shared / f"images-{digest}-{start:06d}.safetensors"
+                if place is not None and place.is_file():
+                    values.append(read_tensors(place, "remove it, and its pictures are read again")["features"])
+                    bar.update(len(part))
+                    continue
+                for pictures in load_pictures(part):
+                    read.append(self.extractor.features(pictures))
+                    bar.update(len(pictures))
+                values.append(torch.cat(read).cpu())
+                if place is not None:
+                    write_atomically(place, save({"features": values[-1]}))
+        return Features(self.extractor.name, torch.cat(values).to(self.expert.device))
 
     def _read(self, samples: Tensor) -> tuple[Features, Tensor | None]:
         """Features (n, d) and classes (n,) of samples (n, *sample_shape), a batch at a time, on the expert's device."""
@@ -306,8 +320,7 @@ class Judge:
             prediction = policy.predict(x, t.expand(len(x)), None if self.c is None else self.c[: len(x)], None)
             does.append(_digest(prediction.projected(policy.support).latent(grid.times[-1:].expand(len(x)), policy.schedule)))
         self.expert.nfe = nfe  # no sample has cost it
-        data = None if self.real is None else _digest(self.real[:64])
-        about = (grid.times.tolist(), kernel, policy.nfe_per_action, does, data, self._captions())
+        about = (grid.times.tolist(), kernel, policy.nfe_per_action, does, self._data_digest, self._captions())
         return store / f"{name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:8]}-{what}"
 
     @torch.no_grad()
@@ -393,14 +406,16 @@ class Judge:
             found.setdefault("real_halves", {}).update({"n": len(self.real_features) // 2, "frechet": distance})
         if self.held_out is not None and self.held_out_noised is not None and self.settings.images is None:
             scores = self.to_data(*self._read(self.held_out), self.held_out_c)
-            found["held_out_real"] = {"n": len(self.held_out), **scores, **self._shift(self.held_out_noised.transpose(0, 1))}
+            shift = self._shift(self.held_out_noised.transpose(0, 1))
+            found["held_out_real"] = {"n": len(self.held_out), "n_paths": self.held_out_noised.shape[1], **scores, **shift}
         return found
 
     def _shift(self, path: Tensor) -> dict[str, list[float]]:
         """Covariate shift by step: between visited states (m, N or N + 1, *sample_shape) and the forward marginals."""
         if self.real is None:
             return {}
-        return self._between([(path[: len(x), i], x[: len(path)]) for i, x in enumerate(self.real_noised)], list(self.real_noised))
+        pairs = [(path[: len(x), i], x[: len(path)]) for i, x in enumerate(self.real_noised)]
+        return self._between(pairs, list(self.real_noised), paired=True)
 
     def _shift_to_expert(self, path: Tensor) -> dict[str, list[float]]:
         """The same from the expert's states, each from the same noise as the policy's of its index: 0 for the expert itself."""
@@ -427,7 +442,7 @@ class Judge:
         Args:
             pairs: The two sets at each step.
             scale: States that set the width of the kernel.
-            paired: Whether two states of one index started from one noise.
+            paired: Whether two states of one index are of one condition, or started from one noise: the MMD² leaves such pairs out.
         """
         return {
             "shift": [sliced_wasserstein(a, b) for a, b in pairs],

@@ -203,9 +203,12 @@ def merge(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     several = len({result.get("grid") for result in results.values()}) > 1
     for name, result in results.items():
         for key, value in result["models"].items():
-            if key == name or key not in results:  # a student's row is its own run's
-                shown = f"{key}, {result.get('grid')} times" if several and key.startswith("teacher@") else key
-                models.setdefault(shown, value)
+            if key.startswith("teacher@"):
+                models.setdefault(f"{key}, {result.get('grid')} times" if several else key, value)
+            elif key == name or not any(key in other["models"] for other in results.values() if other is not result):
+                models[key] = value
+            elif key not in results:  # both runs' students were judged in these steps
+                models[f"{key}, of {name}"] = value
     return {**first, "models": models}
 
 

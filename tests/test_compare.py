@@ -242,6 +242,9 @@ def test_arms_without_the_teachers_noise_are_not_held_against_those_with_it():
     assert found["frechet_to_expert"]["pairs"].keys() == {"dagger"}
     found = statistics_of(comparison(arms=arms, baseline="lcm"), rows, {}, {})
     assert found["frechet_to_expert"]["pairs"].keys() == {"dmd2"}
+    initial = {arm: by_seed("frechet_to_expert", [9.0] * 7) for arm in rows}
+    found = statistics_of(comparison(arms=arms), rows, initial, by_seed("frechet_to_expert", [0.0] * 7))["frechet_to_expert"]
+    assert {arm for arm, own in found["arms"].items() if "normalised" in own} == {"bc", "dagger"}
 
 
 def test_seeds_that_are_added_are_matched_as_the_others_were(tmp_path: Path):
@@ -446,6 +449,35 @@ def test_an_untrained_student_is_what_training_started_from(whole, tmp_path: Pat
     assert compare.portray(given, [run])["bc"][1]["endpoint_rmse"] == pytest.approx(own["endpoint_rmse"], rel=1e-5)
 
 
+def test_an_arm_that_is_left_out_keeps_its_matched_steps(whole, tmp_path: Path, monkeypatch):
+    out, _ = whole
+    shutil.copytree(out / "out", tmp_path / "out")
+    given = yaml.safe_load((out / "given.yaml").read_text())
+    fixed = compare.read_fixed(tmp_path / "out")["teacher_nfe"]
+    trained = []
+    monkeypatch.setattr(compare, "train", lambda runs, *_: trained.extend(run.directory for run in runs))
+    fewer = given | {"arms": {name: given["arms"][name] for name in ("bc", "hot")}}
+    compare.main(["--config", str(config(tmp_path, fewer)), "--out", str(tmp_path / "out")])
+    assert compare.read_fixed(tmp_path / "out")["teacher_nfe"] == fixed
+    assert "dagger" in fixed["updates"]
+    # bc's runs at equal teacher_nfe are those at equal updates, and are those of that tier to train.
+    assert len(trained) == len(set(trained)) == 4
+
+
+def test_the_teacher_in_all_its_steps_is_not_one_in_more(whole, tmp_path: Path):
+    out, found = whole
+    shutil.copytree(out / "out", tmp_path / "out")
+    for path in tmp_path.glob("out/runs/*/*/result.json"):
+        result = json.loads(path.read_text())
+        result["models"]["teacher@64"] = result["models"]["teacher@2"]
+        path.write_text(json.dumps(result))
+    compare.main(["--config", str(out / "given.yaml"), "--out", str(tmp_path / "out"), "--report_only"])
+    again = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert "teacher@64" in again["references"]
+    for metric, own in found["budgets"]["updates"]["statistics"].items():
+        assert again["budgets"]["updates"]["statistics"][metric]["arms"] == own["arms"]
+
+
 def test_a_baseline_that_diverged_leaves_what_was_trained_to_be_shown(whole, tmp_path: Path):
     out, _ = whole
     shutil.copytree(out / "out", tmp_path / "out")
@@ -548,12 +580,31 @@ def test_what_is_kept_of_an_arm_goes_with_its_runs(whole, tmp_path: Path):
 
 def test_arms_that_would_be_judged_in_two_ways_are_refused(tmp_path: Path):
     base = {"agent": "bc", **TINY}
-    for other, told in (({"evaluate": {"n": 30}}, "n is 20 and 30"), ({"guidance_scale": 3.0}, "guidance_scale is 1.0 and 3.0")):
+    for other, told in (
+        ({"evaluate": {"n": 30}}, "n is 20 and 30"),
+        ({"teacher_steps": 8}, "teacher_steps is 4 and 8"),
+        ({"guidance_scale": 3.0}, "guidance_scale is 1.0 and 3.0"),
+    ):
         arms = {"a": base, "b": merged(base, other)}
         with pytest.raises(ValueError, match=f"arms a and b would be judged in two ways: {told}"):
             compare.check(comparison(env="digits8", arms=arms), tmp_path)
     arms = {"a": base, "b": merged(base, {"guidance_scale": 1.0, "evaluate": {"also_steps": [1]}})}  # 1 is the expert's own
     compare.check(comparison(env="digits8", arms=arms), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"env": {"guidance_scale": 3.0}}, r"arm bc: env=\{'guidance_scale': 3.0\}: all arms have the comparison's"),
+        ({"env": "digits"}, "arm bc: env=digits: all arms have the comparison's"),
+        ({"evaluate": {"seed": 0}}, r"arm bc: evaluate.seed=0: samples start from noise of their run's own seed; leave it out"),
+    ],
+)
+def test_what_is_the_comparisons_own_is_not_set_for_arms(tmp_path: Path, settings, told):
+    for given in (comparison(shared=settings), comparison(arms={"bc": {"agent": "bc", **settings}, "dagger": {"agent": "dagger"}})):
+        with pytest.raises(ValueError, match=told):
+            compare.check(given, tmp_path)
+    compare.check(comparison(shared={"env": "gaussian_mixture"}), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,8 @@ def test_only_states_of_one_noise_are_compared_in_pairs():
         if i > 0:  # at the first, two of one index are the same
             assert row["mmd_shift_to_expert"][i] != 0
     for i, x in enumerate(judge.real_noised):
-        assert row["mmd_shift"][i] == mmd2(judge._draw(judge.few_steps, judge.grid, "ddim").path[:, i], x, evaluate._width(x))
+        states = judge._draw(judge.few_steps, judge.grid, "ddim").path[:, i]
+        assert row["mmd_shift"][i] == mmd2(states, x, evaluate._width(x), paired=True)
 
 
 @pytest.mark.parametrize(("k", "labels"), [(1, None), (3, [0, 1, 2])])
@@ -257,6 +258,43 @@ def test_pictures_are_compared_with_a_folder(tmp_path: Path, colour):
     assert judge.describe()["images"].startswith("40 pictures, ")
     assert judge.floors().keys() == {"real_halves", "teacher_halves"}
     assert judge.judge(judge.few_steps)["frechet"] > 100 * judge.floors()["real_halves"]["frechet"] > 0
+
+
+def test_what_is_kept_of_one_folder_of_pictures_is_not_taken_for_another_s(tmp_path: Path, colour, monkeypatch):
+    monkeypatch.setattr(evaluate, "KEPT", 16)
+    for name, low in (("a", 0), ("b", 128)):
+        (tmp_path / name).mkdir()
+        pictures = torch.randint(low, 255, (40, 20, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture.numpy()).save(tmp_path / name / f"{i:03d}.png")
+    expert, asked = load_expert("digits8"), {"n": 20, "n_paths": 10, "batch_size": 10, "extractor": "colour"}
+    alone, *rows = (
+        judge_of(expert, **asked, images=str(tmp_path / name), **store).judge_baselines()["teacher@4"]["frechet"]
+        for name, store in (("b", {}), ("a", {"store": str(tmp_path / "store")}), ("b", {"store": str(tmp_path / "store")}))
+    )
+    assert rows[1] == alone != rows[0]
+
+
+def test_reading_a_folder_of_pictures_goes_on_where_it_was_killed(tmp_path: Path, colour, monkeypatch):
+    monkeypatch.setattr(evaluate, "KEPT", 16)
+    for i, picture in enumerate(torch.randint(0, 255, (40, 20, 30, 3), dtype=torch.uint8)):
+        Image.fromarray(picture.numpy()).save(tmp_path / f"{i:03d}.png")
+    expert, asked = load_expert("digits8"), {"n": 20, "n_paths": 10, "extractor": "colour", "images": str(tmp_path)}
+    read, load = [], evaluate.load_pictures
+
+    def killed(paths):
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        read.append(len(paths))
+        return load(paths)
+
+    monkeypatch.setattr(evaluate, "load_pictures", killed)
+    with pytest.raises(KeyboardInterrupt):
+        judge_of(expert, **asked, store=str(tmp_path / "store"))
+    monkeypatch.setattr(evaluate, "load_pictures", lambda paths: read.append(len(paths)) or load(paths))
+    again = judge_of(expert, **asked, store=str(tmp_path / "store"))
+    assert read == [16, 16, 8]
+    assert torch.equal(again.real_features.values, judge_of(expert, **asked).real_features.values)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -455,6 +493,12 @@ def test_runs_that_were_measured_differently_are_not_merged_and_both_ways_are_na
     first = {"settings": {"n": 50}, "env_config": {"model": "a"}, "models": {"teacher@8": {}, "bc@4": {}}}
     second = {**first, "models": {"teacher@8": {}, "dagger@4": {}}}
     assert merge({"bc@4": first, "dagger@4": second})["models"].keys() == {"teacher@8", "bc@4", "dagger@4"}
+    more = {name: {**first, "models": {"teacher@8": {}, name: {}, "lcm@1": {"of": name}}} for name in ("lcm@4", "lcm@2")}
+    shown = merge(more)["models"]
+    assert list(shown) == ["teacher@8", "lcm@4", "lcm@1, of lcm@4", "lcm@2", "lcm@1, of lcm@2"]
+    assert shown["lcm@1, of lcm@2"] == {"of": "lcm@2"}
+    also = {name: {**first, "models": {name: {"of": name}, "lcm@1": {"of": name}}} for name in ("lcm@2", "lcm@1")}
+    assert merge(also)["models"] == {name: {"of": name} for name in ("lcm@2", "lcm@1")}
     ways = re.escape(f"bc@4 has {key} {first[key]}, dagger@4 {others}; compare runs of one expert, judged in one way")
     with pytest.raises(ValueError, match=ways):
         merge({"bc@4": first, "dagger@4": {**second, key: others}})

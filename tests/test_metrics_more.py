@@ -110,6 +110,15 @@ def test_paired_mmd2_between_draws_of_one_distribution_has_mean_0_whatever_they_
     assert abs(float(values.mean())) <= 4 * float(values.std()) / 300**0.5
 
 
+def test_of_sets_with_the_same_conditions_the_paired_mmd2_alone_has_mean_0():
+    means = 3 * normal(5, 3, 0)[torch.arange(20) % 5]  # (20, 3), of sample i's class in either set
+    pairs = [(means + normal(20, 3, 2 * i + 1), means + normal(20, 3, 2 * i + 2)) for i in range(200)]
+    for paired in (True, False):
+        values = torch.tensor([mmd2(a, b, 1.5, paired=paired) for a, b in pairs])
+        away = float(values.mean() / values.std()) * 200**0.5
+        assert abs(away) <= 4 if paired else away < -8
+
+
 def test_mmd2_of_gaussians_is_the_closed_form():
     d, h, s_a, s_b, shift = 3, 1.5, 1.0, 1.4, torch.tensor([0.6, -0.3, 0.2], dtype=torch.float64)
 

@@ -209,8 +209,9 @@ def test_failed_runs_stand_at_the_top(digits):
     assert text.count("not finished") == 2
 
 
-def test_runs_without_a_flag_or_a_result_are_named(digits, tmp_path):
-    assert "wild: no result of seed 0, 1 (equal gradient steps)" in changed(digits, tmp_path, flags=[])
+@pytest.mark.parametrize("flags", [[], ["updates/wild-s00: the loss is not finite"]])  # of another run
+def test_runs_without_a_flag_or_a_result_are_named(digits, tmp_path, flags):
+    assert "wild: no result of seed 0, 1 (equal gradient steps)" in changed(digits, tmp_path, flags=flags)
 
 
 def test_every_figure_has_a_caption_a_label_and_its_numbers(comparison):

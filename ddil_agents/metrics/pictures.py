@@ -70,13 +70,14 @@ def _read_picture(path: Path) -> Image.Image:
         raise ValueError(f"{path} is no picture that can be read ({error}); mend it or leave it out of the paths") from error
 
 
-def _files_of(folder: Path) -> list[Path]:
+def picture_files(folder: Path) -> list[Path]:
+    """The .jpeg, .jpg, .png and .webp files of a folder, in order of name."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
 
 
 def folder_digest(folder: Path) -> str:
     """A folder's pictures as a result names them, wherever it lies: their number, and a digest of their names and sizes in bytes."""
-    files = _files_of(folder)
+    files = picture_files(folder)
     listed = repr([(path.name, path.stat().st_size) for path in files])
     return f"{len(files)} pictures, {hashlib.sha256(listed.encode()).hexdigest()[:12]}"
 
@@ -92,7 +93,7 @@ def load_pictures(paths: Path | Iterable[Path], size: int = 256, batch_size: int
     Raises:
         ValueError: no pictures, or one that cannot be read: none is skipped, since the others would be another data set.
     """
-    files = _files_of(paths) if isinstance(paths, Path) and paths.is_dir() else paths
+    files = picture_files(paths) if isinstance(paths, Path) and paths.is_dir() else paths
     files = [files] if isinstance(files, Path) else list(files)
     if not files or size < 1 or batch_size < 1:
         raise ValueError(f"{len(files)} pictures in {paths} with size={size}, batch_size={batch_size}: need at least 1 of each")

@@ -69,7 +69,7 @@ def unfinished(result: dict[str, Any]) -> list[str]:
     seeds: dict[tuple[str, str], list[str]] = {}
     for budget, tier in result["budgets"].items():
         for run in tier["runs"]:
-            if not run["done"] and not any(flag.startswith(run["directory"].removeprefix("runs/")) for flag in result["flags"]):
+            if not run["done"] and not any(flag.startswith(f"{run['directory'].removeprefix('runs/')}:") for flag in result["flags"]):
                 seeds.setdefault((run["arm"], BUDGETS[budget]), []).append(str(run["seed"]))
     return [f"{arm}: no result of seed {', '.join(own)} (equal {budget})" for (arm, budget), own in seeds.items()]
 
