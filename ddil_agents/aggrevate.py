@@ -74,7 +74,7 @@ class CompletingCollector(Collector):
         states["s"] = torch.zeros_like(states["t"])
         if not self.along:
             left = (self.grid.times[:-1] <= states["t"][:, None]).sum(1)  # N − j, (m,)
-            states["nfe"] = left * self.expert_policy.nfe_per_action
+            states["nfe"] = left * self.cost(self.expert_policy)
         return states
 
     def label(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None, w: Tensor | None) -> Tensor:

@@ -186,6 +186,10 @@ class Collector:
         low, high = self.guidance_range
         return low + (high - low) * torch.rand(n, generator=self.streams["guidance"], device=self.expert.device)
 
+    def cost(self, policy: ExpertPolicy) -> int:
+        """Forwards of one action of the expert, at a state as they come from here: one with a w of its own takes the guided pair."""
+        return policy.nfe_per_action if self.guidance_range is None else policy.substeps * self.expert.guided_nfe
+
     def states(self, nfe: int, **fields: Tensor | None) -> TensorDict:
         """The fields that are there as one TensorDict (n,)."""
         present = {k: v for k, v in fields.items() if v is not None}

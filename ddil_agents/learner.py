@@ -148,6 +148,8 @@ class LearnerConfig(AgentConfig):
         for name in ("warmup_updates", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: need 0 or more")
+        if self.p_expert and not self.beta.student:
+            raise ValueError(f"p_expert={self.p_expert}: the expert acts in student rollouts, and β has none; give them a share, or use 0")
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"capacity={self.capacity}: need at least 1, or null to keep every state")
         if not any(self.collect_size * share + 1e-9 >= unit for share, unit in zip(self.beta(0), self.units, strict=True)):
@@ -628,7 +630,8 @@ class Learner(Agent):
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.buffer.load_state_dict(state["buffer"])
         self.collector.load_state_dict(state["collector"])
-        self.teacher_nfe, self.trainables["student"].bare.nfe = state["nfe"]["teacher"], state["nfe"]["student"]
+        self.teacher_nfe = state["nfe"]["teacher"]
+        self.trainables["student"].bare.nfe += state["nfe"]["student"] - self.student_nfe  # which counts other networks too
         torch.set_rng_state(state["random"].cpu())
         if (random := state.get("random_cuda")) is not None and self.expert.device.type == "cuda":
             torch.cuda.set_rng_state(random.cpu(), self.expert.device)

@@ -18,8 +18,8 @@ A glance errs where one teacher step does: as the student comes to do k steps in
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from tensordict import TensorDict
@@ -40,7 +40,8 @@ class SafeDaggerConfig(DaggerConfig):
     glance_substeps: int = 1
     """Teacher steps of a glance: more see better, and cost more."""
     query_budget: int | None = None
-    """Forwards of the teacher that may be spent in all, glances included; a collection that would exceed it is left out. null: no end."""
+    """Forwards of the teacher that each process may spend in each stage, glances included; a collection that would exceed it is left out.
+    null: no end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +56,11 @@ class SafeDaggerConfig(DaggerConfig):
                 f"glance_substeps={self.glance_substeps}: need at least 1 and fewer than the {self.substeps} of a label "
                 "(teacher_steps / num_steps), or else set gate to 1"
             )
+        if self.gate < 1 and not self.beta.forward + self.beta.student:
+            raise ValueError(f"gate={self.gate}: the teacher's own states are not gated, and β has no others; set gate to 1")
+
+    def to_judge(self) -> Self:
+        return replace(super().to_judge(), gate=1.0, query_budget=None)  # nothing is asked
 
 
 class GatedCollector(Collector):
@@ -80,7 +86,7 @@ class GatedCollector(Collector):
     def price(self, counts: list[int]) -> int:
         """Forwards of the teacher that so many draws and rollouts take."""
         forward, teacher, student = (count * unit for count, unit in zip(counts, self.units(), strict=True))
-        full, glance = self.expert_policy.nfe_per_action, self.glance.nfe_per_action
+        full, glance = self.cost(self.expert_policy), self.cost(self.glance)
         if self.gate == 1:
             return full * (forward + teacher + student)
         return full * (self.asked(forward) + teacher + self.asked(student)) + glance * (forward + student)
@@ -112,7 +118,7 @@ class GatedCollector(Collector):
         states = states[most]
         x_t, t, s, c, w = (states.get(key, None) for key in ("x_t", "t", "s", "c", "w"))
         states["x_s"] = self.expert_policy.act(x_t, t, s, c, w)
-        states["nfe"] += self.expert_policy.nfe_per_action
+        states["nfe"] += self.cost(self.expert_policy)
         return states
 
 
@@ -130,11 +136,11 @@ class SafeDagger(Dagger):
 
     def __init__(self, expert: Expert | str, config: SafeDaggerConfig | None = None, support: Support | None = None) -> None:
         super().__init__(expert, config, support)
-        glance = self.collector.glance.nfe_per_action if self.config.gate < 1 else 0
-        most = self.collect_size * (self.expert_policy.nfe_per_action + glance) + self.teacher_nfe
-        if self.config.query_budget is not None and self.config.query_budget < most:
+        shares = zip(self.config.beta(0), self.collector.units(), strict=True)
+        first = self.collector.price([int(self.collect_size * share / unit + 1e-9) for share, unit in shares]) + self.teacher_nfe
+        if self.config.query_budget is not None and self.config.query_budget < first:
             raise ValueError(
-                f"query_budget={self.config.query_budget}: a collection of {self.collect_size} states takes up to {most} forwards "
+                f"query_budget={self.config.query_budget}: the first collection, of {self.collect_size} states, takes {first} forwards "
                 "of the teacher; raise it, or lower collect_size"
             )
 

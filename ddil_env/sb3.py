@@ -1,7 +1,7 @@
 """The diffusion MDP for stable-baselines3: its vector environment, and any policy where it expects a model.
 
-    env = SB3VecEnv(DenoisingVectorEnv("digits", 64, reward="expert_l2", action_bound=4.0, autoreset_mode="SameStep"))
-    evaluate_policy(SB3Policy(ExpertPolicy(env.env.expert)), env)      # (0.0, 0.0): the expert is at no distance from itself
+    env = SB3VecEnv(DenoisingVectorEnv("digits", 64, substeps=8, reward="expert_l2", action_bound=4.0, autoreset_mode="SameStep"))
+    evaluate_policy(SB3Policy(ExpertPolicy(env.env.expert, 8)), env)   # (0.0, 0.0): the expert is at no distance from itself
     PPO("MultiInputPolicy", env).learn(100_000)
 
 Needs `pip install 'ddil[sb3]'`.
@@ -54,7 +54,7 @@ class SB3Policy:
 
         Args:
             observation: x_t (n, *sample_shape), t and s (n, 1) and, if conditional, c (n,); or one environment's, without n.
-            state, episode_start, deterministic: Of no effect: the policies have no memory and draw nothing.
+            state, episode_start, deterministic: Of no effect: the policies have no memory, and what a mixed one draws is its own seed's.
 
         Raises:
             ValueError: the observation lacks what the policy reads.

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,15 @@ def test_a_resumed_learner_ends_bit_for_bit_where_the_unbroken_one_does(
         for key in a.keys() | b.keys():
             assert same(a[key], b[key]), key
     assert whole.step == 20
+
+
+@every
+def test_a_learner_that_has_trained_takes_over_the_counts_of_the_one_that_it_loads(
+    tmp_path: Path, agent: type[Learner], changed: dict[str, Any]
+) -> None:
+    train(saved := make(agent, **changed), tmp_path, progress=False, checkpoint_every=20)
+    trained = learn(make(agent, **changed)).load(tmp_path / "checkpoints" / "step_00000020")
+    assert (trained.student_nfe, trained.teacher_nfe) == (saved.student_nfe, saved.teacher_nfe)
 
 
 @every
@@ -381,12 +391,27 @@ def test_the_price_of_a_collection_is_known_before_it_is_paid() -> None:
         assert learner.expert.nfe - before == told[-1]
 
 
-def test_a_budget_below_one_collection_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"query_budget=95: a collection of 32 states takes up to 96 forwards of the teacher; raise it, or"
-    ):
-        make(SafeDagger, query_budget=95)
-    assert learn(make(SafeDagger, query_budget=96)).teacher_nfe <= 96
+@pytest.mark.parametrize(("changed", "price"), [({"gate": 1.0}, 56), ({"gate": 0.25, "beta": Beta(0, 0, 1)}, 32 + 16), ({}, 28 + 28)])
+def test_a_budget_below_the_first_collection_is_refused(changed: dict[str, Any], price: int) -> None:
+    told = f"query_budget={price - 1}: the first collection, of 32 states, takes {price} forwards of the teacher; raise it, or"
+    with pytest.raises(ValueError, match=told):
+        make(SafeDagger, query_budget=price - 1, **changed)
+    assert learn(make(SafeDagger, query_budget=price, **changed)).teacher_nfe == price  # of β's shares, 28 states in whole rollouts
+
+
+def test_a_budget_holds_where_states_have_a_guidance_of_their_own() -> None:
+    guided = {"guidance_range": (1.0, 4.0), "num_updates": 32}
+    learner = learn(make(SafeDagger, labelled(), query_budget=300, **guided))
+    assert 200 < learner.teacher_nfe == learner.expert.nfe <= 300
+    completed = make(Aggrevate, labelled(), **guided)
+    states = completed.collector.collect(40, only(2), 0)
+    assert int(states["nfe"].sum()) == completed.expert.nfe > 0
+
+
+def test_a_student_that_is_judged_asks_nothing() -> None:
+    judged = SafeDaggerConfig(**settings(gate=0.3, query_budget=10)).to_judge()
+    assert (judged.gate, judged.query_budget, judged.init) == (1.0, None, None)
+    assert replace(judged, teacher_steps=judged.num_steps).substeps == 1  # as where stages end in steps that do not divide the teacher's
 
 
 # AggreVaTe
@@ -566,6 +591,8 @@ def test_gails_accumulated_gradients_give_the_weights_of_the_whole_batch() -> No
         (SafeDaggerConfig, {"p_expert": 0.2}, "p_expert=0.2 with gate=0.5: .*set p_expert to 0 or gate to 1"),
         (SafeDaggerConfig, {"glance_substeps": 2}, "glance_substeps=2: need at least 1 and fewer than the 2 of a label"),
         (SafeDaggerConfig, {"teacher_steps": 4}, "glance_substeps=1: need .* fewer than the 1 of a label"),
+        (SafeDaggerConfig, {"beta": Beta(0, 1, 0)}, "gate=0.5: the teacher's own states are not gated"),
+        (DartConfig, {"p_expert": 0.5}, "p_expert=0.5: the expert acts in student rollouts, and β has none"),
         (GailConfig, {"discriminator_learning_rate": 0.0}, "discriminator_learning_rate=0.0: need a positive"),
         (GailConfig, {"discriminator_width": 0}, "discriminator_width=0: need at least 1"),
         (GailConfig, {"gradient_penalty": -1.0}, "gradient_penalty=-1.0: need a finite number ≥ 0"),
