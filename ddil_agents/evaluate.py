@@ -19,12 +19,13 @@ import json
 import math
 import platform
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
@@ -521,19 +522,26 @@ class Judge:
             write_atomically(place, save({"actions": actions.cpu()}))
         return list(zip(noised, actions, strict=True))
 
+    @cached_property
+    def _lpips(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return lpips_distance(self.settings.weights, device=self.expert.device)
+
     @torch.no_grad()
-    def lpips_diversity(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel) -> float:
-        """Mean LPIPS between two of a condition's 10 samples, over 50 conditions; all share the 10 draws of noise."""
-        expert = self.expert
-        distance = lpips_distance(self.settings.weights, device=expert.device)
+    def lpips_diversity(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, name: str | None = None) -> float:
+        """Mean LPIPS between two of a condition's 10 samples, over 50 conditions, each kept; all share the 10 draws of noise."""
+        expert, stem = self.expert, self._place(name, policy, grid, kernel, "lpips")
         x_T = torch.randn(IN_GROUP, *expert.sample_shape, generator=self._generator(0, 2), device=expert.device)
 
-        def group(condition: int) -> Tensor:
+        def mean_of(condition: int) -> dict[str, float]:
             c = torch.full((IN_GROUP,), condition, device=expert.device) if expert.num_conditions else None
-            return self.pictures(unroll(policy, grid, x_T, c, kernel=kernel, generator=self._generator(0, 3))[:, -1])
+            group = self.pictures(unroll(policy, grid, x_T, c, kernel=kernel, generator=self._generator(0, 3))[:, -1])
+            return {"lpips": group_diversity([group], self._lpips)}
 
-        conditions = tqdm(range(min(GROUPS, expert.num_conditions or 1)), desc="lpips", unit="condition", leave=False)
-        return group_diversity((group(condition) for condition in conditions), distance)
+        means = []
+        for condition in tqdm(range(min(GROUPS, expert.num_conditions or 1)), desc="lpips", unit="condition", leave=False):
+            place = None if stem is None else stem.with_name(f"{stem.name}-{condition:03d}.json")
+            means.append(_kept(place, partial(mean_of, condition))["lpips"])
+        return statistics.fmean(means)
 
     def sample(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel = "ddim") -> Tensor:
         """A policy's samples from the judge's first batch of noise and conditions, (b, *sample_shape)."""
@@ -569,8 +577,7 @@ class Judge:
             **drawn.scores,
         }
         if self.settings.lpips:
-            place = self._place(name, policy, grid, kernel, "lpips.json")
-            result |= _kept(place, lambda: {"lpips": self.lpips_diversity(policy, grid, kernel)})
+            result["lpips"] = self.lpips_diversity(policy, grid, kernel, name)
         return result
 
     def _baseline_names(self) -> tuple[str, str]:

@@ -356,8 +356,12 @@ def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch, tmp_path: Pa
     assert described["scores"] == {"clip_score": "digit_of_the_caption"}
     assert described["lpips"] == "lpips_0.1_alex"
     assert len(described["captions"]) == 12
-    monkeypatch.setattr(Judge, "lpips_diversity", None)  # it is in the store
-    assert judge.judge(judge.few_steps, judge.grid, name="few") == row
+    next(tmp_path.glob("few-*-lpips-003.json")).unlink()  # as if a kill had come before it
+    drawn, draw = [], evaluate.group_diversity
+    monkeypatch.setattr(evaluate, "group_diversity", lambda groups, distance: drawn.append(len(groups)) or draw(groups, distance))
+    for _ in range(2):
+        assert judge.judge(judge.few_steps, judge.grid, name="few") == row
+    assert drawn == [1]
 
 
 def test_a_score_that_a_store_lacks_is_drawn_for_and_one_that_it_has_is_no_burden(monkeypatch, tmp_path: Path):
