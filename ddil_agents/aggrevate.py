@@ -47,9 +47,9 @@ class AggrevateConfig(DaggerConfig):
     teachers: ClassVar[tuple[str, ...]] = ("original", "same")  # its student names ends, and is no ODE to step along
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.p_expert:
             raise ValueError(f"p_expert={self.p_expert}: the expert takes no step to noise anew, so AggreVaTe has no mixed rollouts; use 0")
+        super().__post_init__()
 
 
 class CompletingCollector(Collector):

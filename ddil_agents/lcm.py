@@ -58,6 +58,8 @@ class LCMConfig(LearnerConfig):
     def __post_init__(self) -> None:
         if not self.inference_steps or not all(isinstance(n, int) and 1 <= n <= self.solver_steps for n in self.inference_steps):
             raise ValueError(f"inference_steps={self.inference_steps}: need whole numbers from 1 to solver_steps={self.solver_steps}")
+        if self.p_expert:
+            raise ValueError(f"p_expert={self.p_expert}: the expert takes no consistency steps, so LCM has no mixed rollouts; use 0")
         super().__post_init__()
         if self.grid == "lcm" and self.solver_steps != LCM_SOLVER_STEPS:
             raise ValueError(f"solver_steps={self.solver_steps}: the grid lcm picks from {LCM_SOLVER_STEPS} times; set grid to another")
@@ -65,8 +67,6 @@ class LCMConfig(LearnerConfig):
             raise ValueError(f"unknown distance {self.distance!r}; choose one of: {', '.join(get_args(Distance))}")
         if not self.huber_h > 0:
             raise ValueError(f"huber_h={self.huber_h}: need a positive number")
-        if self.p_expert:
-            raise ValueError(f"p_expert={self.p_expert}: the expert takes no consistency steps, so LCM has no mixed rollouts; use 0")
 
     @property
     def units(self) -> tuple[int, int, int]:
