@@ -222,10 +222,14 @@ class Judge:
             self.held_out_noised = None if self.held_out is None else self._noised(self.held_out, generator)
 
     @cached_property
+    def _images(self) -> str | None:
+        """The folder of pictures as a result names it."""
+        return None if self.settings.images is None else folder_digest(Path(self.settings.images))
+
+    @cached_property
     def _data_digest(self) -> tuple[str | None, str | None]:
         """Of what samples are held against: the expert's own data, and a folder of pictures."""
-        folder = self.settings.images
-        return None if self.real is None else _digest(self.real), None if folder is None else folder_digest(Path(folder))
+        return None if self.real is None else _digest(self.real), self._images
 
     def _data(self) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None], Tensor | None]:
         """Real samples, held-out samples and their conditions, and the conditions of every model."""
@@ -241,10 +245,10 @@ class Judge:
 
     def _real_features(self) -> Features | None:
         """Of the folder of pictures, or else of the expert's own data."""
-        if self.settings.images is None:
+        if self.settings.images is None or self._images is None:
             return None if self.real is None else self._read(self.real)[0]
         files, values = picture_files(Path(self.settings.images)), []
-        digest = folder_digest(Path(self.settings.images)).rpartition(" ")[2]
+        digest = self._images.rpartition(" ")[2]
         with tqdm(total=len(files), desc="real pictures", unit="picture") as bar:
             for start in range(0, len(files), KEPT):
                 part, read = files[start : start + KEPT], []
@@ -591,8 +595,8 @@ class Judge:
             found["protocol"] = s.protocol
         if self.extractor.of_pictures or s.scores or s.lpips:
             found["resize"] = RESIZE
-        if s.images is not None:
-            found["images"] = folder_digest(Path(s.images))
+        if self._images is not None:
+            found["images"] = self._images
         if s.scores:
             found["scores"] = {name: scorer.name for name, scorer in self.scorers.items()}
         if s.lpips:
