@@ -30,6 +30,7 @@ from ddil_agents.statistics import holm, paired_comparison
 from ddil_env.presets import read_yaml
 
 METRICS = ("endpoint_rmse", "frechet_to_expert", "recall")
+ERRORS = {"action_mse_own": "error on own states", "action_mse_forward": "error on forward states"}  # which action_ratio is made of
 SHIFTS = {"action_ratio": "action error, own / forward states", "gaussian_shift": "Gaussian W2 of visits / held-out floor"}
 FIRST_SEED = 100  # seeds from 0 have been seen in other benchmarks, some in settings like these
 GUIDANCE, STEPS = (1.0, 3.0, 7.0), (2, 4, 8, 16)
@@ -117,7 +118,8 @@ Key = tuple[str, str, int]  # a run: its cell, arm and seed
 def record_of(result: dict[str, Any]) -> dict[str, Any]:
     """What the map needs of one run's result, and how it was measured, with what."""
     row = own_row(result)
-    measured = {metric: row[metric] for metric in METRICS} | shift_of(row, result["floors"]["held_out_real"]["gaussian_shift"])
+    measured = {metric: row[metric] for metric in METRICS} | {error: statistics.fmean(row[error][1:]) for error in ERRORS}
+    measured |= shift_of(row, result["floors"]["held_out_real"]["gaussian_shift"])
     about = {"settings": {k: v for k, v in result["settings"].items() if k != "seed"}}
     return measured | about | {key: result[key] for key in ("env_config", *PROVENANCE)}
 
@@ -155,13 +157,12 @@ def effect_of(cell: Cell, records: dict[tuple[str, int], dict[str, Any]]) -> dic
         records: Of its finished runs, by arm and seed.
     """
     base, *others = cell.arms
+    measures = [*METRICS, *ERRORS] if cell.follows else METRICS[1:]
     effects: dict[str, Any] = {}
     paired = {arm: sorted({seed for _, seed in records if (arm, seed) in records and (base, seed) in records}) for arm in others}
     for arm, seeds in paired.items():
-        for metric in METRICS if len(seeds) > 1 else ():
+        for metric in measures if len(seeds) > 1 else ():
             own, reference = ([records[which, seed][metric] for seed in seeds] for which in (arm, base))
-            if own[0] is None:  # RMSE, where x_T does not determine the sample
-                continue
             pair, mean = paired_comparison(own, reference, (arm, base)), statistics.fmean(reference)
             effects.setdefault(arm, {})[metric] = {
                 **{key: 100 * getattr(pair, key) / mean for key in ("mean", "low", "high")},
@@ -222,6 +223,7 @@ def markdown(found: dict[str, Any]) -> str:
         "Fréchet to teacher, %",
         "recall, %",
         "p",
+        *(f"{error}, %" for error in ERRORS.values()),
         "action ratio",
         "Gaussian shift / floor",
     ]
@@ -229,14 +231,14 @@ def markdown(found: dict[str, Any]) -> str:
     for name, cell in found.items():
         for arm, pairs in cell["pairs"].items():
             if (effect := cell["effects"].get(arm)) is None:
-                lines.append(f"| {name} | {arm} | {pairs} |" + " – |" * 6)
+                lines.append(f"| {name} | {arm} | {pairs} |" + " – |" * 8)
                 continue
             spans = {key: f"{e['mean']:+.1f} [{e['low']:+.1f}, {e['high']:+.1f}]" for key, e in effect.items()}
             spans[cell["primary"]] = f"**{spans[cell['primary']]}**"
             p = f"{effect[cell['primary']]['p_holm']:.3f}" if arm == cell["mixture"] else ""
-            found_in = [spans.get(key, "–") for key in METRICS]
+            found_in, errors = ([spans.get(key, "–") for key in keys] for keys in (METRICS, ERRORS))
             shift = [f"{cell['shift'][key]:.2f}" if cell["primary"] == "endpoint_rmse" else "–" for key in SHIFTS]
-            row = [name, arm, str(pairs), *found_in, p, *shift]
+            row = [name, arm, str(pairs), *found_in, p, *errors, *shift]
             lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 

@@ -32,6 +32,8 @@ def planted_results(cell, effect, shift):
                 "endpoint_rmse": score if cell.follows else None,
                 "frechet_to_expert": 2 * score,
                 "recall": 1 / score,
+                "action_mse_own": [9.0, score, 3 * score],
+                "action_mse_forward": [9.0, score**2, score**2],
                 "action_ratio": [None, shift, shift + 1, None],
                 "gaussian_shift": [0.3, 0.1 * shift, 0.2 * shift],
             }
@@ -61,6 +63,9 @@ def test_a_cells_effect_is_in_per_cent_of_its_baseline(found):
     half = stats.t.ppf(0.975, len(SEEDS) - 1) * stats.sem(-0.2 * base) / base.mean()
     assert effect["endpoint_rmse"]["high"] == pytest.approx(-20 + 100 * half)
     assert effect["recall"]["mean"] == pytest.approx(25)
+    assert effect["action_mse_own"]["baseline"] == pytest.approx(2 * base.mean())  # of the steps after the first
+    assert effect["action_mse_own"]["mean"] == pytest.approx(-20)
+    assert effect["action_mse_forward"]["mean"] == pytest.approx(100 * (0.8**2 - 1))
     assert found["another"]["effects"].keys() == {"half"}
     assert found["another"]["effects"]["half"].keys() == {"frechet_to_expert", "recall"}
 
