@@ -261,7 +261,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     grid.imshow(effect, cmap="PiYG_r", vmin=-limit, vmax=limit, aspect="auto", alpha=0.6)
     grid.set_xticks(range(len(STEPS)), [str(n) for n in STEPS])
     grid.set_yticks(range(len(GUIDANCE)), [f"{w:g}" for w in GUIDANCE])
-    grid.set(xlabel="student steps", ylabel="guidance w", title="DDIL's RMSE to teacher against forward-only", box_aspect=0.75)
+    grid.set(xlabel="student steps", ylabel="guidance w", title="DDIL's RMSE to teacher beside forward-only: below 0 it helps", box_aspect=0.75)
     for axis, (measure, label) in zip(scatters, SHIFTS.items(), strict=True):
         for marker, arm in zip("os", ("ddil", "student"), strict=True):
             cells = [cell for cell in found.values() if arm in cell["effects"]]
@@ -271,7 +271,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 error = [[e["mean"] - e["low"] for e in effects], [e["high"] - e["mean"] for e in effects]]
                 axis.errorbar([cell["shift"][measure] for cell in cells], y, error, fmt=marker, label=arm, capsize=2, alpha=0.8)
         axis.axhline(0, color="grey", lw=0.8)
-        axis.set(xlabel=label, ylabel="effect on RMSE to teacher, %")
+        axis.set(xlabel=label, ylabel="effect on RMSE to teacher, %: below 0 it helps")
         if axis.lines[1:]:
             axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
