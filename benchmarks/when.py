@@ -261,7 +261,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     grid.imshow(effect, cmap="PiYG_r", vmin=-limit, vmax=limit, aspect="auto", alpha=0.6)
     grid.set_xticks(range(len(STEPS)), [str(n) for n in STEPS])
     grid.set_yticks(range(len(GUIDANCE)), [f"{w:g}" for w in GUIDANCE])
-    grid.set(xlabel="student steps", ylabel="guidance w", title="DDIL's RMSE to teacher beside forward-only: below 0 it helps", box_aspect=0.75)
+    grid.set(xlabel="student steps", ylabel="guidance w", title="RMSE to teacher, DDIL beside forward-only", box_aspect=0.75)
     for axis, (measure, label) in zip(scatters, SHIFTS.items(), strict=True):
         for marker, arm in zip("os", ("ddil", "student"), strict=True):
             cells = [cell for cell in found.values() if arm in cell["effects"]]
