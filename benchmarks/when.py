@@ -31,6 +31,7 @@ from ddil_env.presets import read_yaml
 
 METRICS = ("endpoint_rmse", "frechet_to_expert", "recall")
 ERRORS = {"action_mse_own": "error on own states", "action_mse_forward": "error on forward states"}  # which action_ratio is made of
+COSTS = ("teacher_nfe", "student_nfe")
 SHIFTS = {"action_ratio": "action error, own / forward states", "gaussian_shift": "Gaussian W2 of visits / held-out floor"}
 FIRST_SEED = 100  # seeds from 0 have been seen in other benchmarks, some in settings like these
 GUIDANCE, STEPS = (1.0, 3.0, 7.0), (2, 4, 8, 16)
@@ -118,7 +119,7 @@ Key = tuple[str, str, int]  # a run: its cell, arm and seed
 def record_of(result: dict[str, Any]) -> dict[str, Any]:
     """What the map needs of one run's result, and how it was measured, with what."""
     row = own_row(result)
-    measured = {metric: row[metric] for metric in METRICS} | {error: statistics.fmean(row[error][1:]) for error in ERRORS}
+    measured = {key: row[key] for key in (*METRICS, *COSTS)} | {error: statistics.fmean(row[error][1:]) for error in ERRORS}
     measured |= shift_of(row, result["floors"]["held_out_real"]["gaussian_shift"])
     about = {"settings": {k: v for k, v in result["settings"].items() if k != "seed"}}
     return measured | about | {key: result[key] for key in ("env_config", *PROVENANCE)}
@@ -231,7 +232,7 @@ def markdown(found: dict[str, Any]) -> str:
     for name, cell in found.items():
         for arm, pairs in cell["pairs"].items():
             if (effect := cell["effects"].get(arm)) is None:
-                lines.append(f"| {name} | {arm} | {pairs} |" + " – |" * 8)
+                lines.append(f"| {name} | {arm} | {pairs} |" + " – |" * (len(heads) - 3))
                 continue
             spans = {key: f"{e['mean']:+.1f} [{e['low']:+.1f}, {e['high']:+.1f}]" for key, e in effect.items()}
             spans[cell["primary"]] = f"**{spans[cell['primary']]}**"

@@ -32,6 +32,8 @@ def planted_results(cell, effect, shift):
                 "endpoint_rmse": score if cell.follows else None,
                 "frechet_to_expert": 2 * score,
                 "recall": 1 / score,
+                "teacher_nfe": 100,
+                "student_nfe": 200,
                 "action_mse_own": [9.0, score, 3 * score],
                 "action_mse_forward": [9.0, score**2, score**2],
                 "action_ratio": [None, shift, shift + 1, None],
