@@ -55,14 +55,14 @@ class AggrevateConfig(DaggerConfig):
 class CompletingCollector(Collector):
     """Labels every state with the end of the teacher's trajectory from there: s = 0, and x_s that end."""
 
-    along = False  # whether the teacher leads, and so comes to the end by itself
+    along = False  # whether a rollout of the teacher's own comes to the end by itself
 
     def forward(self, n: int) -> TensorDict:
         self.along = False
         return self.reaching_0(super().forward(n))
 
     def rollout(self, n: int, p_expert: float) -> TensorDict:
-        self.along = p_expert >= 1
+        self.along = p_expert >= 1 and self.states_per_rollout == "all"
         states = super().rollout(n, p_expert)
         if self.along:
             x_s = states["x_s"].unflatten(0, (n, -1))  # (n, N, *sample_shape)
@@ -74,7 +74,7 @@ class CompletingCollector(Collector):
         states["s"] = torch.zeros_like(states["t"])
         if not self.along:
             left = (self.grid.times[:-1] <= states["t"][:, None]).sum(1)  # N − j, (m,)
-            states["nfe"] = left * self.cost(self.expert_policy)
+            states["nfe"] = (left + states["actors"].sum(1)) * self.cost(self.expert_policy)
         return states
 
     def label(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None, w: Tensor | None) -> Tensor:

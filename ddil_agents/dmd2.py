@@ -75,15 +75,13 @@ class DMD2Config(LearnerConfig):
             raise ValueError(f"noise_level={self.noise_level}: need a time of the teacher's chain, such as 500")
         if self.guidance_range is not None:
             raise ValueError(f"guidance_range={self.guidance_range}: DMD2 matches one distribution; set guidance_scale, the real score's")
+        if self.states_per_rollout != 1:
+            raise ValueError(f"states_per_rollout={self.states_per_rollout}: DMD2's backward simulation ends in one state; leave it at 1")
         if self.prioritised:
             raise ValueError("prioritised=true: DMD2's loss says how large a step is, not how wrong a state; leave it false")
 
     def to_judge(self) -> Self:
         return replace(super().to_judge(), gan_weight=0.0)  # a discriminator needs data
-
-    @property
-    def units(self) -> tuple[int, int, int]:
-        return 1, 1, 1
 
 
 class DistributionMatching(Learner):

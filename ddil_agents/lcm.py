@@ -69,8 +69,8 @@ class LCMConfig(LearnerConfig):
             raise ValueError(f"huber_h={self.huber_h}: need a positive number")
 
     @property
-    def units(self) -> tuple[int, int, int]:
-        return 1, self.solver_steps, max(self.inference_steps)
+    def rollout_lengths(self) -> tuple[int, int]:
+        return self.solver_steps, max(self.inference_steps)
 
 
 class ConsistencyDenoiser(NetworkDenoiser):
@@ -104,9 +104,6 @@ class LCMCollector(Collector):
             self.n = self.inference_steps[int(drawn)]  # one wait for the device a collection
         return super().counts(n, beta)
 
-    def units(self) -> tuple[int, int, int]:
-        return 1, self.grid.num_steps, self.n
-
     def visited(self, p_expert: float) -> Tensor:
         return self.grid.times if p_expert >= 1 else lcm_times(self.grid, self.n)
 
@@ -118,6 +115,7 @@ class LatentConsistency(Learner):
     Config: ClassVar[type[LearnerConfig]] = LCMConfig
     config: LCMConfig
     kernel: ClassVar[Kernel] = "renoise"
+    ema_warm_up: ClassVar[bool] = False  # the average is the target
 
     def loss(self, batch: TensorDict) -> Tensor:
         x_t, t, x_s, s, c, w = (batch.get(key, None) for key in ("x_t", "t", "x_s", "s", "c", "w"))

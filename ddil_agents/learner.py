@@ -25,7 +25,7 @@ from ddil_agents.average import Average
 from ddil_agents.beta import Beta
 from ddil_agents.buffer import SourceBuffer
 from ddil_agents.checkpoint import load_checkpoint, save_checkpoint
-from ddil_agents.collect import Collector, own_seed, stream_seed
+from ddil_agents.collect import Collector, StatesPerRollout, own_seed, stream_seed
 from ddil_agents.settings import check_types
 from ddil_agents.trainable import Loss, Trainable
 from ddil_env import Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, Unbounded, load_expert, unroll
@@ -94,6 +94,9 @@ class LearnerConfig(AgentConfig):
     """Source priors."""
     p_expert: float = 0.0
     """Probability that the expert acts in a step of a student rollout (mixed rollouts)."""
+    states_per_rollout: StatesPerRollout = 1
+    """States that each teacher or student rollout gives: 1, at a time drawn uniformly, as DDIL's Algorithm 1 draws a state; or all N of
+    it, which cost fewer student forwards and are N times fewer independent draws of noise and condition."""
     batch_size: int = 64
     """States of a gradient step, of each process."""
     collect_size: int = 256
@@ -155,7 +158,7 @@ class LearnerConfig(AgentConfig):
         if not any(self.collect_size * share + 1e-9 >= unit for share, unit in zip(self.beta(0), self.units, strict=True)):
             raise ValueError(
                 f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one rollout of {self.units[1]} states; "
-                "raise collect_size"
+                "raise collect_size, or set states_per_rollout to 1"
             )
         if self.guidance_range is not None:
             least, most = self.guidance_range
@@ -174,7 +177,13 @@ class LearnerConfig(AgentConfig):
     @property
     def units(self) -> tuple[int, int, int]:
         """States that one forward draw, one teacher and one student rollout give."""
-        return 1, self.num_steps, self.num_steps
+        teacher, student = self.rollout_lengths if self.states_per_rollout == "all" else (1, 1)
+        return 1, teacher, student
+
+    @property
+    def rollout_lengths(self) -> tuple[int, int]:
+        """States that a teacher and a student rollout pass through."""
+        return self.num_steps, self.num_steps
 
 
 class Agent(ABC):
@@ -328,6 +337,7 @@ class Learner(Agent):
     config: LearnerConfig
     support: Support
     roles: ClassVar[tuple[Role, ...]] = ("teacher", "target", "student")  # whose estimates there are to threshold
+    ema_warm_up: ClassVar[bool] = True
 
     def __init__(self, expert: Expert | str, config: LearnerConfig | None = None, support: Support | None = None) -> None:
         super().__init__(expert, config)
@@ -372,7 +382,7 @@ class Learner(Agent):
                 stacklevel=2,
             )
         self.thresholds = {role: Metered(self.support) if role in roles else Unbounded() for role in self.roles}
-        self.ema = Average(student, config.ema)
+        self.ema = Average(student, config.ema, self.ema_warm_up)
         self.ema.module.eval()
         if config.compile:
             self.expert.compile()
@@ -416,6 +426,7 @@ class Learner(Agent):
             kernel=self.kernel,
             p_expert=self.config.p_expert,
             guidance_range=self.config.guidance_range,
+            states_per_rollout=self.config.states_per_rollout,
             **own,
         )
 

@@ -84,11 +84,11 @@ class GatedCollector(Collector):
         return counts if self.price(counts) <= self.left else [0, 0, 0]
 
     def price(self, counts: list[int]) -> int:
-        """Forwards of the teacher that so many draws and rollouts take."""
-        forward, teacher, student = (count * unit for count, unit in zip(counts, self.units(), strict=True))
-        full, glance = self.cost(self.expert_policy), self.cost(self.glance)
+        """Forwards of the teacher that so many draws and rollouts take, at most: a rollout in which it acts may end anywhere."""
+        forward, _, student = (count * unit for count, unit in zip(counts, self.units(), strict=True))
+        full, glance, teacher = self.cost(self.expert_policy), self.cost(self.glance), counts[1] * self.grid.num_steps
         if self.gate == 1:
-            return full * (forward + teacher + student)
+            return full * (forward + teacher + (counts[2] * self.grid.num_steps if self.p_expert else student))
         return full * (self.asked(forward) + teacher + self.asked(student)) + glance * (forward + student)
 
     def asked(self, m: int) -> int:

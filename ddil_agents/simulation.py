@@ -64,15 +64,10 @@ class BackwardSimulation(Collector):
         return self._arrived(x_t, c, torch.zeros(n, 0, dtype=torch.bool, device=x_0.device))
 
     def rollout(self, n: int, p_expert: float) -> TensorDict:
-        stream, device = self.streams["rollout"], self.expert.device
-        x_t = torch.randn(n, *self.expert.sample_shape, generator=stream, device=device)
-        c = self.expert.sample_condition(n, stream)
-        by_expert = torch.rand(n, self.j, generator=stream, device=device) < p_expert
+        x_t, c, _, by_expert = self.start(n, self.j, p_expert)
         for i, (t, s) in enumerate(pairwise(self.grid.times[: self.j + 1])):
-            t, s = t.expand(n), s.expand(n)
-            x_s = self.expert_policy.act(x_t, t, s, c) if p_expert > 0 else None
-            x_t = self.follow(x_t, t, s, c, None, x_s, by_expert[:, i], p_expert)
-        return self._arrived(x_t, c, by_expert)
+            x_t = self.follow(x_t, t.expand(n), s.expand(n), c, None, by_expert[:, i])
+        return self._arrived(x_t, c, by_expert.to(x_t.device, non_blocking=True))
 
     def _arrived(self, x_t: Tensor, c: Tensor | None, by_expert: Tensor) -> TensorDict:
         t = self.grid.times[self.j].repeat(len(x_t))
