@@ -1,345 +1,291 @@
-"""When does DDIL help? The effect of its mixture against the covariate shift that was measured, cell by cell.
+"""When does DDIL help? Its mixtures of states beside forward-diffused data alone, cell by cell, paired by seed.
 
     python benchmarks/when.py --jobs 2            # hours on two cores; goes on where it stopped
-    python benchmarks/when.py --report_only       # the map, from the runs that are there
+    python benchmarks/when.py --report_only       # the tables, from the runs that are there
 
-    when.json, when.md, when.png    the map
+    when.json, when.md, when.png    the map (when_report.py)
     when_runs.jsonl                 a line for each run, all that the map is made of; a run that has its line is not run again
 
-What is expected, which metric and how many seeds was written down in benchmarks/README.md before the runs.
+A seed of a cell is a chain of runs, each starting from the last one's average, with an optimiser and a warm-up of its own:
+
+    guidance → steps → the arm        DAgger: forward states alone learn the guided teacher, step for step, and then N steps of it
+    consistency → the arm             LCM and DMD2: from a student of LCM on forward states alone
+
+All arms of a seed fork from the same weights and draw the same forward states, as DDIL (§5) lets the student's states in late, in a second
+part of training. What is expected, which metric, which test and how many seeds was written down in benchmarks/README.md before the runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
-import itertools
 import json
+import multiprocessing
 import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from scipy import stats
+import torch
+from filelock import FileLock
+from when_report import write_report
 
-from ddil_agents.checkpoint import write_atomically
-from ddil_agents.compare import Comparison, Run, check, given_settings, last_line, made, merged, own_row, same_measure, train
-from ddil_agents.evaluate import PROVENANCE
-from ddil_agents.report import read_result
-from ddil_agents.statistics import holm, paired_comparison
-from ddil_env.presets import read_yaml
+from ddil_agents import Beta, Dagger, DistributionMatching, LatentConsistency
+from ddil_agents.checkpoint import folder_atomically, write_atomically
+from ddil_agents.collect import stream_seed
+from ddil_agents.evaluate import Evaluation, Judge, provenance
+from ddil_agents.learner import Learner
+from ddil_env import Expert, load_expert
+from ddil_env.support import Thresholding
 
-METRICS = ("endpoint_rmse", "frechet_to_expert", "recall")
-ERRORS = {"action_mse_own": "error on own states", "action_mse_forward": "error on forward states"}  # which action_ratio is made of
-COSTS = ("teacher_nfe", "student_nfe")
-SHIFTS = {"action_ratio": "action error, own / forward states", "gaussian_shift": "Gaussian W2 of visits / held-out floor"}
-FIRST_SEED = 100  # seeds from 0 have been seen in other benchmarks, some in settings like these
-GUIDANCE, STEPS = (1.0, 3.0, 7.0), (2, 4, 8, 16)
-BASE: dict[str, Any] = {
-    "num_updates": 300,
-    "num_steps": 4,
-    "batch_size": 32,
-    "collect_size": 128,
-    "updates_per_collect": 16,
-    "evaluate": {"n": 300, "n_paths": 300, "n_action": 200},
+FIRST_SEED, SEEDS = 400, 16  # seeds below have been seen, some in settings like these
+GUIDANCE, STEPS = (1.0, 3.0, 7.0), (4, 8, 16)
+BASE: dict[str, Any] = {"batch_size": 32, "collect_size": 128, "updates_per_collect": 16, "teacher_steps": 32}
+JUDGED = Evaluation(n=2000, seed=20_000, n_paths=500, n_action=200)  # the same noise for every seed, so that the teacher is sampled once
+EITHER = ("average", "raw")  # weights that are judged: the average over the part's steps, and the last
+
+FORWARD, HALF, MIXTURE = Beta(1, 0, 0), Beta(0.5, 0, 0.5), Beta(0.5, 0.1, 0.4)
+DAGGER: dict[str, dict[str, Any]] = {  # the first is the baseline, the second the one that is tested
+    "forward": {"beta": FORWARD},
+    "student": {"beta": HALF},
+    "teacher too": {"beta": MIXTURE},
+    "mixed rollouts": {"beta": HALF, "p_expert": 0.5},
+    "all states": {"beta": MIXTURE, "states_per_rollout": "all", "student_collections": None},
 }
-# Of an experiment's arms the first is the baseline, and the second the mixture whose effect is the cell's.
-DAGGER = {
-    "forward": {"agent": "dagger", "beta": {"forward": 1.0, "teacher": 0.0, "student": 0.0}},
-    "ddil": {"agent": "dagger", "beta": {"forward": 0.5, "teacher": 0.1, "student": 0.4}},
+TWO = {name: DAGGER[name] for name in ("forward", "student")}
+LCM = {"forward": {"beta": FORWARD}, "half": {"beta": HALF}}
+DMD2 = {"forward": {"beta": FORWARD}, "own": {"beta": Beta(0, 0, 1)}, "own and teacher": {"beta": Beta(0, 0.5, 0.5)}}
+THRESHOLDED = {
+    f"{arm}, {name}": settings | {"thresholding": Thresholding(roles=roles)}
+    for name, roles in (("none", ()), ("teacher and student", ("teacher", "student")))
+    for arm, settings in TWO.items()
 }
-STUDENT = {"student": {"agent": "dagger", "beta": {"forward": 0.0, "teacher": 0.0, "student": 1.0}}}
-LCM = {
-    "forward": {"agent": "lcm", "beta": {"forward": 1.0, "teacher": 0.0, "student": 0.0}},
-    "half": {"agent": "lcm", "beta": {"forward": 0.5, "teacher": 0.0, "student": 0.5}},
-}
-DMD2 = {
-    "own": {"agent": "dmd2", "config": "demo", "beta": {"forward": 0.0, "teacher": 0.0, "student": 1.0}},
-    "half teacher": {"agent": "dmd2", "config": "demo", "beta": {"forward": 0.0, "teacher": 0.5, "student": 0.5}},
-}
+
+
+class Part(NamedTuple):
+    """One run of a chain."""
+
+    name: str
+    agent: type[Learner]
+    settings: dict[str, Any]
 
 
 class Cell(NamedTuple):
-    """One setting in which the arms are compared."""
+    """A setting in which arms are compared: what they fork from, what they share, and what each has of its own."""
 
     name: str
+    before: tuple[Part, ...]
+    last: Part
     arms: dict[str, dict[str, Any]]
-    settings: dict[str, Any]
+    env: str = "digits8"
+    seeds: int = SEEDS
 
-    @property
-    def follows(self) -> bool:
-        """Whether its students step along the teacher's ODE, so that noise determines the sample; LCM and DMD2 draw fresh noise."""
-        return self.arms.keys() >= DAGGER.keys()
-
-    @property
-    def primary(self) -> str:
-        return "endpoint_rmse" if self.follows else "frechet_to_expert"
+    def part(self, arm: str) -> Part:
+        return self.last._replace(settings=self.last.settings | self.arms[arm])
 
 
-def grid_name(w: float, num_steps: int) -> str:
-    return f"w {w:g}, {num_steps} steps"
+def dagger_cell(
+    w: float, n: int, arms: dict[str, dict[str, Any]], name: str = "", student: dict[str, Any] | None = None, **more: Any
+) -> Cell:
+    """DAgger's: 300 updates to learn guidance w, 300 to learn N steps of it, and 400 of each arm."""
+    shared = {"guidance_scale": w, "student": student or {}}
+    guidance = Part("guidance", Dagger, shared | {"num_steps": 32, "num_updates": 300, "beta": FORWARD})
+    steps = Part("steps", Dagger, shared | {"num_steps": n, "num_updates": 300, "beta": FORWARD})
+    last = Part("second", Dagger, shared | {"num_steps": n, "num_updates": 400})
+    return Cell(f"w {w:g}, {n} steps{name}", (guidance, steps), last, arms, **more)
 
 
 def cells() -> list[Cell]:
     """All of them, fixed before the runs."""
-    guided = {"guidance_scale": 3.0}
-    lcm = guided | {"num_updates": 600}
-    dmd2 = guided | {"num_updates": 600, "learning_rate": 3e-5, "updates_per_collect": 4}  # its rollouts are to be fresh
-    found = [
-        Cell(grid_name(w, n), DAGGER | (STUDENT if n == 4 else {}), {"guidance_scale": w, "num_steps": n, "teacher_steps": 32})
-        for w in GUIDANCE
-        for n in STEPS
-    ]
-    found += [
-        Cell("w 3, 4 steps, 75 updates", DAGGER, guided | {"num_updates": 75}),
-        Cell("w 3, 4 steps, 1200 updates", DAGGER, guided | {"num_updates": 1200}),
-        Cell("w 3, 4 steps, small student", DAGGER, guided | {"student": {"channels": [16, 32]}, "num_updates": 600}),
-        Cell("w 3, 4 steps, batch 7", DAGGER, guided | {"batch_size": 7, "collect_size": 28}),
-    ]
-    found += [Cell(f"LCM, w 3, {n} steps", LCM, lcm | {"num_steps": n, "inference_steps": [n]}) for n in (4, 8)]
-    found += [
-        Cell("DMD2, w 3, 4 steps", DMD2, dmd2),
-        Cell("DMD2, w 3, 4 steps, batch 7", DMD2, dmd2 | {"batch_size": 7, "collect_size": 28}),
-    ]
+    consistency = Part("consistency", LatentConsistency, {"guidance_scale": 3.0, "num_updates": 600, "beta": FORWARD})
+    found = [dagger_cell(w, n, DAGGER if w > 1 else TWO) for w in GUIDANCE[::-1] for n in STEPS]
+    found += [dagger_cell(3.0, 4, TWO, ", small student", {"channels": [16, 32]})]
+    found += [dagger_cell(7.0, 8, THRESHOLDED, ", thresholding")]
+    for n in (4, 8):
+        settings = {"guidance_scale": 3.0, "num_steps": n, "inference_steps": (n,), "num_updates": 400}
+        found.append(Cell(f"LCM, w 3, {n} steps", (consistency,), Part("second", LatentConsistency, settings), LCM))
+    settings = {"guidance_scale": 3.0, "num_steps": 4, "grid": "lcm", "num_updates": 1000, "critic_updates": 2, "learning_rate": 3e-5}
+    found.append(Cell("DMD2, w 3, 4 steps", (consistency,), Part("second", DistributionMatching, settings), DMD2))
+    found += [dagger_cell(3.0, 8, TWO, f", {env}", env=env, seeds=8) for env in ("digits", "coloured_digits")]
     return found
 
 
-def shift_of(row: dict[str, Any], floor: list[float]) -> dict[str, float]:
-    """The covariate shift of one student: how much worse it acts where it goes itself, and how far that is from the data."""
-    ratios = [ratio for ratio in row["action_ratio"][1:] if ratio is not None]
-    return {
-        "action_ratio": statistics.fmean(ratios) if ratios else float("nan"),
-        "gaussian_shift": statistics.fmean(a / b for a, b in zip(row["gaussian_shift"][1:], floor[1:], strict=True)),
-    }
+def config_of(part: Part, seed: int, init: Path | None) -> Any:
+    """A part's config; its streams are its own, and the same for every arm of a seed."""
+    return part.agent.Config(**BASE | part.settings, seed=stream_seed(seed, part.name) % 2**31, init=None if init is None else str(init))
+
+
+def slug(name: str) -> str:
+    """A name as a file's."""
+    return name.replace(",", "").replace(" ", "_")
+
+
+def digest(chain: tuple[Part, ...]) -> str:
+    """Of all that a chain of parts was given."""
+    given = [(part.agent.name, dataclasses.asdict(config_of(part, 0, None))) for part in chain]
+    return hashlib.sha256(json.dumps([*given, dataclasses.asdict(JUDGED)], sort_keys=True).encode()).hexdigest()[:12]
+
+
+@cache
+def expert_of(env: str) -> Expert:
+    return load_expert(env)
+
+
+@cache
+def judge_of(name: str, store: Path) -> Judge:
+    """The judge of a cell's arms, its teacher's samples drawn once for all seeds and processes."""
+    cell = next(cell for cell in cells() if cell.name == name)
+    learner = cell.last.agent(expert_of(cell.env), config_of(cell.part(next(iter(cell.arms))), 0, None))
+    settings = dataclasses.replace(JUDGED, store=str(store / slug(name)))
+    store.mkdir(parents=True, exist_ok=True)
+    with FileLock(store / f"{slug(name)}.lock"):
+        return Judge(learner.reference, learner.grid, settings)
+
+
+def trained(env: str, chain: tuple[Part, ...], seed: int, out: Path) -> Path:
+    """The directory of a chain's student, trained if it is not there."""
+    place = out / f"{env}-{digest(chain)}-s{seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_suffix(".lock")):
+        if not place.is_dir():
+            init = trained(env, chain[:-1], seed, out) if chain[1:] else None
+            learner = chain[-1].agent(expert_of(env), config_of(chain[-1], seed, init)).learn(progress=False)
+            with folder_atomically(place) as partial:
+                (partial / "student").mkdir()
+                learner.expert.save_student(learner.average, partial / "student", learner.config.num_steps)
+    return place
+
+
+def measure(learner: Learner, judge: Judge) -> dict[str, dict[str, float]]:
+    """What a student does, by which of its weights."""
+    found = {}
+    for name, network in zip(EITHER, (learner.average, learner.trainables["student"].bare), strict=True):
+        support = learner.thresholds["student"] if "student" in learner.config.thresholding.roles else None
+        row = judge.judge(learner.policy(network, support), kernel=learner.kernel)
+        found[name] = {key: row[key] for key in ("frechet_to_expert", "frechet", "recall", "coverage", "endpoint_rmse")}
+        for source in ("own", "forward", "expert"):
+            found[name][f"error_{source}"] = statistics.fmean(row[f"action_mse_{source}"])
+        found[name]["gaussian_shift"] = statistics.fmean(row["gaussian_shift"][1:])
+    return found
+
+
+class Task(NamedTuple):
+    """One seed of one cell."""
+
+    cell: str
+    seed: int
+    runs: Path
+
+    def place(self, arm: str) -> Path:
+        """Where the record of an arm lies."""
+        return self.runs / slug(self.cell) / f"{slug(arm)}-s{self.seed}.json"
+
+
+def run(task: Task) -> None:
+    """Trains and judges the arms of a seed that have no record yet, and writes one for each."""
+    torch.set_num_threads(1)
+    cell = next(cell for cell in cells() if cell.name == task.cell)
+    for arm in ("start", *cell.arms):
+        if task.place(arm).is_file():
+            continue
+        init, expert = trained(cell.env, cell.before, task.seed, task.runs / "shared"), expert_of(cell.env)
+        judge = judge_of(cell.name, task.runs / "teachers")
+        part, began = cell.part(arm if arm in cell.arms else next(iter(cell.arms))), time.monotonic()
+        learner = part.agent(expert, config_of(part, task.seed, init))
+        record: dict[str, Any] = {"cell": cell.name, "arm": arm, "seed": task.seed, "given": given(cell, arm)}
+        try:
+            if arm in cell.arms:
+                learner.learn(progress=False)
+            record |= measure(learner, judge)
+        except FloatingPointError as error:
+            record["lost"] = str(error)
+        record |= {"teacher_nfe": learner.teacher_nfe, "student_nfe": learner.student_nfe, "seconds": round(time.monotonic() - began, 1)}
+        task.place(arm).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(task.place(arm), json.dumps(record | {"n": judge.n, **provenance(expert.device)}))
+
+
+def given(cell: Cell, arm: str) -> str:
+    """A digest of what an arm was given."""
+    return digest((*cell.before, cell.part(arm)) if arm in cell.arms else cell.before)
+
+
+def tasks(runs: Path, names: list[str], seeds: int | None) -> list[Task]:
+    """Seed by seed over all cells, so that what has run at any time is balanced."""
+    return [
+        Task(cell.name, FIRST_SEED + i, runs)
+        for i in range(max(cell.seeds for cell in cells()))
+        for cell in cells()
+        if cell.name in names and i < min(cell.seeds, seeds or cell.seeds)
+    ]
 
 
 Key = tuple[str, str, int]  # a run: its cell, arm and seed
 
 
-def record_of(result: dict[str, Any]) -> dict[str, Any]:
-    """What the map needs of one run's result, and how it was measured, with what."""
-    row = own_row(result)
-    measured = {key: row[key] for key in (*METRICS, *COSTS)} | {error: statistics.fmean(row[error][1:]) for error in ERRORS}
-    measured |= shift_of(row, result["floors"]["held_out_real"]["gaussian_shift"])
-    about = {"settings": {k: v for k, v in result["settings"].items() if k != "seed"}}
-    return measured | about | {key: result[key] for key in ("env_config", *PROVENANCE)}
-
-
-def harvest(run: Run, agent: str, lost: bool) -> dict[str, Any] | None:
-    """The record of a run that has ended: its result or, of one that failed, how; None if there is nothing to tell yet."""
-    if (path := run.directory / "result.json").is_file():
-        return record_of(read_result(path)) | {"given": digest(agent, read_yaml(run.given))}
-    return {"lost": last_line(run.log), "given": digest(agent, read_yaml(run.given))} if lost and run.log.is_file() else None
-
-
 def read_records(path: Path) -> dict[Key, dict[str, Any]]:
     """The runs of a when_runs.jsonl; none if there is no such file."""
     lines = map(json.loads, path.read_text().splitlines() if path.is_file() else ())
-    return {(line.pop("cell"), line.pop("arm"), line.pop("seed")): line for line in lines}
+    return {(line["cell"], line["arm"], line["seed"]): line for line in lines}
 
 
-def write_records(path: Path, records: dict[Key, dict[str, Any]]) -> None:
-    """A when_runs.jsonl, of all of these runs."""
-    lines = [json.dumps(dict(zip(("cell", "arm", "seed"), key, strict=True)) | record) for key, record in records.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(line + "\n" for line in lines))
+def gather(runs: Path, kept: Path) -> dict[Key, dict[str, Any]]:
+    """The records of --runs, added to those in the file that is kept."""
+    found = (json.loads(path.read_text()) for path in sorted(runs.glob("*/*-s*.json")))
+    records = read_records(kept) | {(line["cell"], line["arm"], line["seed"]): line for line in found}
+    write_atomically(kept, "".join(json.dumps(record) + "\n" for _, record in sorted(records.items())))
+    return records
 
 
-def digest(agent: str, settings: dict[str, Any]) -> str:
-    """Of what a run was given."""
-    return hashlib.sha256(json.dumps([agent, settings], sort_keys=True).encode()).hexdigest()[:12]
+def check(records: dict[Key, dict[str, Any]]) -> None:
+    """Refuses records of other settings than those that stand here.
 
-
-def effect_of(cell: Cell, records: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
-    """A cell's differences from its first arm, paired by seed, in per cent of that arm's mean, and the shift measured on that arm.
-
-    Args:
-        cell: Which.
-        records: Of its finished runs, by arm and seed.
+    Raises:
+        ValueError: so; names them.
     """
-    base, *others = cell.arms
-    measures = [*METRICS, *ERRORS] if cell.follows else METRICS[1:]
-    effects: dict[str, Any] = {}
-    paired = {arm: sorted({seed for _, seed in records if (arm, seed) in records and (base, seed) in records}) for arm in others}
-    for arm, seeds in paired.items():
-        for metric in measures if len(seeds) > 1 else ():
-            own, reference = ([records[which, seed][metric] for seed in seeds] for which in (arm, base))
-            pair, mean = paired_comparison(own, reference, (arm, base)), statistics.fmean(reference)
-            effects.setdefault(arm, {})[metric] = {
-                **{key: 100 * getattr(pair, key) / mean for key in ("mean", "low", "high")},
-                "n": pair.n,
-                "p": pair.p,
-                "baseline": mean,
-                "by_seed": {seed: 100 * (a - b) / mean for seed, a, b in zip(seeds, own, reference, strict=True)},
-            }
-    shifts = {seed: {key: records[base, seed][key] for key in SHIFTS} for seed in paired[others[0]]}
-    mean_shift = {key: statistics.fmean(shift[key] for shift in shifts.values()) for key in SHIFTS} if shifts else {}
-    return {
-        "mixture": others[0],
-        "primary": cell.primary,
-        "pairs": {arm: len(seeds) for arm, seeds in paired.items()},
-        "effects": effects,
-        "shift": mean_shift,
-        "shift_by_seed": shifts,
-    }
+    now = {(cell.name, arm): given(cell, arm) for cell in cells() for arm in ("start", *cell.arms)}
+    if other := [key for key, record in records.items() if record["given"] != now.get(key[:2])]:
+        raise ValueError(f"the runs {other[:3]} … had other settings than they have now; remove them from --out and --runs")
 
 
-def adjust(found: dict[str, Any], family: int) -> None:
-    """Adds Holm's p to the mixtures' effects: one family over all cells, of which those that have not run count as no effect."""
-    own = [cell["effects"][cell["mixture"]][cell["primary"]] for cell in found.values() if cell["mixture"] in cell["effects"]]
-    p = [effect["p"] for effect in own]
-    for effect, adjusted in zip(own, holm([*p, *[1.0] * (family - len(p))]), strict=False):
-        effect["p_holm"] = float(adjusted)
-
-
-def predicts(found: dict[str, Any]) -> dict[str, Any]:
-    """Spearman's correlation between shift and effect, over the cells whose students follow the teacher's ODE.
-
-    Shift and effect share the forward-only students, whose chance errors would correlate them. So the shift is taken from one
-    half of the seeds and the effect from the other; the correlation is the mean over all ways to halve them.
-    """
-    chosen = [cell for cell in found.values() if cell["primary"] == "endpoint_rmse" and cell["mixture"] in cell["effects"]]
-    effects = [cell["effects"][cell["mixture"]]["endpoint_rmse"]["by_seed"] for cell in chosen]
-    seeds = sorted(set.intersection(*map(set, effects))) if effects else []
-    if len(chosen) < 3 or len(seeds) < 4:
-        return {}
-    correlations = {}
-    for measure in SHIFTS:
-        shift = np.array([[cell["shift_by_seed"][seed][measure] for seed in seeds] for cell in chosen])  # (cells, seeds)
-        effect = np.array([[by_seed[seed] for seed in seeds] for by_seed in effects])
-        halves = [list(half) for half in itertools.combinations(range(len(seeds)), len(seeds) // 2)]
-        rho = [stats.spearmanr(shift[:, half].mean(1), np.delete(effect, half, 1).mean(1)).statistic for half in halves]
-        whole = stats.spearmanr(shift.mean(1), effect.mean(1)).statistic
-        correlations[measure] = {"rho": statistics.fmean(rho), "uncorrected": float(whole), "cells": len(chosen), "seeds": len(seeds)}
-    return correlations
-
-
-def markdown(found: dict[str, Any]) -> str:
-    """The map as a table; bold is the metric that the cell is judged by, and p is of it."""
-    heads = [
-        "cell",
-        "arm",
-        "seeds",
-        "RMSE to teacher, %",
-        "Fréchet to teacher, %",
-        "recall, %",
-        "p",
-        *(f"{error}, %" for error in ERRORS.values()),
-        "action ratio",
-        "Gaussian shift / floor",
-    ]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name, cell in found.items():
-        for arm, pairs in cell["pairs"].items():
-            if (effect := cell["effects"].get(arm)) is None:
-                lines.append(f"| {name} | {arm} | {pairs} |" + " – |" * (len(heads) - 3))
-                continue
-            spans = {key: f"{e['mean']:+.1f} [{e['low']:+.1f}, {e['high']:+.1f}]" for key, e in effect.items()}
-            spans[cell["primary"]] = f"**{spans[cell['primary']]}**"
-            p = f"{effect[cell['primary']]['p_holm']:.3f}" if arm == cell["mixture"] else ""
-            found_in, errors = ([spans.get(key, "–") for key in keys] for keys in (METRICS, ERRORS))
-            shift = [f"{cell['shift'][key]:.2f}" if cell["primary"] == "endpoint_rmse" else "–" for key in SHIFTS]
-            row = [name, arm, str(pairs), *found_in, p, *errors, *shift]
-            lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
-
-
-def draw(found: dict[str, Any], path: Path) -> None:
-    """The map over guidance and steps, and every cell's effect against its shift, with its interval."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    grid, *scatters = figure.subplots(1, 3)
-    effect = np.full((len(GUIDANCE), len(STEPS)), np.nan)
-    for i, j in np.ndindex(effect.shape):
-        cell = found.get(grid_name(GUIDANCE[i], STEPS[j]))
-        if cell is not None and cell["mixture"] in cell["effects"]:
-            e = cell["effects"][cell["mixture"]]["endpoint_rmse"]
-            effect[i, j] = e["mean"]
-            shift = "\n".join(f"{key.replace('_', ' ')} {cell['shift'][key]:.2f}" for key in SHIFTS)
-            grid.text(j, i, f"{e['mean']:+.1f} %\n[{e['low']:+.1f}, {e['high']:+.1f}]\n{shift}", ha="center", va="center", fontsize=7)
-    limit = np.nanmax(np.abs(effect), initial=1.0)
-    grid.imshow(effect, cmap="PiYG_r", vmin=-limit, vmax=limit, aspect="auto", alpha=0.6)
-    grid.set_xticks(range(len(STEPS)), [str(n) for n in STEPS])
-    grid.set_yticks(range(len(GUIDANCE)), [f"{w:g}" for w in GUIDANCE])
-    grid.set(xlabel="student steps", ylabel="guidance w", title="RMSE to teacher, DDIL beside forward-only", box_aspect=0.75)
-    for axis, (measure, label) in zip(scatters, SHIFTS.items(), strict=True):
-        for marker, arm in zip("os", ("ddil", "student"), strict=True):
-            cells = [cell for cell in found.values() if arm in cell["effects"]]
-            if cells:
-                effects = [cell["effects"][arm][cell["primary"]] for cell in cells]
-                y = [e["mean"] for e in effects]
-                error = [[e["mean"] - e["low"] for e in effects], [e["high"] - e["mean"] for e in effects]]
-                axis.errorbar([cell["shift"][measure] for cell in cells], y, error, fmt=marker, label=arm, capsize=2, alpha=0.8)
-        axis.axhline(0, color="grey", lw=0.8)
-        axis.set(xlabel=label, ylabel="effect on RMSE to teacher, %: below 0 it helps")
-        if axis.lines[1:]:
-            axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+def put_back(records: dict[Key, dict[str, Any]], todo: list[Task]) -> Iterator[Path]:
+    """Writes the kept records where a run looks for them, so that none is run again."""
+    known = {(task.cell, task.seed): task for task in todo}
+    for (cell, arm, seed), record in records.items():
+        task = known.get((cell, seed))
+        if task is not None and not task.place(arm).is_file():
+            task.place(arm).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(task.place(arm), json.dumps(record))
+            yield task.place(arm)
 
 
 def main() -> None:
+    names = [cell.name for cell in cells()]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/when"), help="where the runs are kept")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/when.json"))
-    parser.add_argument("--env", default="digits8")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--cells", nargs="+", default=None, help="names of those to run; default: all. All that have run are reported")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--seeds", type=int, default=None, help="the first so many of each cell; default: all")
+    parser.add_argument("--cells", nargs="+", default=names, choices=names, metavar="CELL", help=f"of {names}; default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds of cells at a time, one core each")
     parser.add_argument("--report_only", action="store_true", help="train nothing")
     args = parser.parse_args()
-    names = [cell.name for cell in cells()]
-    if unknown := sorted(set(args.cells or ()) - set(names)):
-        parser.error(f"--cells {unknown}: choose of {names}")
-    found: dict[str, Any] = {}
     kept = args.out.with_name(f"{args.out.stem}_runs.jsonl")
-    records = read_records(kept)
-    for cell in cells():
-        out = args.runs / cell.name.replace(",", "").replace(" ", "_")
-        settings = Comparison(args.env, cell.arms, merged(BASE, cell.settings), args.seeds, FIRST_SEED, primary=cell.primary)
-        runs = {
-            (cell.name, arm, seed): Run("updates", arm, seed, out / "runs" / "updates" / f"{arm}-s{seed}")
-            for seed in settings.all_seeds
-            for arm in cell.arms
-        }
-        todo = {key: run for key, run in runs.items() if key not in records}
-        trains = bool(todo) and not args.report_only and cell.name in (args.cells or names)
-        if trains:
-            check(settings, out)
-            train(list(todo.values()), settings, out, None, args.jobs)
-        new = {key: harvest(run, cell.arms[run.arm]["agent"], trains) for key, run in todo.items()}
-        records |= {key: record for key, record in new.items() if record is not None}
-        own = {key: records[key] for key in runs if key in records}
-        given = {key: digest(cell.arms[run.arm]["agent"], given_settings(settings, run.arm, run.seed)) for key, run in runs.items()}
-        if other := [key for key, record in own.items() if record["given"] != given[key]]:
-            parser.error(f"the runs {other} had other settings than they have now; remove them from {kept} and {args.runs}")
-        done = {key: record for key, record in own.items() if "lost" not in record}
-        if len(devices := {record["hardware"] for record in done.values()}) > 1:
-            parser.error(f"{cell.name} was run on {' and '.join(sorted(devices))}, which draw other noise: make it on one of them alone")
-        if own:
-            print(f"{cell.name}: {len(done)} of {len(runs)} runs done", flush=True)
-            records |= read_records(kept)  # another process may have added cells of its own
-            write_records(kept, records)
-        if done:
-            same_measure({Path(*map(str, key)): record for key, record in done.items()})
-            found[cell.name] = effect_of(cell, {(arm, seed): record for (_, arm, seed), record in done.items()})
-    if not found:
-        parser.error(f"--runs {args.runs}: none of these cells has run there; leave --report_only out, or name another folder")
-    adjust(found, len(names))
-    used = {key: record for key, record in records.items() if key[0] in found}
-    lost = [f"{cell}, {arm}, seed {seed}: {record['lost']}" for (cell, arm, seed), record in used.items() if "lost" in record]
-    about = {"env": args.env, "seeds": args.seeds, "first_seed": FIRST_SEED, **made(r for r in used.values() if "lost" not in r)}
-    args.out.write_text(json.dumps({"cells": found, "predicts": predicts(found), "lost": lost, **about}, indent=1))
-    draw(found, args.out.with_suffix(".png"))
-    told = [
-        f"Spearman, {measure} against the mixture's effect: {c['rho']:+.2f} across halves of the seeds ({c['uncorrected']:+.2f} with the"
-        f" same seeds in both), {c['cells']} cells, {c['seeds']} seeds"
-        for measure, c in predicts(found).items()
-    ]
-    told += [f"{about['hardware']}, torch {about['torch']}, {about['date']}"]
-    table = "\n\n".join([markdown(found), *told, *(f"- ! {each}" for each in lost)])
-    args.out.with_suffix(".md").write_text(f"# When does DDIL help?\n\n{table}\n")
-    print(table)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    check(gather(args.runs, kept))
+    if not args.report_only:
+        todo = tasks(args.runs, args.cells, args.seeds)
+        print(f"{len(list(put_back(read_records(kept), todo)))} records put back from {kept}", flush=True)
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            for number, ended in enumerate(as_completed(pool.submit(run, task) for task in todo), 1):
+                ended.result()
+                print(f"{number} of {len(todo)} seeds of cells, {len(gather(args.runs, kept))} runs", flush=True)
+    records = gather(args.runs, kept)
+    if not records:
+        parser.error(f"--runs {args.runs}: nothing has run there; leave --report_only out, or name another folder")
+    write_report(records, cells(), args.out)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,9 @@ class LearnerConfig(AgentConfig):
     """Gradient steps between collections. Each label serves about updates_per_collect · batch_size / collect_size of them."""
     capacity: int | None = 4096
     """States held per source, by each process; the oldest give way. null keeps all of the run (DAgger's aggregate)."""
+    student_collections: int | None = 8
+    """Of the student's own states the newest this many collections are held, since they age as it learns; null: as many as capacity says.
+    Where capacity is null all are kept."""
     prioritised: bool = False
     """Draw states within a source in proportion to their last loss."""
     learning_rate: float = 1e-3
@@ -155,6 +158,8 @@ class LearnerConfig(AgentConfig):
             raise ValueError(f"p_expert={self.p_expert}: the expert acts in student rollouts, and β has none; give them a share, or use 0")
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"capacity={self.capacity}: need at least 1, or null to keep every state")
+        if self.student_collections is not None and self.student_collections < 1:
+            raise ValueError(f"student_collections={self.student_collections}: need at least 1, or null to hold as many as capacity")
         if not any(self.collect_size * share + 1e-9 >= unit for share, unit in zip(self.beta(0), self.units, strict=True)):
             raise ValueError(
                 f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one rollout of {self.units[1]} states; "
@@ -397,11 +402,7 @@ class Learner(Agent):
         self.student_policy = self._judged_policy()
         self.collector = self.make_collector(self.policy(self.trainables["student"].bare, self.thresholds["student"]))
         self.collect_size, self.collect_every = self.collection()
-        capacity = config.capacity or -(-config.num_updates // self.collect_every) * (self.collect_size + max(config.units))
-        used = (config.beta.forward > 0 or config.beta.schedule != "constant", config.beta.teacher > 0, config.beta.student > 0)
-        self.buffer = SourceBuffer(
-            [capacity if u else 1 for u in used], self.expert.device, config.prioritised, seed=own_seed(config.seed, "source")
-        )
+        self.buffer = SourceBuffer(self.capacities(), self.expert.device, config.prioritised, seed=own_seed(config.seed, "source"))
         self.teacher_nfe = self.expert.nfe - before  # of a calibration on the teacher's samples
 
     # What a new method may change.
@@ -439,6 +440,16 @@ class Learner(Agent):
     def collection(self) -> tuple[int, int]:
         """States of a collection, and the updates from one to the next."""
         return self.config.collect_size, self.config.updates_per_collect
+
+    def capacities(self) -> list[int]:
+        """States of each source that the buffer holds; of one that is never collected 1, the least that there can be."""
+        c = self.config
+        capacity = c.capacity or -(-c.num_updates // self.collect_every) * (self.collect_size + max(c.units))
+        shares = [max(share) for share in zip(*(c.beta(i / 100) for i in range(101)), strict=True)]  # over the run
+        held = [capacity if share > 0 else 1 for share in shares]
+        if c.capacity is not None and c.student_collections is not None and shares[2] > 0:
+            held[2] = min(held[2], c.student_collections * max(math.ceil(self.collect_size * shares[2]), c.units[2]))
+        return held
 
     def draw(self) -> TensorDict:
         """The batch of the next update: s ~ Σᵢ βᵢ ρᵢ (DDIL Alg. 1)."""
