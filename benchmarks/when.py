@@ -22,7 +22,6 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
-import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -43,26 +42,50 @@ from ddil_env import Expert, load_expert
 from ddil_env.support import Thresholding
 
 FIRST_SEED, SEEDS = 400, 16  # seeds below have been seen, some in settings like these
-GUIDANCE, STEPS = (1.0, 3.0, 7.0), (4, 8, 16)
-BASE: dict[str, Any] = {"batch_size": 32, "collect_size": 128, "updates_per_collect": 16, "teacher_steps": 32}
+VERSION = 1  # to be raised where the library changes what a run is: records of another one are not mixed with these
+GUIDANCE, STEPS = (3.0, 7.0), (4, 8, 16)
+COLLECT, RING = 128, 8  # states of a collection, and how many collections' states are held: as many of every source, so that reuse is equal
+BASE: dict[str, Any] = {"batch_size": 32, "collect_size": COLLECT, "updates_per_collect": 16, "teacher_steps": 32}
 JUDGED = Evaluation(n=2000, seed=20_000, n_paths=500, n_action=200)  # the same noise for every seed, so that the teacher is sampled once
 EITHER = ("average", "raw")  # weights that are judged: the average over the part's steps, and the last
 
-FORWARD, HALF, MIXTURE = Beta(1, 0, 0), Beta(0.5, 0, 0.5), Beta(0.5, 0.1, 0.4)
-DAGGER: dict[str, dict[str, Any]] = {  # the first is the baseline, the second the one that is tested
-    "forward": {"beta": FORWARD},
-    "student": {"beta": HALF},
-    "teacher too": {"beta": MIXTURE},
-    "mixed rollouts": {"beta": HALF, "p_expert": 0.5},
-    "all states": {"beta": MIXTURE, "states_per_rollout": "all", "student_collections": None},
+
+class Arm(NamedTuple):
+    """What an arm has of its own, and the arm that it is compared with."""
+
+    settings: dict[str, Any]
+    against: str = "forward"
+
+
+def arm(forward: float, teacher: float, student: float, against: str = "forward", **more: Any) -> Arm:
+    """An arm with these shares of states."""
+    ring = {"capacity": round(RING * COLLECT * max(forward, teacher, student)), "student_collections": RING}
+    return Arm({"beta": Beta(forward, teacher, student), **ring, **more}, against)
+
+
+NONE, BOTH = Thresholding(roles=()), Thresholding(roles=("teacher", "student"))  # the default: the teacher
+FORWARD = {"beta": Beta(1, 0, 0)}
+TWO = {"forward": arm(1, 0, 0), "student": arm(0.5, 0, 0.5)}  # the baseline, and the arm that is tested
+DAGGER = TWO | {
+    "teacher": arm(0.5, 0.5, 0),  # as far from the data, and never the student's
+    "teacher too": arm(0.5, 0.1, 0.4),
+    "mixed rollouts": arm(0.5, 0, 0.5, p_expert=0.5),
+    "all states": arm(0.5, 0.1, 0.4, against="teacher too", states_per_rollout="all"),
 }
-TWO = {name: DAGGER[name] for name in ("forward", "student")}
-LCM = {"forward": {"beta": FORWARD}, "half": {"beta": HALF}}
-DMD2 = {"forward": {"beta": FORWARD}, "own": {"beta": Beta(0, 0, 1)}, "own and teacher": {"beta": Beta(0, 0.5, 0.5)}}
-THRESHOLDED = {
-    f"{arm}, {name}": settings | {"thresholding": Thresholding(roles=roles)}
-    for name, roles in (("none", ()), ("teacher and student", ("teacher", "student")))
-    for arm, settings in TWO.items()
+MORE = {  # in one cell: other shares, and thresholding crossed with the arm that is tested
+    "student .25": arm(0.75, 0, 0.25),
+    "student 1": arm(0, 0, 1),
+    "forward, no threshold": arm(1, 0, 0, thresholding=NONE),
+    "student, no threshold": arm(0.5, 0, 0.5, against="forward, no threshold", thresholding=NONE),
+    "forward, student thresholded too": arm(1, 0, 0, thresholding=BOTH),
+    "student, student thresholded too": arm(0.5, 0, 0.5, against="forward, student thresholded too", thresholding=BOTH),
+}
+LCM = {"forward": arm(1, 0, 0), "half": arm(0.5, 0, 0.5)}
+DMD2 = {
+    "forward": arm(1, 0, 0),
+    "own": arm(0, 0, 1),
+    "half": arm(0.5, 0, 0.5, against="own"),
+    "own and teacher": arm(0, 0.5, 0.5, against="own"),
 }
 
 
@@ -75,48 +98,46 @@ class Part(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A setting in which arms are compared: what they fork from, what they share, and what each has of its own."""
+    """A setting in which arms are compared: what they fork from, what they share, what each has of its own. The second arm is tested."""
 
     name: str
     before: tuple[Part, ...]
     last: Part
-    arms: dict[str, dict[str, Any]]
+    arms: dict[str, Arm]
     env: str = "digits8"
     seeds: int = SEEDS
 
-    def part(self, arm: str) -> Part:
-        return self.last._replace(settings=self.last.settings | self.arms[arm])
+    def chain(self, arm: str) -> tuple[Part, ...]:
+        """All parts of an arm; of `start`, what the arms fork from."""
+        if arm == "start":
+            return self.before
+        return *self.before, self.last._replace(settings=self.last.settings | self.arms[arm].settings)
 
 
-def dagger_cell(
-    w: float, n: int, arms: dict[str, dict[str, Any]], name: str = "", student: dict[str, Any] | None = None, **more: Any
-) -> Cell:
-    """DAgger's: 300 updates to learn guidance w, 300 to learn N steps of it, and 400 of each arm."""
-    shared = {"guidance_scale": w, "student": student or {}}
-    guidance = Part("guidance", Dagger, shared | {"num_steps": 32, "num_updates": 300, "beta": FORWARD})
-    steps = Part("steps", Dagger, shared | {"num_steps": n, "num_updates": 300, "beta": FORWARD})
-    last = Part("second", Dagger, shared | {"num_steps": n, "num_updates": 400})
+def dagger_cell(w: float, n: int, arms: dict[str, Arm], name: str = "", num_updates: int = 400, **more: Any) -> Cell:
+    """DAgger's: 300 updates to learn guidance w, 300 to learn N steps of it, and num_updates of each arm."""
+    student = more.pop("student", {})
+    shared = {"guidance_scale": w, "student": student}
+    guidance = Part("guidance", Dagger, shared | FORWARD | {"num_steps": 32, "num_updates": 300})
+    steps = Part("steps", Dagger, shared | FORWARD | {"num_steps": n, "num_updates": 300})
+    last = Part("second", Dagger, shared | {"num_steps": n, "num_updates": num_updates})
     return Cell(f"w {w:g}, {n} steps{name}", (guidance, steps), last, arms, **more)
 
 
 def cells() -> list[Cell]:
     """All of them, fixed before the runs."""
-    consistency = Part("consistency", LatentConsistency, {"guidance_scale": 3.0, "num_updates": 600, "beta": FORWARD})
-    found = [dagger_cell(w, n, DAGGER if w > 1 else TWO) for w in GUIDANCE[::-1] for n in STEPS]
-    found += [dagger_cell(3.0, 4, TWO, ", small student", {"channels": [16, 32]})]
-    found += [dagger_cell(7.0, 8, THRESHOLDED, ", thresholding")]
+    consistency = Part("consistency", LatentConsistency, FORWARD | {"guidance_scale": 3.0, "num_updates": 600})
+    found = [dagger_cell(w, n, DAGGER | (MORE if (w, n) == (7, 8) else {})) for n in STEPS for w in GUIDANCE]
     for n in (4, 8):
         settings = {"guidance_scale": 3.0, "num_steps": n, "inference_steps": (n,), "num_updates": 400}
         found.append(Cell(f"LCM, w 3, {n} steps", (consistency,), Part("second", LatentConsistency, settings), LCM))
     settings = {"guidance_scale": 3.0, "num_steps": 4, "grid": "lcm", "num_updates": 1000, "critic_updates": 2, "learning_rate": 3e-5}
     found.append(Cell("DMD2, w 3, 4 steps", (consistency,), Part("second", DistributionMatching, settings), DMD2))
+    found += [dagger_cell(1.0, n, TWO) for n in STEPS]
+    found.append(dagger_cell(3.0, 4, TWO, ", small student", student={"channels": [16, 32]}))
+    found.append(dagger_cell(7.0, 8, TWO, ", long", num_updates=1600, seeds=8))
     found += [dagger_cell(3.0, 8, TWO, f", {env}", env=env, seeds=8) for env in ("digits", "coloured_digits")]
     return found
-
-
-def config_of(part: Part, seed: int, init: Path | None) -> Any:
-    """A part's config; its streams are its own, and the same for every arm of a seed."""
-    return part.agent.Config(**BASE | part.settings, seed=stream_seed(seed, part.name) % 2**31, init=None if init is None else str(init))
 
 
 def slug(name: str) -> str:
@@ -124,10 +145,16 @@ def slug(name: str) -> str:
     return name.replace(",", "").replace(" ", "_")
 
 
-def digest(chain: tuple[Part, ...]) -> str:
-    """Of all that a chain of parts was given."""
-    given = [(part.agent.name, dataclasses.asdict(config_of(part, 0, None))) for part in chain]
-    return hashlib.sha256(json.dumps([*given, dataclasses.asdict(JUDGED)], sort_keys=True).encode()).hexdigest()[:12]
+def config_of(part: Part, seed: int, init: Path | None) -> Any:
+    """A part's config; its streams are its own, and the same for every arm of a seed."""
+    return part.agent.Config(**BASE | part.settings, seed=stream_seed(seed, part.name) % 2**31, init=None if init is None else str(init))
+
+
+def given(cell: Cell, arm: str) -> str:
+    """A digest of all that an arm's run was given, and how it is judged."""
+    chain = [(part.agent.name, dataclasses.asdict(config_of(part, 0, None))) for part in cell.chain(arm)]
+    judged = [cell.env, cell.last.settings["num_steps"], cell.last.agent.name, dataclasses.asdict(JUDGED), VERSION]
+    return hashlib.sha256(json.dumps([chain, judged], sort_keys=True).encode()).hexdigest()[:12]
 
 
 @cache
@@ -136,19 +163,25 @@ def expert_of(env: str) -> Expert:
 
 
 @cache
-def judge_of(name: str, store: Path) -> Judge:
-    """The judge of a cell's arms, its teacher's samples drawn once for all seeds and processes."""
+def judge_of(name: str, store: Path) -> tuple[Judge, float]:
+    """The judge of a cell's arms, its teacher's samples drawn once for all seeds and processes; and the floor of its Fréchet distance."""
     cell = next(cell for cell in cells() if cell.name == name)
-    learner = cell.last.agent(expert_of(cell.env), config_of(cell.part(next(iter(cell.arms))), 0, None))
+    part = cell.chain(next(iter(cell.arms)))[-1]
+    learner = part.agent(expert_of(cell.env), config_of(part, 0, None))
     settings = dataclasses.replace(JUDGED, store=str(store / slug(name)))
     store.mkdir(parents=True, exist_ok=True)
     with FileLock(store / f"{slug(name)}.lock"):
-        return Judge(learner.reference, learner.grid, settings)
+        judge = Judge(learner.reference, learner.grid, settings)
+    if judge.n != JUDGED.n:
+        raise RuntimeError(f"{name}: {judge.n} samples are judged, not the {JUDGED.n} that were fixed")
+    return judge, judge.floors()["teacher_halves"]["frechet_to_expert"]
 
 
 def trained(env: str, chain: tuple[Part, ...], seed: int, out: Path) -> Path:
     """The directory of a chain's student, trained if it is not there."""
-    place = out / f"{env}-{digest(chain)}-s{seed}"
+    settings = [(part.agent.name, dataclasses.asdict(config_of(part, 0, None))) for part in chain]
+    key = hashlib.sha256(json.dumps([env, settings, VERSION], sort_keys=True).encode()).hexdigest()[:12]
+    place = out / f"{chain[-1].name}-{key}-s{seed}"
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_suffix(".lock")):
         if not place.is_dir():
@@ -160,16 +193,17 @@ def trained(env: str, chain: tuple[Part, ...], seed: int, out: Path) -> Path:
     return place
 
 
-def measure(learner: Learner, judge: Judge) -> dict[str, dict[str, float]]:
-    """What a student does, by which of its weights."""
-    found = {}
+def measure(learner: Learner, judge: Judge) -> dict[str, dict[str, Any]]:
+    """What a student does, by which of its weights; errors and shift by step."""
+    found: dict[str, dict[str, Any]] = {}
     for name, network in zip(EITHER, (learner.average, learner.trainables["student"].bare), strict=True):
         support = learner.thresholds["student"] if "student" in learner.config.thresholding.roles else None
         row = judge.judge(learner.policy(network, support), kernel=learner.kernel)
         found[name] = {key: row[key] for key in ("frechet_to_expert", "frechet", "recall", "coverage", "endpoint_rmse")}
-        for source in ("own", "forward", "expert"):
-            found[name][f"error_{source}"] = statistics.fmean(row[f"action_mse_{source}"])
-        found[name]["gaussian_shift"] = statistics.fmean(row["gaussian_shift"][1:])
+        found[name] |= {f"error_{source}": row[f"action_mse_{source}"] for source in ("own", "forward", "expert")}
+        found[name]["gaussian_shift"] = row["gaussian_shift"]
+        if broken := [key for key, x in found[name].items() if x is not None and not torch.tensor(x).isfinite().all()]:
+            raise FloatingPointError(f"{broken[0]} of the {name} weights is not finite")
     return found
 
 
@@ -192,25 +226,26 @@ def run(task: Task) -> None:
     for arm in ("start", *cell.arms):
         if task.place(arm).is_file():
             continue
-        init, expert = trained(cell.env, cell.before, task.seed, task.runs / "shared"), expert_of(cell.env)
-        judge = judge_of(cell.name, task.runs / "teachers")
-        part, began = cell.part(arm if arm in cell.arms else next(iter(cell.arms))), time.monotonic()
-        learner = part.agent(expert, config_of(part, task.seed, init))
-        record: dict[str, Any] = {"cell": cell.name, "arm": arm, "seed": task.seed, "given": given(cell, arm)}
-        try:
-            if arm in cell.arms:
-                learner.learn(progress=False)
-            record |= measure(learner, judge)
-        except FloatingPointError as error:
-            record["lost"] = str(error)
-        record |= {"teacher_nfe": learner.teacher_nfe, "student_nfe": learner.student_nfe, "seconds": round(time.monotonic() - began, 1)}
+        record = {"cell": cell.name, "arm": arm, "seed": task.seed, "given": given(cell, arm)} | run_arm(cell, arm, task)
         task.place(arm).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(task.place(arm), json.dumps(record | {"n": judge.n, **provenance(expert.device)}))
+        write_atomically(task.place(arm), json.dumps(record | provenance(expert_of(cell.env).device)))
 
 
-def given(cell: Cell, arm: str) -> str:
-    """A digest of what an arm was given."""
-    return digest((*cell.before, cell.part(arm)) if arm in cell.arms else cell.before)
+def run_arm(cell: Cell, arm: str, task: Task) -> dict[str, Any]:
+    """What an arm's student does, and what it cost; of one whose loss or metrics are not finite, how it was lost."""
+    expert, (judge, floor), began = expert_of(cell.env), judge_of(cell.name, task.runs / "teachers"), time.monotonic()
+    try:
+        init = trained(cell.env, cell.before, task.seed, task.runs / "shared")
+        part = cell.chain(arm if arm in cell.arms else next(iter(cell.arms)))[-1]
+        learner = part.agent(expert, config_of(part, task.seed, init))
+        before = hashlib.sha256((init / "student" / "student.safetensors").read_bytes()).hexdigest()[:12]
+        if arm in cell.arms:
+            learner.learn(progress=False)
+        found = measure(learner, judge)
+    except (FloatingPointError, torch.linalg.LinAlgError) as error:
+        return {"lost": str(error)}
+    cost = {"teacher_nfe": learner.teacher_nfe, "student_nfe": learner.student_nfe, "seconds": round(time.monotonic() - began, 1)}
+    return {"init": before, "floor": floor, "n": judge.n, **found, **cost}
 
 
 def tasks(runs: Path, names: list[str], seeds: int | None) -> list[Task]:

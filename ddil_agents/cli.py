@@ -30,16 +30,16 @@ import torch
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 
-from ddil_agents import out_of_memory, ranks
+from ddil_agents import out_of_memory, ranks, sharding
 from ddil_agents.card import complete_card
 from ddil_agents.checkpoint import FULL, MAY_DIFFER, folder_atomically, read_support, write_atomically
 from ddil_agents.evaluate import Evaluation, Judge, extractor_for, judge_student, load_scorers, provenance
 from ddil_agents.hub import check_push, push
-from ddil_agents.learner import Agent, LearnerConfig
+from ddil_agents.learner import Agent, Learner, LearnerConfig
 from ddil_agents.metrics.diversity import lpips_distance
 from ddil_agents.report import read_result, save_pictures, table
 from ddil_agents.settings import in_words, read_arguments
-from ddil_agents.stages import Stage, judged, learners, plan
+from ddil_agents.stages import Stage, better_weights, judged, learners, plan
 from ddil_agents.tracking import Tracker, check_tracker
 from ddil_agents.train import read_metrics
 from ddil_env import Expert, ExpertPolicy, NoDataError, TimeGrid, check_expert
@@ -182,6 +182,12 @@ def finish(
     seconds = {"train_seconds": rows[-1]["seconds"] if rows else None}
     models = judge_student(judge, learner.name, learner.student_policy, learner.kernel, judged.grid)
     models[name] = cost | seconds | models[name]
+    weights: dict[str, Any] = {}
+    if isinstance(learner, Learner) and not sharding.asked():  # the last weights of a sharded network are on many ranks
+        latest = learner.policy(learner.trainables["student"].bare, learner.student_policy.support)
+        models[f"{name}, last weights"] = judge.judge(latest, kernel=learner.kernel)
+        if learner.kernel == "ddim":
+            weights["error_of_weights"] = better_weights(learner)[0]
     result = {
         "agent": learner.name,
         **env,
@@ -192,6 +198,7 @@ def finish(
         "grid": judged.grid,
         "times": learner.grid.times.tolist(),
         **cost,
+        **weights,
         "settings": judge.describe(),
         "floors": judge.floors(),
         "models": models,

@@ -5,6 +5,8 @@
       - {num_steps: 8, num_updates: 6000}                # 16 → 8; its teacher is the last stage's student
       - {num_steps: 8, num_updates: 4000, expert: same}  # the same teacher again, with a new warm-up (DDIL §5)
 
+The next stage's teacher is whichever of the student's weights, the average over its steps or the last, errs less on held-out states.
+
 Conversion and guidance conditioning are stages too, with as many student steps as teacher steps: one step of the student is
 then one of the teacher, and the target is the teacher's own x̂_0. Each stage leaves a run's files in `stage_N/`; what is resumed,
 reported and loaded is the whole.
@@ -17,13 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser
 
 from ddil_agents import sharding
 from ddil_agents.checkpoint import checkpoints, read_support
 from ddil_agents.collect import stream_seed
-from ddil_agents.learner import Agent, LearnerConfig
-from ddil_env import Expert, NetworkDenoiser, Support, Unbounded
+from ddil_agents.learner import Agent, Learner, LearnerConfig
+from ddil_env import Expert, NetworkDenoiser, NoDataError, Support, Unbounded, unroll
 from ddil_env.experts.distilled import Distilled
 
 
@@ -114,7 +117,7 @@ def learners(agent: type[Agent], expert: Expert, stages: list[Stage], out: Path 
     if len(stages) > 1:
         _rehearse(agent, expert, stages)
     teacher = expert
-    last: NetworkDenoiser | None = None  # of the last stage, no more than this: its optimiser and its buffer may go
+    last: NetworkDenoiser | None = None  # the last stage's student, no more than this: its optimiser and its buffer may go
     told: float | None = None  # the guidance that it answers for, if it has an embedding
     before = stages[0].config
     support: Support | None = None
@@ -136,9 +139,40 @@ def learners(agent: type[Agent], expert: Expert, stages: list[Stage], out: Path 
         yield stage, learner
         if sharding.asked():
             learner.unshard()  # a teacher answers each rank by itself
-        last, before, support = learner.average, stage.config, learner.support
+        if stage is stages[-1]:
+            return
+        comparable = learner.kernel == "ddim" and not sharding.asked()  # sharded, the last weights are on many ranks
+        last = better_weights(learner)[1] if comparable else learner.average
+        before, support = stage.config, learner.support
         told = None if before.guidance_range is None else learner.reference.guidance_scale
         del learner
+
+
+@torch.no_grad()
+def better_weights(learner: Learner, n: int = 256) -> tuple[dict[str, float], NetworkDenoiser]:
+    """The errors of the average and of the last weights, E (a − a*)² per entry, and the network with the lesser one.
+
+    On about n states at all times of the grid, the same for both: held-out data, diffused, or without any the teacher's own rollouts.
+    """
+    expert, grid, generator = learner.expert, learner.grid, torch.Generator(learner.expert.device)
+    generator.manual_seed(stream_seed(learner.config.seed, "held out"))
+    step = torch.randint(grid.num_steps, (n,), generator=generator, device=expert.device)
+    t = grid.times[step]
+    try:
+        x_0, c = expert.reference_data(n, held_out=True)
+        t = t[: len(x_0)]
+        eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+        x_t = expert.schedule.add_noise(x_0, eps, t)
+    except NoDataError:
+        x_T, c = torch.randn(n, *expert.sample_shape, generator=generator, device=expert.device), expert.sample_condition(n, generator)
+        x_t = unroll(learner.reference, grid, x_T, c)[torch.arange(n, device=expert.device), step]
+    s, errors = grid.previous(t), {}
+    target = learner.reference.act(x_t, t, s, c)
+    networks = {"average": learner.average, "last": learner.trainables["student"].bare}
+    for name, network in networks.items():
+        action = learner.policy(network, learner.student_policy.support).act(x_t, t, s, c)
+        errors[name] = float((action - target).square().mean())
+    return errors, networks[min(errors, key=errors.__getitem__)]
 
 
 def _rehearse(agent: type[Any], expert: Expert, stages: list[Stage]) -> None:

@@ -1,265 +1,238 @@
-"""The map of where DDIL helps: its cells, the pairing by seed, and what it says of shift and benefit."""
+"""The map of when DDIL helps: its chains of runs, the pairing by seed, and the tests that were fixed before the runs."""
 
+import concurrent.futures
 import json
+import math
 
 import numpy as np
 import pytest
 import when
-import yaml
+import when_report
+from safetensors.torch import load_file
 from scipy import stats
 
-from ddil_agents import compare
-from ddil_agents.compare import Comparison, given_settings, merged
-from ddil_agents.evaluate import PROVENANCE
+from ddil_agents import Beta
+from ddil_agents.evaluate import Evaluation
+from ddil_agents.statistics import holm, sign_flip_test
 
-SEEDS = range(12)
-MEASURED = {
-    "settings": {"n": 300, "seed": 7},
-    "env_config": {"expert": "digits8"},
-    **dict.fromkeys(PROVENANCE, "1.0"),
-    "date": "2026-11-22",
-    "hardware": "a CPU",
-}
+SEEDS = range(400, 416)
+FACTORS = {"w 3, 4 steps": 0.9, "w 7, 16 steps": 0.6}  # planted: the second arm's score beside the first's
 
 
-def planted_results(cell, effect, shift):
-    """Results of a cell whose first arm scores 2 + .1 · seed and whose second differs by `effect` of it, seed by seed."""
-    results = {}
-    for arm, factor in zip(cell.arms, (1, 1 + effect), strict=True):
-        for seed in SEEDS:
-            score = factor * (2 + 0.1 * seed)
-            row = {
-                "endpoint_rmse": score if cell.follows else None,
-                "frechet_to_expert": 2 * score,
-                "recall": 1 / score,
-                "teacher_nfe": 100,
-                "student_nfe": 200,
-                "action_mse_own": [9.0, score, 3 * score],
-                "action_mse_forward": [9.0, score**2, score**2],
-                "action_ratio": [None, shift, shift + 1, None],
-                "gaussian_shift": [0.3, 0.1 * shift, 0.2 * shift],
-            }
-            floors = {"held_out_real": {"gaussian_shift": [9.0, 0.1, 0.1]}}
-            results[arm, seed] = {"student": "a@2", "models": {"a@2": row}, "floors": floors, **MEASURED}
-    return results
+def noise(name, seed):
+    return np.random.default_rng([seed, sum(map(ord, name))]).normal(0, 0.05)
 
 
-def planted(cell, effect, shift):
-    """The records of such results."""
-    return {key: when.record_of(result) for key, result in planted_results(cell, effect, shift).items()}
+def record(cell, arm, seed, score):
+    row = dict.fromkeys(when_report.METRICS, score) | {"error_own": [0.5 * score, 1.5 * score]}
+    row["endpoint_rmse"] = None if cell.name.startswith("LCM") else score
+    about = {"init": str(seed), "floor": 1.0, "teacher_nfe": 100, "student_nfe": 200}
+    made = {"date": "2026-11-28", "hardware": "a CPU", "torch": "2"}
+    return {"cell": cell.name, "arm": arm, "seed": seed, "average": row, "raw": {**row, "recall": 2 * score}, **about, **made}
 
 
 @pytest.fixture
-def found():
-    """Four cells in which an effect of −10 % follows each unit of shift, and one of LCM without any."""
-    cells = [when.Cell(f"w 1, {n} steps", when.DAGGER, {}) for n in when.STEPS] + [when.Cell("another", when.LCM, {})]
-    effects = (0.1, -0.1, -0.2, -0.3, 0.0)
-    return {cell.name: when.effect_of(cell, planted(cell, effect, 1 - 10 * effect)) for cell, effect in zip(cells, effects, strict=True)}
-
-
-def test_a_cells_effect_is_in_per_cent_of_its_baseline(found):
-    effect = found["w 1, 8 steps"]["effects"]["ddil"]
-    base = np.array([2 + 0.1 * seed for seed in SEEDS])
-    assert effect["endpoint_rmse"]["n"] == len(SEEDS)
-    assert effect["endpoint_rmse"]["mean"] == pytest.approx(-20)
-    half = stats.t.ppf(0.975, len(SEEDS) - 1) * stats.sem(-0.2 * base) / base.mean()
-    assert effect["endpoint_rmse"]["high"] == pytest.approx(-20 + 100 * half)
-    assert effect["recall"]["mean"] == pytest.approx(25)
-    assert effect["action_mse_own"]["baseline"] == pytest.approx(2 * base.mean())  # of the steps after the first
-    assert effect["action_mse_own"]["mean"] == pytest.approx(-20)
-    assert effect["action_mse_forward"]["mean"] == pytest.approx(100 * (0.8**2 - 1))
-    assert found["another"]["effects"].keys() == {"half"}
-    assert found["another"]["effects"]["half"].keys() == {"frechet_to_expert", "recall"}
-
-
-def test_shift_is_that_of_the_baseline_after_the_first_step(found):
-    assert found["w 1, 8 steps"]["shift"]["action_ratio"] == pytest.approx(3.5)  # mean of 3 and 4
-    assert found["w 1, 8 steps"]["shift"]["gaussian_shift"] == pytest.approx(4.5)  # mean of 3 and 6 floors
-
-
-def test_only_seeds_that_both_arms_finished_are_paired():
-    cell = when.Cell("cell", when.DAGGER, {})
-    results = planted(cell, 0.5, 1.0)
-    del results["forward", 2], results["ddil", 5]
-    found = when.effect_of(cell, results)
-    effect = found["effects"]["ddil"]["endpoint_rmse"]
-    assert effect["n"] == found["pairs"]["ddil"] == len(SEEDS) - 2
-    assert found["shift_by_seed"].keys() == set(SEEDS) - {2, 5}
-    assert effect["mean"] == pytest.approx(50)
-
-
-def test_a_cell_that_lost_its_runs_keeps_its_line():
-    cell = when.Cell("cell", when.DAGGER, {})
-    results = {key: result for key, result in planted(cell, 0.5, 1.0).items() if key[0] == "forward" or key[1] == 3}
-    found = {"cell": when.effect_of(cell, results)}
-    when.adjust(found, 20)
-    assert when.markdown(found).splitlines()[-1].startswith("| cell | ddil | 1 | – |")
-    assert when.predicts(found) == {}
-
-
-def test_samples_that_noise_does_not_determine_are_not_held_against_the_teachers_one_by_one(found):
-    assert found["another"]["primary"] == "frechet_to_expert"
-    assert {cell.name for cell in when.cells() if not cell.follows} == {
-        "LCM, w 3, 4 steps", "LCM, w 3, 8 steps", "DMD2, w 3, 4 steps", "DMD2, w 3, 4 steps, batch 7",
-    }  # fmt: skip
-
-
-def test_holm_counts_cells_that_have_not_run(found):
-    when.adjust(found, 20)
-    p = {name: cell["effects"][cell["mixture"]][cell["primary"]]["p_holm"] for name, cell in found.items()}
-    assert p["another"] == 1  # no difference at all
-    assert p["w 1, 16 steps"] == pytest.approx(20 * 2 / 2 ** len(SEEDS))
-
-
-def test_shift_that_predicts_benefit_correlates_with_it(found):
-    for correlation in when.predicts(found).values():
-        assert correlation == {"rho": pytest.approx(-1), "uncorrected": pytest.approx(-1), "cells": 4, "seeds": len(SEEDS)}
-
-
-def test_chance_errors_that_shift_and_effect_share_do_not_correlate_them():
-    rng = np.random.default_rng(0)
+def records():
+    """Of every cell and arm: scores that differ by seed, the second arm's by its factor (0.8 where none is named) and a little noise."""
     found = {}
-    for i in range(12):  # no cell has a shift or an effect of its own; a bad baseline has both
-        luck = dict(zip(SEEDS, rng.normal(size=len(SEEDS)), strict=True))
-        effect = {"by_seed": {seed: -value for seed, value in luck.items()}}
-        shift = {seed: dict.fromkeys(when.SHIFTS, value) for seed, value in luck.items()}
-        found[str(i)] = {
-            "mixture": "ddil",
-            "primary": "endpoint_rmse",
-            "effects": {"ddil": {"endpoint_rmse": effect}},
-            "shift_by_seed": shift,
-        }
-    for correlation in when.predicts(found).values():
-        assert correlation["uncorrected"] == pytest.approx(-1)
-        assert abs(correlation["rho"]) < 0.35
+    for cell in when.cells():
+        for arm in ("start", *cell.arms):
+            for seed in SEEDS:
+                score = 2 + 0.1 * (seed % 7)
+                if arm == list(cell.arms)[1]:
+                    score *= FACTORS.get(cell.name, 0.8) * math.exp(noise(cell.name, seed))
+                found[cell.name, arm, seed] = record(cell, arm, seed, score)
+    return found
 
 
-def test_the_map_is_written_and_drawn(found, tmp_path):
-    when.adjust(found, 20)
-    lines = when.markdown(found).splitlines()
-    assert sum(line.startswith("| w 1, 8 steps | ddil | 12 | **-20.0 [") for line in lines) == 1
-    assert sum(line.startswith("| another | half | 12 | – | **+0.0 [") for line in lines) == 1
-    when.draw(found, tmp_path / "map.png")
-    assert (tmp_path / "map.png").stat().st_size > 10_000
+def planted(name):
+    return [math.log(FACTORS.get(name, 0.8)) + noise(name, seed) for seed in SEEDS]
 
 
-@pytest.mark.parametrize("cell", when.cells(), ids=lambda cell: cell.name)
-def test_the_cells_are_accepted_by_their_agents(cell, tmp_path):
-    settings = Comparison("digits8", cell.arms, merged(when.BASE, cell.settings), 10, when.FIRST_SEED, primary=cell.primary)
-    compare.check(settings, tmp_path)
+def test_an_effect_is_the_mean_log_ratio_with_students_interval(records):
+    own = when_report.effects(records, when.cells(), "average")["w 3, 4 steps"]["student"]
+    ratios = planted("w 3, 4 steps")
+    mean, half = np.mean(ratios), stats.t.ppf(0.975, 15) * np.std(ratios, ddof=1) / 4
+    expected = [100 * math.expm1(x) for x in (mean, mean - half, mean + half)]
+    for metric in ("frechet_to_expert", "error_own"):  # errors come by step: their mean
+        assert [own[metric][key] for key in ("mean", "low", "high")] == pytest.approx(expected)
+    assert own["recall"]["seeds"] == 16
+    assert own["recall"]["p"] == pytest.approx(sign_flip_test(ratios))
 
 
-def test_cells_hold_what_theory_speaks_of():
-    cells = {cell.name: cell for cell in when.cells()}
-    assert len(cells) == len(when.cells()) == 20
-    for w in when.GUIDANCE:
-        for n in when.STEPS:
-            cell = cells[f"w {w:g}, {n} steps"]
-            assert (cell.settings["guidance_scale"], cell.settings["num_steps"]) == (w, n)
-    assert all(len(cell.arms) in (2, 3) for cell in cells.values())
+def test_the_contrast_is_each_seeds_mean_over_the_six_guided_cells(records):
+    found = when_report.contrasts(records, "average")
+    means = np.mean([planted(name) for name in when_report.GUIDED], axis=0)
+    pooled = found["student, over the guided cells"]
+    assert pooled["mean"] == pytest.approx(100 * math.expm1(means.mean()))
+    assert pooled["p"] == pytest.approx(sign_flip_test(means))
+    logs = {name: np.mean(planted(name)) for name in when_report.GUIDED}
+    by_w = {w: np.mean([logs[f"w {w}, {n} steps"] for n in (4, 8, 16)]) for w in (3, 7)}
+    assert found["from w 3 to w 7"]["mean"] == pytest.approx(100 * math.expm1(by_w[7] - by_w[3]))
+    by_n = [np.mean([logs[f"w {w}, {n} steps"] for w in (3, 7)]) for n in (4, 8, 16)]
+    slope = np.polyfit([2, 3, 4], by_n, 1)[0]
+    assert found["for each doubling of N, guided"]["mean"] == pytest.approx(100 * math.expm1(slope))
+    del records["w 7, 16 steps", "student", 403]
+    assert when_report.contrasts(records, "average")["student, over the guided cells"]["seeds"] == 15  # a seed counts where it has all six
 
 
-def test_a_report_of_no_runs_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["when.py", "--report_only", "--runs", str(tmp_path / "none"), "--out", str(tmp_path / "when.json")])
-    with pytest.raises(SystemExit):
-        when.main()
-    assert "none of these cells has run there" in capsys.readouterr().err
+def test_pairs_that_forked_from_other_weights_are_no_pairs(records):
+    records["w 7, 4 steps", "student", 405]["init"] = "another machine's"
+    assert when_report.effects(records, when.cells(), "average")["w 7, 4 steps"]["student"]["recall"]["seeds"] == 15
+
+
+def test_eight_comparisons_are_corrected_once_all_their_runs_are_there(records, tmp_path):
+    cells = when.cells()
+    when_report.write_report(records, cells, tmp_path / "when.json")
+    told = json.loads((tmp_path / "when.json").read_text())
+    seconds = {cell.name: list(cell.arms)[1] for cell in cells if cell.name in when_report.FAMILY}
+    tested = [told["cells"]["average"][name][arm]["frechet_to_expert"] for name, arm in seconds.items()]
+    assert told["complete"]
+    assert len(tested) == 8
+    assert [e["p_holm"] for e in tested] == pytest.approx(holm([e["p"] for e in tested]))
+    assert "p_holm" not in told["cells"]["average"]["w 1, 4 steps"]["student"]["frechet_to_expert"]
+    assert "p_holm" not in told["cells"]["raw"]["w 3, 4 steps"]["student"]["frechet_to_expert"]
+    del records["DMD2, w 3, 4 steps", "own", 415]
+    when_report.write_report(records, cells, tmp_path / "interim.json")
+    assert "p_holm" not in (tmp_path / "interim.json").read_text()
+    assert "**Interim**" in (tmp_path / "interim.md").read_text()
+
+
+def test_a_threshold_is_crossed_with_its_own_baseline(records):
+    for seed in SEEDS:
+        records["w 7, 8 steps", "student, no threshold", seed]["average"]["frechet_to_expert"] *= 0.5
+    found = when_report.contrasts(records, "average")["no threshold: what it adds to the student's states"]
+    assert found["mean"] == pytest.approx(100 * math.expm1(math.log(0.5) - np.mean(planted("w 7, 8 steps"))))
+    own = when_report.effects(records, when.cells(), "average")["w 7, 8 steps"]
+    assert own["student, no threshold"]["frechet_to_expert"]["mean"] == pytest.approx(-50)
+    assert own["forward, no threshold"]["frechet_to_expert"]["mean"] == pytest.approx(0)
+
+
+def test_runs_that_are_lost_are_named_and_leave_with_their_partner(records, tmp_path):
+    key = ("LCM, w 3, 4 steps", "half", 401)
+    records[key] = {k: records[key][k] for k in ("cell", "arm", "seed", "date", "hardware", "torch")} | {"lost": "the loss is not finite"}
+    when_report.write_report(records, when.cells(), tmp_path / "when.json")
+    told = json.loads((tmp_path / "when.json").read_text())
+    assert told["lost"] == ["LCM, w 3, 4 steps, half, seed 401: the loss is not finite"]
+    assert told["cells"]["average"]["LCM, w 3, 4 steps"]["half"]["recall"]["seeds"] == 15
+    assert "endpoint_rmse" not in told["cells"]["average"]["LCM, w 3, 4 steps"]["half"]  # fresh noise: x_T names no sample
+    assert "- ! LCM, w 3, 4 steps, half, seed 401" in (tmp_path / "when.md").read_text()
+    assert (tmp_path / "when.png").is_file()
+
+
+def test_the_cells_are_those_that_were_written_down():
+    names = [cell.name for cell in when.cells()]
+    assert len(set(names)) == len(names) == 16
+    assert set(when_report.FAMILY) | set(when_report.UNGUIDED) <= set(names)
+    for cell in when.cells():
+        first, second = list(cell.arms.values())[:2]
+        assert first.settings["beta"] == Beta(1, 0, 0)
+        assert second.settings["beta"].student > 0
+        assert sum(part.settings["num_updates"] for part in (*cell.before, cell.last)) >= 1000
+        assert len({when.given(cell, arm) for arm in ("start", *cell.arms)}) == len(cell.arms) + 1
+        for name, arm in cell.arms.items():
+            assert arm.against in cell.arms
+            config = when.config_of(cell.chain(name)[-1], 0, None)
+            held = [config.capacity / (128 * share) for share in config.beta(0)[::2] if share >= 0.25]
+            assert all(collections == pytest.approx(8, rel=0.3) for collections in held) or cell.name.startswith("DMD2")
+
+
+def small_cells():
+    chain = tuple(when.Part(name, when.Dagger, {"beta": Beta(1, 0, 0)}) for name in ("guidance", "steps"))
+    last = when.Part("second", when.Dagger, {"num_steps": 2})
+    return [when.Cell("w 3, 4 steps", chain, last, when.TWO, seeds=2)]
 
 
 @pytest.fixture
-def mapped(tmp_path, monkeypatch):
-    """Runs the script with training replaced by planted results; returns a function from --runs to what it would have trained."""
+def small(monkeypatch):
+    settings = {"num_updates": 2, "teacher_steps": 4, "num_steps": 2, "batch_size": 4, "collect_size": 8}
+    monkeypatch.setattr(when, "BASE", settings)
+    monkeypatch.setattr(when, "JUDGED", Evaluation(n=12, n_paths=8, n_action=2))
+    monkeypatch.setattr(when, "cells", small_cells)
+    when.judge_of.cache_clear()
+    yield
+    when.judge_of.cache_clear()
 
-    def run(folder, *arguments, lose=(), hardware="a CPU"):
-        trained = []
 
-        def train(runs, settings, out, updates, jobs):
-            results = planted_results(next(cell for cell in when.cells() if cell.arms == settings.arms), -0.1, 2.0)
-            for each in runs:
-                trained.append((each.arm, each.seed))
-                each.directory.mkdir(parents=True)
-                each.directory.with_suffix(".yaml").write_text(yaml.safe_dump(given_settings(settings, each.arm, each.seed)))
-                each.directory.with_suffix(".log").write_text("started\nthe loss is not finite\n")
-                if trained[-1] not in lose:
-                    result = results[each.arm, each.seed - when.FIRST_SEED] | {"hardware": hardware}
-                    (each.directory / "result.json").write_text(json.dumps(result))
+def test_a_seeds_arms_fork_from_one_student_and_no_run_is_made_twice(small, tmp_path, monkeypatch):
+    when.run(task := when.Task("w 3, 4 steps", 400, tmp_path))
+    found = {arm: json.loads(task.place(arm).read_text()) for arm in ("start", "forward", "student")}
+    assert found["start"]["teacher_nfe"] == found["start"]["student_nfe"] - found["start"]["student_nfe"] == 0
+    assert found["forward"]["teacher_nfe"] == found["student"]["teacher_nfe"] == 8 * 2  # states, k: equal labels
+    assert found["student"]["student_nfe"] > found["forward"]["student_nfe"]
+    assert len({record["init"] for record in found.values()}) == 1
+    for arm in ("forward", "student"):
+        assert found[arm]["average"]["frechet_to_expert"] != found["start"]["average"]["frechet_to_expert"]
+        assert len(found[arm]["raw"]["error_own"]) == 2
+    assert found["start"]["average"] == found["start"]["raw"]  # before the first step they are the same weights
 
-        monkeypatch.setattr(when, "train", train)
-        argv = ["when.py", "--seeds", "3", "--cells", "LCM, w 3, 4 steps", "--runs", str(tmp_path / folder), *arguments]
-        monkeypatch.setattr("sys.argv", [*argv, "--out", str(tmp_path / "when.json")])
+    shared = {path: load_file(path / "student" / "student.safetensors") for path in (tmp_path / "shared").iterdir() if path.is_dir()}
+    assert len(shared) == 2
+    monkeypatch.setattr(when.Dagger, "learn", lambda *_, **__: pytest.fail("trained again"))
+    task.place("start").unlink()
+    when.run(task)  # judged again, from the same weights
+    assert json.loads(task.place("start").read_text())["average"] == found["start"]["average"]
+
+    kept = tmp_path / "when_runs.jsonl"
+    records = when.gather(tmp_path, kept)
+    assert set(records) == {("w 3, 4 steps", arm, 400) for arm in found}
+    for arm in found:
+        task.place(arm).unlink()
+    assert when.gather(tmp_path, kept) == records  # the lines stand by themselves
+    assert len(list(when.put_back(records, [task]))) == 3
+    when.run(task)  # nothing left to do
+    when.check(records)
+    records["w 3, 4 steps", "student", 400]["given"] = "other"
+    with pytest.raises(ValueError, match="had other settings than they have now; remove them"):
+        when.check(records)
+
+
+def test_a_loss_that_is_not_finite_is_told_and_the_other_arms_go_on(small, tmp_path, monkeypatch):
+    learn = when.Dagger.learn
+
+    def diverge(learner, *args, **kwargs):
+        if learner.config.beta.student:
+            raise FloatingPointError("the loss is not finite at step 1")
+        return learn(learner, *args, **kwargs)
+
+    monkeypatch.setattr(when.Dagger, "learn", diverge)
+    when.run(task := when.Task("w 3, 4 steps", 400, tmp_path))
+    assert json.loads(task.place("student").read_text())["lost"] == "the loss is not finite at step 1"
+    assert "lost" not in json.loads(task.place("forward").read_text())
+
+
+def test_the_command_goes_on_and_reports(small, tmp_path, monkeypatch, capsys):
+    argv = ["when.py", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "when.json")]
+    monkeypatch.setattr("sys.argv", [*argv, "--report_only"])
+    with pytest.raises(SystemExit):
         when.main()
-        return trained
-
-    return run
-
-
-def test_a_run_in_the_records_is_not_run_again(mapped, tmp_path):
-    lines = tmp_path / "when_runs.jsonl"
-    assert len(mapped("one machine")) == 6
-    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:5]))
-    assert mapped("another") == [("half", 102)]
-    first = json.loads((tmp_path / "when.json").read_text())
-    cell = first["cells"]["LCM, w 3, 4 steps"]
-    assert cell["effects"]["half"]["frechet_to_expert"]["mean"] == pytest.approx(-10)
-    assert cell["pairs"] == {"half": 3}
-    assert (first["date"], first["hardware"]) == ("2026-11-22", "a CPU")
-    assert mapped("a third") == []
-    mapped("a fourth", "--report_only")
-    assert json.loads((tmp_path / "when.json").read_text()) == first
+    assert "nothing has run there" in capsys.readouterr().err
+    cell, lines = small_cells()[0], []
+    for arm in ("start", *cell.arms):
+        for seed in (400, 401):
+            lines.append(record(cell, arm, seed, 1.0 + seed % 3 + len(arm)) | {"given": when.given(cell, arm)})
+    (tmp_path / "when_runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(when, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr("sys.argv", argv)
+    when.main()  # every run has its line: nothing is trained
+    assert "6 records put back" in capsys.readouterr().out
+    told = json.loads((tmp_path / "when.json").read_text())
+    assert told["cells"]["average"]["w 3, 4 steps"]["student"]["frechet_to_expert"]["seeds"] == 2
 
 
-def test_a_run_that_failed_has_its_line(mapped, tmp_path):
-    assert len(mapped("one", lose=[("half", 101)])) == 6
-    assert mapped("another") == []
-    found = json.loads((tmp_path / "when.json").read_text())
-    assert found["lost"] == ["LCM, w 3, 4 steps, half, seed 101: the loss is not finite"]
-    assert found["cells"]["LCM, w 3, 4 steps"]["pairs"] == {"half": 2}
-    assert "- ! LCM, w 3, 4 steps, half, seed 101" in (tmp_path / "when.md").read_text()
+class InThisProcess:
+    """An executor that runs at once."""
 
+    def __init__(self, *_):
+        pass
 
-def test_a_report_does_not_call_runs_that_go_on_lost(mapped, tmp_path):
-    mapped("one", lose=[("half", 101)])
-    (tmp_path / "when_runs.jsonl").unlink()
-    mapped("one", "--report_only")
-    assert json.loads((tmp_path / "when.json").read_text())["lost"] == []
+    def __enter__(self):
+        return self
 
+    def __exit__(self, *_):
+        pass
 
-def test_lines_that_were_added_meanwhile_stay(mapped, tmp_path, monkeypatch):
-    lines, key = tmp_path / "when_runs.jsonl", ("another cell", "half", 100)
-    harvest = when.harvest
-
-    def slow(*arguments):
-        if not lines.is_file():
-            when.write_records(lines, {key: {"lost": "", "given": ""}})
-        return harvest(*arguments)
-
-    monkeypatch.setattr(when, "harvest", slow)
-    mapped("one")
-    assert when.read_records(lines).keys() > {key}
-
-
-def test_a_cell_is_made_on_one_kind_of_device(mapped, tmp_path, capsys):
-    mapped("one")
-    lines = tmp_path / "when_runs.jsonl"
-    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:5]))
-    with pytest.raises(SystemExit):
-        mapped("two", hardware="a GPU")
-    assert "LCM, w 3, 4 steps was run on a CPU and a GPU, which draw other noise" in capsys.readouterr().err
-
-
-def test_runs_that_were_begun_with_other_settings_are_refused(mapped, tmp_path, monkeypatch, capsys):
-    mapped("one")
-    (tmp_path / "when_runs.jsonl").unlink()
-    monkeypatch.setitem(when.BASE, "batch_size", 31)
-    with pytest.raises(SystemExit):
-        mapped("one", "--report_only")  # of runs that were begun with other settings
-    assert "had other settings than they have now" in capsys.readouterr().err
-
-
-def test_records_of_other_settings_are_refused(mapped, monkeypatch, capsys):
-    mapped("one")
-    monkeypatch.setitem(when.BASE, "batch_size", 31)
-    with pytest.raises(SystemExit):
-        mapped("two")
-    assert "('LCM, w 3, 4 steps', 'forward', 100)" in (told := capsys.readouterr().err)
-    assert "had other settings than they have now; remove them" in told
+    def submit(self, work, task):
+        future = concurrent.futures.Future()
+        future.set_result(work(task))
+        return future
