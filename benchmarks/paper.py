@@ -77,7 +77,8 @@ class Stochastic(ExpertPolicy):
 
     @torch.no_grad()
     def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        pred, (alpha_t, sigma_t), (alpha_s, sigma_s) = self.predict(x_t, t, c, w), self.schedule(t, x_t), self.schedule(s, x_t)
+        pred = self.predict(x_t, t, c, w).projected(self.support)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.schedule(t, x_t), self.schedule(s, x_t)
         eta = sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).sqrt()
         z = torch.randn(x_t.shape, generator=self.generator)
         return alpha_s * pred.x_0 + (sigma_s**2 - eta**2).clamp(min=0).sqrt() * pred.eps + eta * z
