@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ddil_agents.checkpoint import write_atomically
 from ddil_agents.cli import load_run
+from ddil_agents.collect import stream_seed
 from ddil_agents.evaluate import Evaluation, Judge, provenance
 from ddil_agents.train import read_metrics
 from ddil_env import Expert, ExpertPolicy, StudentPolicy, TimeGrid, load_expert
@@ -73,7 +74,7 @@ class Stochastic(ExpertPolicy):
 
     def __init__(self, expert: Expert, seed: int) -> None:
         super().__init__(expert)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(stream_seed(seed, "stochastic teacher"))
 
     @torch.no_grad()
     def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:

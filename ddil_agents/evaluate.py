@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from ddil_agents import out_of_memory
 from ddil_agents.checkpoint import write_atomically
+from ddil_agents.collect import stream_seed
 from ddil_agents.metrics.coverage import precision_recall_density_coverage
 from ddil_agents.metrics.distances import mmd2, sliced_wasserstein, split_half
 from ddil_agents.metrics.diversity import LPIPS, group_diversity, lpips_distance, pairwise_distance
@@ -216,8 +217,7 @@ class Judge:
         self.expert_path = self.expert_drawn.path
         self.real_features = self._real_features()
         if self.real is not None:
-            generator = self._generator(0)
-            torch.randn(self._noise_shape(0), generator=generator, device=expert.device)  # x_T of the first batch
+            generator = self._generator("forward")
             self.real_noised = self._noised(self.real, generator)
             self.held_out_noised = None if self.held_out is None else self._noised(self.held_out, generator)
 
@@ -281,9 +281,9 @@ class Judge:
         assert pictures is not None  # checked at the start
         return resize(pictures)
 
-    def _generator(self, batch: int, offset: int = 0) -> torch.Generator:
-        """Of a batch's noise, whatever was drawn before it."""
-        return torch.Generator(self.expert.device).manual_seed((self.settings.seed + offset + 1_000_003 * batch) % 2**63)
+    def _generator(self, name: str, batch: int = 0) -> torch.Generator:
+        """Of one kind of a batch's noise, whatever was drawn before it."""
+        return torch.Generator(self.expert.device).manual_seed(stream_seed(self.settings.seed, f"{name}, batch {batch}"))
 
     def _noise_shape(self, batch: int) -> tuple[int, ...]:
         b = self.settings.batch_size
@@ -291,7 +291,7 @@ class Judge:
 
     def noise(self, batch: int = 0) -> Tensor:
         """x_T of a batch, (b, *sample_shape)."""
-        return torch.randn(self._noise_shape(batch), generator=self._generator(batch), device=self.expert.device)
+        return torch.randn(self._noise_shape(batch), generator=self._generator("x_T", batch), device=self.expert.device)
 
     def _noised(self, x_0: Tensor, generator: torch.Generator) -> Tensor:
         """The forward marginals at the times of the grid, (N, m, *sample_shape), m ≤ n_paths."""
@@ -345,7 +345,7 @@ class Judge:
             start = time.monotonic()
             c = None if self.c is None else self.c[k * b : (k + 1) * b]
             with out_of_memory.named(f"while judging {min(b, self.n)} samples at a time", "lower the evaluation's batch_size"):
-                path = unroll(policy, grid, self.noise(k), c, kernel=kernel, generator=self._generator(k, 1))
+                path = unroll(policy, grid, self.noise(k), c, kernel=kernel, generator=self._generator("steps", k))
                 if path.is_cuda:
                     torch.cuda.synchronize()
                 seconds = torch.tensor(time.monotonic() - start)
@@ -534,11 +534,11 @@ class Judge:
     def lpips_diversity(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, name: str | None = None) -> float:
         """Mean LPIPS between two of a condition's 10 samples, over 50 conditions, each kept; all share the 10 draws of noise."""
         expert, stem = self.expert, self._place(name, policy, grid, kernel, "lpips")
-        x_T = torch.randn(IN_GROUP, *expert.sample_shape, generator=self._generator(0, 2), device=expert.device)
+        x_T = torch.randn(IN_GROUP, *expert.sample_shape, generator=self._generator("lpips x_T"), device=expert.device)
 
         def mean_of(condition: int) -> dict[str, float]:
             c = torch.full((IN_GROUP,), condition, device=expert.device) if expert.num_conditions else None
-            group = self.pictures(unroll(policy, grid, x_T, c, kernel=kernel, generator=self._generator(0, 3))[:, -1])
+            group = self.pictures(unroll(policy, grid, x_T, c, kernel=kernel, generator=self._generator("lpips steps"))[:, -1])
             return {"lpips": group_diversity([group], self._lpips)}
 
         means = []
@@ -551,7 +551,7 @@ class Judge:
         """A policy's samples from the judge's first batch of noise and conditions, (b, *sample_shape)."""
         x_T = self.noise()
         c = None if self.c is None else self.c[: len(x_T)]
-        return unroll(policy, grid, x_T, c, kernel=kernel, generator=self._generator(0, 1))[:, -1]
+        return unroll(policy, grid, x_T, c, kernel=kernel, generator=self._generator("steps"))[:, -1]
 
     def baselines(self) -> dict[str, Tensor]:
         """The expert's samples by its full sampler, and by as few steps as the student has."""

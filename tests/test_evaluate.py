@@ -18,7 +18,7 @@ from ddil_agents.metrics.distances import mmd2, split_half
 from ddil_agents.metrics.extractors import Extractor
 from ddil_agents.metrics.frechet import frechet_distance
 from ddil_agents.report import merge
-from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, load_expert
+from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, load_expert, unroll
 from ddil_env.corrections import ScaledEpsilon
 from ddil_env.experts.stable_diffusion import StableDiffusion, coco_captions
 from ddil_env.presets import config_dir, read_yaml
@@ -59,6 +59,22 @@ def test_batches_are_judged_as_one_set():
     assert torch.allclose(drawn.features.values, x, atol=1e-6)
     assert drawn.path.shape == (20, 5, 2)
     assert torch.allclose(drawn.path[:, -1], x[:20], atol=1e-6)
+
+
+def test_the_noise_on_the_way_is_not_what_another_seed_or_batch_starts_from(monkeypatch):
+    judges, on_the_way = [judge_of(mixture(), seed=seed) for seed in (0, 1, 1_000_003)], []
+
+    def noting(*args, generator, **kwargs):
+        on_the_way.append(torch.Generator().manual_seed(generator.initial_seed()))
+        return unroll(*args, generator=generator, **kwargs)
+
+    monkeypatch.setattr(evaluate, "unroll", noting)
+    for judge in judges:
+        judge._draw(judge.few_steps, judge.grid, "renoise")
+    starts = [judge.noise(batch) for judge in judges for batch in range(3)]
+    noise = [*starts, *(torch.randn(25, 2, generator=generator) for generator in on_the_way)]
+    assert len(on_the_way) == 9
+    assert len({tuple(x[0].tolist()) for x in noise}) == len(noise)
 
 
 def test_a_store_spares_what_is_in_it_and_changes_no_number(tmp_path: Path):
@@ -155,7 +171,7 @@ def test_a_planted_bias_shows_at_its_step_and_after():
 
 
 def test_a_shift_is_measured_to_be_what_was_planted():
-    judge = judge_of(mixture(), n=400, n_paths=400, batch_size=400)
+    judge = judge_of(mixture(), n=800, n_paths=800, batch_size=800)
     b, floor = 0.5, judge.floors()["held_out_real"]
     halves, their_halves = judge.floors()["real_halves"], judge.floors()["teacher_halves"]
     unbiased, row = judge.judge(judge.expert_policy), judge.judge(Biased(judge.expert_policy, judge.grid.times[0], b))
@@ -170,7 +186,7 @@ def test_a_shift_is_measured_to_be_what_was_planted():
         assert row[name + "_to_expert"][1] > 3 * their_halves[name + "_to_expert"][1] > 0
     assert row["mmd_shift"][1] > 3 * abs(floor["mmd_shift"][1])
     assert row["mmd_shift_to_expert"][1] > 3 * abs(their_halves["mmd_shift_to_expert"][1])
-    assert halves["n_paths"] == their_halves["n_paths"] == 200
+    assert halves["n_paths"] == their_halves["n_paths"] == 400
     assert all(len(halves[name]) == 4 for name in ("shift", "mmd_shift", "gaussian_shift"))
 
 
@@ -341,7 +357,7 @@ def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch, tmp_path: Pa
     row = judge.judge(judge.few_steps, judge.grid, name="few")
     assert row["clip_score"] == pytest.approx(float(judge.c.double().mean()))
     # Ten pictures of each condition, from one noise in all conditions: 45 pairs each.
-    x_T = torch.randn(10, *expert.sample_shape, generator=judge._generator(0, 2))
+    x_T = torch.randn(10, *expert.sample_shape, generator=judge._generator("lpips x_T"))
     means = []
     for c in range(10):
         x = x_T
