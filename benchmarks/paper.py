@@ -217,8 +217,8 @@ def evaluate(runs: list[Run], root: Path, seed: int, n: int) -> dict[str, dict[s
                 the, expert = judge(guidance)
                 policy = Stochastic(expert, seed) if stochastic else ExpertPolicy(expert)
                 models[name] = the.judge(policy, TimeGrid(expert.schedule, steps))
-        if f"held-out real{tag}" not in models:
-            models[f"held-out real{tag}"] = judge(guidance)[0].floors()["held_out_real"]
+        if f"training data{tag}" not in models:
+            models[f"training data{tag}"] = judge(guidance)[0].floors()["training_data"]
         write_atomically(path, json.dumps(models, indent=1))
     for run in runs:
         out = root / run.folder

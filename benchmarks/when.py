@@ -120,7 +120,7 @@ def record_of(result: dict[str, Any]) -> dict[str, Any]:
     """What the map needs of one run's result, and how it was measured, with what."""
     row = own_row(result)
     measured = {key: row[key] for key in (*METRICS, *COSTS)} | {error: statistics.fmean(row[error][1:]) for error in ERRORS}
-    measured |= shift_of(row, result["floors"]["held_out_real"]["gaussian_shift"])
+    measured |= shift_of(row, result["floors"]["training_data"]["gaussian_shift"])
     about = {"settings": {k: v for k, v in result["settings"].items() if k != "seed"}}
     return measured | about | {key: result[key] for key in ("env_config", *PROVENANCE)}
 

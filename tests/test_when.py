@@ -39,7 +39,7 @@ def planted_results(cell, effect, shift):
                 "action_ratio": [None, shift, shift + 1, None],
                 "gaussian_shift": [0.3, 0.1 * shift, 0.2 * shift],
             }
-            floors = {"held_out_real": {"gaussian_shift": [9.0, 0.1, 0.1]}}
+            floors = {"training_data": {"gaussian_shift": [9.0, 0.1, 0.1]}}
             results[arm, seed] = {"student": "a@2", "models": {"a@2": row}, "floors": floors, **MEASURED}
     return results
 
