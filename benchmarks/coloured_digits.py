@@ -76,7 +76,7 @@ def evaluate(runs: Path, seed: int, n: int, asked: list[str]) -> dict[str, dict[
         write_atomically(path, json.dumps(models, indent=1))
 
     if "real" not in models:
-        add("real", judge.floors()["held_out_real"])
+        add("real", judge.floors()["training_data"])
     for steps in STEPS:
         if (name := f"teacher @{steps}") not in models:
             grid = TimeGrid(expert.schedule, steps)

@@ -64,8 +64,8 @@ def summary(results: dict[tuple[int, str, int], dict[str, Any]], steps: list[int
     rows: dict[str, dict[str, list[float]]] = {}
     for (_, agent, _), result in sorted(results.items(), key=lambda item: item[0]):
         if agent == "bc":  # teacher and floors are the same in DAgger's result of the seed
-            rows.setdefault("held-out real", {})
-            _append(rows["held-out real"], result["floors"]["held_out_real"])
+            rows.setdefault("training data", {})
+            _append(rows["training data"], result["floors"]["training_data"])
         for name, model in result["models"].items():
             if (
                 name.startswith(agent)
@@ -87,8 +87,8 @@ def summary(results: dict[tuple[int, str, int], dict[str, Any]], steps: list[int
         for n in steps
         for agent in ("bc", "dagger")
     }
-    floors = [results[steps[0], "bc", s]["floors"]["held_out_real"] for s in seeds]
-    shift[f"held-out real, n = {floors[0]['n']}, {steps[0]} steps"] = _mean_by_step([f["shift"] for f in floors])
+    floors = [results[steps[0], "bc", s]["floors"]["training_data"] for s in seeds]
+    shift[f"training data, n = {floors[0]['n']}, {steps[0]} steps"] = _mean_by_step([f["shift"] for f in floors])
     return {
         "seeds": seeds,
         "shift": shift,

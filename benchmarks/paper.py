@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ddil_agents.checkpoint import write_atomically
 from ddil_agents.cli import load_run
+from ddil_agents.collect import stream_seed
 from ddil_agents.evaluate import Evaluation, Judge, provenance
 from ddil_agents.train import read_metrics
 from ddil_env import Expert, ExpertPolicy, StudentPolicy, TimeGrid, load_expert
@@ -73,11 +74,12 @@ class Stochastic(ExpertPolicy):
 
     def __init__(self, expert: Expert, seed: int) -> None:
         super().__init__(expert)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(stream_seed(seed, "stochastic teacher"))
 
     @torch.no_grad()
     def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        pred, (alpha_t, sigma_t), (alpha_s, sigma_s) = self.predict(x_t, t, c, w), self.schedule(t, x_t), self.schedule(s, x_t)
+        pred = self.predict(x_t, t, c, w).projected(self.support)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.schedule(t, x_t), self.schedule(s, x_t)
         eta = sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).sqrt()
         z = torch.randn(x_t.shape, generator=self.generator)
         return alpha_s * pred.x_0 + (sigma_s**2 - eta**2).clamp(min=0).sqrt() * pred.eps + eta * z
@@ -215,8 +217,8 @@ def evaluate(runs: list[Run], root: Path, seed: int, n: int) -> dict[str, dict[s
                 the, expert = judge(guidance)
                 policy = Stochastic(expert, seed) if stochastic else ExpertPolicy(expert)
                 models[name] = the.judge(policy, TimeGrid(expert.schedule, steps))
-        if f"held-out real{tag}" not in models:
-            models[f"held-out real{tag}"] = judge(guidance)[0].floors()["held_out_real"]
+        if f"training data{tag}" not in models:
+            models[f"training data{tag}"] = judge(guidance)[0].floors()["training_data"]
         write_atomically(path, json.dumps(models, indent=1))
     for run in runs:
         out = root / run.folder

@@ -3,7 +3,7 @@
 The student at (x_t, t) learns the one x̂_0 whose DDIM step t → s lands where k teacher steps do:
 
     x_tgt = (x_s − r x_t)/(α_s − r α_t) ,  r = σ_s/σ_t          App. G
-    L     = w_t ‖x̂_θ(x_t, t, c) − x_tgt‖²                        §4; w_t = max(α²/σ², 1) or 1 + α²/σ²
+    L     = w_t ‖x̂_θ(x_t, t, c) − x_tgt‖²                        §4; w_t = max(α²/σ², 1), 1 + α²/σ² or 1/σ²
 
 on states of forward-diffused data alone, β = (1, 0, 0), or data-free on the teacher's own trajectories. The whole method
 is a chain of such runs, 32 → 16 → 8 → 4 → 2, and before it a change of the prediction type and guidance conditioning (stages.py).
@@ -23,7 +23,7 @@ from torch import Tensor
 from ddil_agents.learner import Learner, LearnerConfig
 from ddil_env import Expert, Support, invert_ddim
 
-Weighting = Literal["truncated_snr", "snr_plus_one"]
+Weighting = Literal["truncated_snr", "snr_plus_one", "velocity"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class BCConfig(LearnerConfig):
     """Settings of progressive distillation."""
 
     weighting: Weighting = "truncated_snr"
-    """w_t on the x_0 error: truncated_snr, max(SNR, 1); or snr_plus_one, which is the plain error in v."""
+    """w_t on the x_0 error, SNR = α²/σ²: truncated_snr, max(SNR, 1); snr_plus_one, 1 + SNR; or velocity, 1/σ², the plain error in v and, on
+    a flow schedule, in u. On variance-preserving schedules, α² + σ² = 1, the last two are the same; on flow, α + σ = 1, they are not."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +67,13 @@ class BehaviourCloning(Learner):
         """w_t of the x_0 error, (b,)."""
         alpha, sigma = self.expert.schedule.coefficients(t)
         snr = (alpha / sigma) ** 2
-        return snr.clamp(min=1) if self.config.weighting == "truncated_snr" else 1 + snr
+        match self.config.weighting:
+            case "truncated_snr":
+                return snr.clamp(min=1)
+            case "snr_plus_one":
+                return 1 + snr
+            case "velocity":
+                return 1 / sigma**2
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ its own generator: with β = (1, 0, 0) no rollout draws a number, so the run is 
 
 from __future__ import annotations
 
+import hashlib
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -37,8 +38,8 @@ StatesPerRollout = Literal[1, "all"]
 
 
 def stream_seed(seed: int, name: str) -> int:
-    """A seed of its own for each named stream of a run."""
-    return (seed * 1_000_003 + sum(ord(ch) * 257**i for i, ch in enumerate(name))) % 2**63
+    """A seed of its own for each named stream of a run: 32 bits of a hash, since torch's generator on the CPU keeps no more of a seed."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}, {name}".encode(), digest_size=4).digest())
 
 
 def own_seed(seed: int, name: str) -> int:

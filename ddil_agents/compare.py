@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 from ddil_agents.checkpoint import write_atomically
 from ddil_agents.cli import clear_errors, find_agent, load_run, refuse_early, with_preset
+from ddil_agents.collect import stream_seed
 from ddil_agents.evaluate import PROVENANCE, Evaluation, Judge
 from ddil_agents.report import METRICS, called, heading, markdown_table, measured, read_result
 from ddil_agents.settings import read_arguments
@@ -465,7 +466,7 @@ def portray(comparison: Comparison, runs: list[Run]) -> dict[str, Rows]:
             noise, c = judge.noise()[:SHOWN], None if judge.c is None else judge.c[:SHOWN]
             actors: list[tuple[DdimPolicy, Kernel]] = [(learner.student_policy, learner.kernel), (judge.expert_policy, "ddim")]
             for file, (policy, kernel) in zip(files, actors, strict=True):
-                generator = torch.Generator(learner.expert.device).manual_seed(run.seed + 1)
+                generator = torch.Generator(learner.expert.device).manual_seed(stream_seed(run.seed, "shown"))
                 record(policy, judge.expert_policy, learner.grid, noise, c, kernel=kernel, generator=generator).save(file)
     return initial
 

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from ddil_agents import out_of_memory
 from ddil_agents.checkpoint import write_atomically
+from ddil_agents.collect import stream_seed
 from ddil_agents.metrics.coverage import precision_recall_density_coverage
 from ddil_agents.metrics.distances import mmd2, sliced_wasserstein, split_half
 from ddil_agents.metrics.diversity import LPIPS, group_diversity, lpips_distance, pairwise_distance
@@ -77,7 +78,7 @@ class Evaluation:
     """Settings of an evaluation."""
 
     n: int = 500
-    """Samples of each model; the data are matched to them in number and classes."""
+    """Samples of each model, with the conditions of as many training data; held against as many held-out data, or what there are."""
     seed: int = 0
     """Of the noise that every model starts from."""
     extractor: str | None = None
@@ -203,8 +204,8 @@ class Judge:
         self.expert = expert = expert_policy.expert
         self.few_steps = ExpertPolicy(expert, 1, expert_policy.guidance_scale, expert_policy.project)
         self.extractor = extractor_for(expert, self.settings)
-        self.real, (self.held_out, self.held_out_c), self.c = self._data()
-        self.n = self.settings.n if self.real is None else len(self.real)
+        self.real, self.real_c, self.training, self.c = self._data()
+        self.n = self.settings.n if self.real is None else len(self.real if self.training is None else self.training)
         if self.settings.protocol is not None and self.n < self.settings.n:
             raise ValueError(
                 f"protocol={self.settings.protocol}: {self.settings.n} samples are asked for, and the expert's own data allow {self.n}; "
@@ -215,11 +216,9 @@ class Judge:
         self.expert_drawn = self._draw(expert_policy, grid, "ddim", self._baseline_names()[0])
         self.expert_path = self.expert_drawn.path
         self.real_features = self._real_features()
+        self.training_read = None if self.training is None or self.settings.images is not None else self._read(self.training)
         if self.real is not None:
-            generator = self._generator(0)
-            torch.randn(self._noise_shape(0), generator=generator, device=expert.device)  # x_T of the first batch
-            self.real_noised = self._noised(self.real, generator)
-            self.held_out_noised = None if self.held_out is None else self._noised(self.held_out, generator)
+            self.real_noised = self._noised(self.real, self._generator("forward"))
 
     @cached_property
     def _images(self) -> str | None:
@@ -227,24 +226,24 @@ class Judge:
         return None if self.settings.images is None else folder_digest(Path(self.settings.images))
 
     @cached_property
-    def _data_digest(self) -> tuple[str | None, str | None]:
+    def _data_digest(self) -> tuple[str | None, ...]:
         """Of what samples are held against: the expert's own data, and a folder of pictures."""
-        return None if self.real is None else _digest(self.real), self._images
+        return *(None if x is None else _digest(x) for x in (self.real, self.training)), self._images
 
-    def _data(self) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None], Tensor | None]:
-        """Real samples, held-out samples and their conditions, and the conditions of every model."""
+    def _data(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The reference and its conditions; training data, where the reference is not they; and their conditions, which all models have."""
         try:
-            real, c = self.expert.reference_data(self.settings.n)
+            training, c = self.expert.reference_data(self.settings.n)
         except NoDataError:  # data-free: each condition in turn
             ids = torch.arange(self.settings.n, device=self.expert.device)
-            return None, (None, None), ids % self.expert.num_conditions if self.expert.num_conditions else None
+            return None, None, None, ids % self.expert.num_conditions if self.expert.num_conditions else None
         try:
-            return real, self.expert.reference_data(self.settings.n, held_out=True), c
+            return *self.expert.reference_data(self.settings.n, held_out=True), training, c
         except NoDataError:  # none was held out
-            return real, (None, None), c
+            return training, c, None, c
 
     def _real_features(self) -> Features | None:
-        """Of the folder of pictures, or else of the expert's own data."""
+        """Of the folder of pictures, or else of the expert's own reference."""
         if self.settings.images is None or self._images is None:
             return None if self.real is None else self._read(self.real)[0]
         files, values = picture_files(Path(self.settings.images)), []
@@ -281,9 +280,9 @@ class Judge:
         assert pictures is not None  # checked at the start
         return resize(pictures)
 
-    def _generator(self, batch: int, offset: int = 0) -> torch.Generator:
-        """Of a batch's noise, whatever was drawn before it."""
-        return torch.Generator(self.expert.device).manual_seed((self.settings.seed + offset + 1_000_003 * batch) % 2**63)
+    def _generator(self, name: str, batch: int = 0) -> torch.Generator:
+        """Of one kind of a batch's noise, whatever was drawn before it."""
+        return torch.Generator(self.expert.device).manual_seed(stream_seed(self.settings.seed, f"{name}, batch {batch}"))
 
     def _noise_shape(self, batch: int) -> tuple[int, ...]:
         b = self.settings.batch_size
@@ -291,7 +290,7 @@ class Judge:
 
     def noise(self, batch: int = 0) -> Tensor:
         """x_T of a batch, (b, *sample_shape)."""
-        return torch.randn(self._noise_shape(batch), generator=self._generator(batch), device=self.expert.device)
+        return torch.randn(self._noise_shape(batch), generator=self._generator("x_T", batch), device=self.expert.device)
 
     def _noised(self, x_0: Tensor, generator: torch.Generator) -> Tensor:
         """The forward marginals at the times of the grid, (N, m, *sample_shape), m ≤ n_paths."""
@@ -345,7 +344,7 @@ class Judge:
             start = time.monotonic()
             c = None if self.c is None else self.c[k * b : (k + 1) * b]
             with out_of_memory.named(f"while judging {min(b, self.n)} samples at a time", "lower the evaluation's batch_size"):
-                path = unroll(policy, grid, self.noise(k), c, kernel=kernel, generator=self._generator(k, 1))
+                path = unroll(policy, grid, self.noise(k), c, kernel=kernel, generator=self._generator("steps", k))
                 if path.is_cuda:
                     torch.cuda.synchronize()
                 seconds = torch.tensor(time.monotonic() - start)
@@ -379,11 +378,10 @@ class Judge:
         """Fréchet and kernel distance, precision, recall, density, coverage, Vendi score; accuracy where classes (n,) can be told."""
         result: dict[str, Any] = {"vendi": vendi_score(features)}
         if self.real_features is not None:
-            m = min(len(features), len(self.real_features))
-            result["frechet"] = frechet_distance(self.real_features, features)
-            subsets = 100 if m > 1000 else 1
-            result["kid"] = kernel_distance(self.real_features, features, subsets, min(m, 1000))[0]
-            result |= dataclasses.asdict(precision_recall_density_coverage(self.real_features[:m], features[:m]))
+            result |= _compared(self.real_features, features)
+        if self.training_read is not None:  # by which a model that memorises does better than by held-out data
+            found = _compared(self.training_read[0], features)
+            result |= {f"{name}_train": found[name] for name in ("frechet", "recall", "coverage")}
         if classes is not None and c is not None:
             result["accuracy"] = float((classes == c).double().mean())
         return result
@@ -392,7 +390,7 @@ class Judge:
         """What a perfect model would score: no model can be asked for less.
 
         Returns:
-            held_out_real: real data that the expert has not seen, against the reference.
+            training_data: against the held-out reference, as a perfect model; in the columns `_train` as one that has memorised them.
             real_halves, teacher_halves: two halves of the reference, or of the expert's own states and samples.
             n and n_paths are the numbers of samples and of trajectories on each side. The teacher's halves are matched by class.
             Their frechet_to_expert is the floor of samplers that draw fresh noise, and so share none with the expert: of n samples
@@ -409,10 +407,10 @@ class Judge:
         if self.settings.images is not None and self.real_features is not None:
             distance = split_half(frechet_distance, self.real_features)
             found.setdefault("real_halves", {}).update({"n": len(self.real_features) // 2, "frechet": distance})
-        if self.held_out is not None and self.held_out_noised is not None and self.settings.images is None:
-            scores = self.to_data(*self._read(self.held_out), self.held_out_c)
-            shift = self._shift(self.held_out_noised.transpose(0, 1))
-            found["held_out_real"] = {"n": len(self.held_out), "n_paths": self.held_out_noised.shape[1], **scores, **shift}
+        if self.training is not None and self.training_read is not None:
+            noised = self._noised(self.training, self._generator("forward training"))
+            scores = self.to_data(*self.training_read, self.c) | self._shift(noised.transpose(0, 1))
+            found["training_data"] = {"n": self.n, "n_paths": noised.shape[1], **scores}
         return found
 
     def _shift(self, path: Tensor) -> dict[str, list[float]]:
@@ -466,15 +464,16 @@ class Judge:
             name: Under which its batches are kept in the store.
 
         Returns:
-            frechet, kid, precision, recall, density, coverage, vendi, accuracy: samples against data.
+            frechet, kid, precision, recall, density, coverage, vendi, accuracy: samples against the reference.
+            frechet_train, recall_train, coverage_train: samples against training data, where the reference is held out.
             frechet_to_expert: samples against the expert's own.
             endpoint_rmse, path_rmse: samples, and the latents after each step, against the expert's from the same noise; None
                 where `renoise` draws more noise on the way, which even a perfect student then answers otherwise.
             clip_score, hpsv2, lpips: where they were asked for.
             action_mse_own, action_mse_expert, action_mse_forward: E (a − a*)² per entry on the policy's own states, on the
-                expert's and on forward-diffused data; action_ratio, the first over the last (over the second without data).
+                expert's and on the forward-diffused reference; action_ratio, the first over the last (over the second without data).
             shift, mmd_shift, gaussian_shift: sliced W2, unbiased MMD² and Gaussian W2 between visited latents and
-                forward-diffused data; shift_to_expert, mmd_shift_to_expert, gaussian_shift_to_expert: between them and those that
+                the forward-diffused reference; shift_to_expert, mmd_shift_to_expert, gaussian_shift_to_expert: between them and those that
                 the expert visits from the same noise, 0 for the expert; this MMD² leaves out the pairs that share their noise.
             diversity: mean distance between two visited latents, per entry.
             nfe_per_sample, seconds: cost of sampling.
@@ -497,7 +496,8 @@ class Judge:
             theirs.append(float((action - self.expert_path[:m, i + 1]).square().mean()))
             if self.real is not None:
                 x_t, expert_action = self._forward_actions[i]
-                action = policy.act(x_t, at[: len(x_t)], to[: len(x_t)], c)
+                k = len(x_t)
+                action = policy.act(x_t, t.expand(k), s.expand(k), None if self.real_c is None else self.real_c[:k])
                 forward.append(float((action - expert_action).square().mean()))
         result |= {
             "path_rmse": [_rmse(path[:, i + 1], self.expert_path[:, i + 1]) for i in range(self.grid.num_steps)]
@@ -516,7 +516,7 @@ class Judge:
         """Forward-diffused states at each time, and the expert's actions there, each (m, *sample_shape)."""
         noised = self.real_noised[:, : self.settings.n_action]
         m = noised.shape[1]
-        c = None if self.c is None else self.c[:m]
+        c = None if self.real_c is None else self.real_c[:m]
         place = self._place(f"{self._baseline_names()[0]}-on-data", self.expert_policy, self.grid, "ddim", "actions.safetensors")
         if place is not None and place.is_file():
             return list(zip(noised, read_tensors(place, "remove it, and it is made again")["actions"].to(noised.device), strict=True))
@@ -534,11 +534,11 @@ class Judge:
     def lpips_diversity(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, name: str | None = None) -> float:
         """Mean LPIPS between two of a condition's 10 samples, over 50 conditions, each kept; all share the 10 draws of noise."""
         expert, stem = self.expert, self._place(name, policy, grid, kernel, "lpips")
-        x_T = torch.randn(IN_GROUP, *expert.sample_shape, generator=self._generator(0, 2), device=expert.device)
+        x_T = torch.randn(IN_GROUP, *expert.sample_shape, generator=self._generator("lpips x_T"), device=expert.device)
 
         def mean_of(condition: int) -> dict[str, float]:
             c = torch.full((IN_GROUP,), condition, device=expert.device) if expert.num_conditions else None
-            group = self.pictures(unroll(policy, grid, x_T, c, kernel=kernel, generator=self._generator(0, 3))[:, -1])
+            group = self.pictures(unroll(policy, grid, x_T, c, kernel=kernel, generator=self._generator("lpips steps"))[:, -1])
             return {"lpips": group_diversity([group], self._lpips)}
 
         means = []
@@ -551,7 +551,7 @@ class Judge:
         """A policy's samples from the judge's first batch of noise and conditions, (b, *sample_shape)."""
         x_T = self.noise()
         c = None if self.c is None else self.c[: len(x_T)]
-        return unroll(policy, grid, x_T, c, kernel=kernel, generator=self._generator(0, 1))[:, -1]
+        return unroll(policy, grid, x_T, c, kernel=kernel, generator=self._generator("steps"))[:, -1]
 
     def baselines(self) -> dict[str, Tensor]:
         """The expert's samples by its full sampler, and by as few steps as the student has."""
@@ -612,6 +612,8 @@ class Judge:
             "extractor": self.extractor.name,
             "distance": frechet_name(self.extractor.name),
             "n": self.n,
+            "reference": None if self.real is None else "training" if self.training is None else "held_out",
+            "n_reference": None if self.real is None else len(self.real),
             "seed": s.seed,
             "n_paths": min(s.n_paths, self.n),
             "n_action": min(s.n_action, s.n_paths, self.n),
@@ -639,6 +641,13 @@ def _kept(place: Path | None, make: Callable[[], dict[str, Any]]) -> dict[str, A
     if place is not None:
         write_atomically(place, json.dumps(found))
     return found
+
+
+def _compared(real: Features, fake: Features) -> dict[str, float]:
+    """Two distances; precision, recall, density and coverage of as many of each, since these move with n."""
+    m = min(len(real), len(fake))
+    distances = {"frechet": frechet_distance(real, fake), "kid": kernel_distance(real, fake, 100 if m > 1000 else 1, min(m, 1000))[0]}
+    return distances | dataclasses.asdict(precision_recall_density_coverage(real[:m], fake[:m]))
 
 
 def _digest(x: Tensor) -> str:

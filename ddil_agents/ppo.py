@@ -176,11 +176,11 @@ class StudentActorCritic(MultiInputActorCriticPolicy):
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's and numpy's global generators, which stable-baselines3 draws from, begin at seed, and afterwards are what they were."""
+    """torch's and numpy's global generators, which stable-baselines3 draws from, begin at a 32-bit seed, and then are as they were."""
     outside = np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
+        np.random.seed(seed)
         try:
             yield
         finally:
@@ -216,7 +216,7 @@ class PPOAgent(Agent):
             autoreset_mode="SameStep",
         )
         batch = SB3VecEnv(env)
-        batch.seed(stream_seed(config.seed, "rollout") % 2**62)
+        batch.seed(stream_seed(config.seed, "rollout"))
         policy = {
             "features_extractor_class": StudentFeatures,
             "features_extractor_kwargs": {"student": self.initial_student(), "t_max": float(expert.schedule.t_max)},

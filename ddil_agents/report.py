@@ -29,6 +29,9 @@ METRICS: dict[str, tuple[str, str, int]] = {  # key of a result → heading, for
     "recall": ("recall ↑", "{:.3f}", 1),
     "density": ("density ↑", "{:.3f}", 1),
     "coverage": ("coverage ↑", "{:.3f}", 1),
+    "frechet_train": ("Fréchet to training data ↓", "{:.3g}", -1),
+    "recall_train": ("recall of training data ↑", "{:.3f}", 1),
+    "coverage_train": ("coverage of training data ↑", "{:.3f}", 1),
     "accuracy": ("accuracy ↑", "{:.3f}", 1),
     "vendi": ("Vendi ↑", "{:.3g}", 1),
     "lpips": ("LPIPS diversity ↑", "{:.3f}", 1),
@@ -58,7 +61,9 @@ def called(name: str, row: dict[str, Any]) -> str:
 def measured(settings: dict[str, Any], made: dict[str, Any]) -> str:
     """How scores were measured, and where: the line below a table."""
     seed = f", evaluation seed {settings['seed']}" if "seed" in settings else ""
-    how = f"n = {settings['n']}{seed}, features of {settings['extractor']}, guidance {settings['guidance_scale']:g}"
+    against = settings.get("reference")
+    data = f", against {settings['n_reference']} {against.replace('_', '-')} data" if against and "images" not in settings else ""
+    how = f"n = {settings['n']}{seed}{data}, features of {settings['extractor']}, guidance {settings['guidance_scale']:g}"
     return f"{how}; {made['hardware']}, torch {made['torch']}, {made['date']}"
 
 
@@ -156,13 +161,13 @@ def save_curves(path: Path, runs: dict[str, list[dict[str, Any]]], results: dict
         error.plot(steps, student["action_mse_expert"], marker="o", ls="--", color=line.get_color(), label=f"{name}, expert's states")
         if student["shift"]:
             shift.plot(steps, student["shift"], marker="o", label=name)
-            floor = result["floors"].get("held_out_real", {}).get("shift")
+            floor = result["floors"].get("training_data", {}).get("shift")
     for axis in (error, shift):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     error.set(xlabel="step", ylabel="action error, E (a − a*)²", yscale="log")
     shift.set(xlabel="step", ylabel="sliced W2 to forward marginals")
     if floor is not None:
-        shift.plot(range(1, len(floor) + 1), floor, ls=":", c="grey", label="held-out real data")
+        shift.plot(range(1, len(floor) + 1), floor, ls=":", c="grey", label="training data")
     for axis in (loss, cost, error, shift):
         if axis.lines:
             axis.legend(fontsize=8)

@@ -72,7 +72,7 @@ def plan(config: LearnerConfig) -> list[Stage]:
             own = {
                 "init": config.init if not stages else None,
                 "teacher_steps": steps,
-                "seed": stream_seed(config.seed, f"stage {number}") % 2**31,
+                "seed": stream_seed(config.seed, f"stage {number}"),
             } | changes
             if absorbed:
                 asked = {key: changes.get(key, getattr(config, key)) for key in ("guidance_range", "guidance_scale")}

@@ -118,7 +118,7 @@ def test_result_says_what_was_measured_how_and_at_what_cost(runs: dict[str, Path
     assert own["frechet"] > 0
     assert own["endpoint_rmse"] > result["models"]["teacher@4"]["endpoint_rmse"] > result["models"]["teacher@8"]["endpoint_rmse"] == 0
     assert len(own["action_mse_own"]) == len(own["action_mse_expert"]) == len(own["shift"]) == 4
-    assert result["floors"]["held_out_real"]["frechet"] >= 0
+    assert result["floors"]["training_data"]["frechet"] >= 0
     assert {"date", "hardware", "python", "ddil", "torch", "torchrl"} <= result.keys()
     if agent == "bc":
         assert result["teacher_nfe"] == 3 * 32 * 2  # 3 collections of 32 states of 2 expert steps
@@ -370,10 +370,10 @@ def test_a_report_of_two_runs_is_a_table_curves_and_pictures(runs: dict[str, Pat
     report.main([*map(str, runs.values()), "--out", "page"])
     assert {path.name for path in Path("page").iterdir()} == {"report.md", "curves.png", "samples.png"}
     text = Path("page/report.md").read_text()
-    (head,) = [line.split("|")[2:-1] for line in text.splitlines() if "held out real" in line]
+    (head,) = [line.split("|")[2:-1] for line in text.splitlines() if "training data" in line]
     assert [name.strip().partition(",")[0] for name in head] == [
         "teacher halves",
-        "held out real",
+        "training data",
         "teacher@8",
         "teacher@4",
         "bc@4",
@@ -402,8 +402,8 @@ def test_a_report_refuses_what_is_no_run(kind: str, capsys: pytest.CaptureFixtur
 def test_evaluate_prints_the_teachers_quality_by_steps(capsys: pytest.CaptureFixture[str]) -> None:
     evaluate.main([*ENV, "--steps", "16", "2", "--n", "40", "--out", "teacher.json"])
     printed = capsys.readouterr().out
-    (head,) = [line.split("|")[2:-1] for line in printed.splitlines() if "held out real" in line]
-    assert [name.strip().partition(",")[0] for name in head] == ["teacher halves", "held out real", "teacher@16", "teacher@2"]
+    (head,) = [line.split("|")[2:-1] for line in printed.splitlines() if "training data" in line]
+    assert [name.strip().partition(",")[0] for name in head] == ["teacher halves", "training data", "teacher@16", "teacher@2"]
     (result,) = json.loads(Path("teacher.json").read_text())
     assert result["models"]["teacher@16"]["frechet"] < result["models"]["teacher@2"]["frechet"]
     assert result["models"]["teacher@2"]["nfe_per_sample"] == 2

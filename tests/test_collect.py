@@ -238,9 +238,23 @@ def test_rollouts_draw_nothing_of_the_forward_streams() -> None:
     assert torch.equal(mixed["x_s"][:10], alone["x_s"])
 
 
-def test_the_streams_of_a_seed_and_of_other_seeds_differ() -> None:
-    seeds = {stream_seed(seed, name) for seed in range(50) for name in (*STREAMS, "weights", "source")}
-    assert len(seeds) == 50 * (len(STREAMS) + 2)
+def first_draws(seed: int) -> Tensor:
+    return torch.rand(4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_generator_on_the_cpu_keeps_32_bits_of_its_seed() -> None:
+    assert torch.equal(first_draws(5), first_draws(5 + 2**32))
+    assert not torch.equal(first_draws(5), first_draws(5 + 2**31))
+
+
+def test_no_two_streams_of_all_seeds_are_one() -> None:
+    learning = (*STREAMS, "weights", "source", "disturbance", "dropout", "head", "discriminator", "calibration", "ppo0")
+    judging = [f"{name}, batch {batch}" for name in ("x_T", "steps", "forward", "lpips x_T", "lpips steps") for batch in (0, 1)]
+    names = (*learning, *judging, "shown", "stage 1", "stage 2", "stage 3", "stage 4")
+    seeds = [stream_seed(seed, name) for seed in range(1000) for name in names]
+    assert 0 <= min(seeds) < max(seeds) < 2**32  # all of it is kept
+    assert len(set(seeds)) == len(seeds)
+    assert not torch.equal(first_draws(stream_seed(0, "data")), first_draws(stream_seed(2**32, "data")))
 
 
 def test_no_gradient_flows_through_a_collection() -> None:

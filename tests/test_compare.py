@@ -267,9 +267,9 @@ def test_every_score_of_a_row_is_in_every_table():
     assert {*scores} < METRICS.keys()
     settings = {"n": 20, "seed": 0, "extractor": "inception_v3_2015", "guidance_scale": 1.0}
     made = {"hardware": "a CPU", "torch": "2", "date": "today"}
-    result = {"settings": settings, **made, "floors": {"held_out_real": {"recall": 0.9, "n": 11}}}
+    result = {"settings": settings, **made, "floors": {"training_data": {"recall": 0.9, "n": 11}}}
     lines = table({**result, "models": {"dagger@4": dict.fromkeys(scores, 0.25)}}).splitlines()
-    assert "held out real, n = 11" in lines[0]
+    assert "training data, n = 11" in lines[0]
     names = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
     assert names[2:] == [heading(score, result) for score in scores]
     assert names[2:4] == ["FID ↓", "KID ↓"]
@@ -377,13 +377,13 @@ def test_a_comparison_runs_whole_and_a_diverged_arm_is_a_result(whole):
     assert found["initial"]["bc"]["0"]["endpoint_rmse"] > 0.3  # a random network
     assert found["provenance"].keys() >= {"date", "hardware", "torch"}
     names = [name.partition(",")[0] for name in found["references"]]
-    assert names == ["real halves", "teacher halves", "held out real", "teacher@4", "teacher@2"]
+    assert names == ["real halves", "teacher halves", "training data", "teacher@4", "teacher@2"]
     assert all(re.search(r", n = \d+$", name) for name in list(found["references"])[:3])
     names = [line[0].partition(",")[0] for line in compare.table_rows(found, "updates")]
     assert names == [
         "model",
         "teacher halves",
-        "held out real",
+        "training data",
         "teacher@4",
         "teacher@2",
         "bc",

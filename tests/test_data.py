@@ -399,8 +399,8 @@ def test_the_command_trains_on_a_familys_own_data(
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["env_config"]["data"] == str(coco)
     assert result["settings"]["extractor"] == "latent_pool8"
-    assert result["floors"]["held_out_real"]["n"] == 10
-    assert result["floors"]["held_out_real"]["frechet"] > 0
+    assert result["floors"]["training_data"]["n"] == 10
+    assert result["floors"]["training_data"]["frechet"] > 0
     assert result["models"]["dagger@2"]["frechet"] > 0
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["step"] == 2
@@ -434,7 +434,7 @@ def test_a_run_without_held_out_data_has_no_floor(folders: dict[str, Path], coco
     env = [*SD, "--env.model", str(folders["sd15"]), "--data", str(coco), "--env.data_cache", str(coco.parent / "sd15.pairs")]
     dagger.main([*env, *sizes(0), "--beta.forward", "1", "--beta.teacher", "0", "--out", str(tmp_path / "run")])
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert "held_out_real" not in result["floors"]
+    assert "training_data" not in result["floors"]
     assert result["models"]["dagger@2"]["frechet"] > 0
 
 

@@ -1,5 +1,6 @@
 """The judge: batches, their store, trajectories step by step, pictures and captions."""
 
+import dataclasses
 import json
 import re
 from itertools import pairwise
@@ -14,11 +15,12 @@ from ddil_agents import dagger, dmd2, evaluate
 from ddil_agents.cli import find_agent, refuse_early, with_preset
 from ddil_agents.evaluate import Evaluation, Judge, extractor_for
 from ddil_agents.metrics import extractors
+from ddil_agents.metrics.coverage import precision_recall_density_coverage
 from ddil_agents.metrics.distances import mmd2, split_half
 from ddil_agents.metrics.extractors import Extractor
 from ddil_agents.metrics.frechet import frechet_distance
-from ddil_agents.report import merge
-from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, load_expert
+from ddil_agents.report import merge, table
+from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, load_expert, unroll
 from ddil_env.corrections import ScaledEpsilon
 from ddil_env.experts.stable_diffusion import StableDiffusion, coco_captions
 from ddil_env.presets import config_dir, read_yaml
@@ -59,6 +61,22 @@ def test_batches_are_judged_as_one_set():
     assert torch.allclose(drawn.features.values, x, atol=1e-6)
     assert drawn.path.shape == (20, 5, 2)
     assert torch.allclose(drawn.path[:, -1], x[:20], atol=1e-6)
+
+
+def test_the_noise_on_the_way_is_not_what_another_seed_or_batch_starts_from(monkeypatch):
+    judges, on_the_way = [judge_of(mixture(), seed=seed) for seed in (0, 1, 1_000_003)], []
+
+    def noting(*args, generator, **kwargs):
+        on_the_way.append(torch.Generator().manual_seed(generator.initial_seed()))
+        return unroll(*args, generator=generator, **kwargs)
+
+    monkeypatch.setattr(evaluate, "unroll", noting)
+    for judge in judges:
+        judge._draw(judge.few_steps, judge.grid, "renoise")
+    starts = [judge.noise(batch) for judge in judges for batch in range(3)]
+    noise = [*starts, *(torch.randn(25, 2, generator=generator) for generator in on_the_way)]
+    assert len(on_the_way) == 9
+    assert len({tuple(x[0].tolist()) for x in noise}) == len(noise)
 
 
 def test_a_store_spares_what_is_in_it_and_changes_no_number(tmp_path: Path):
@@ -155,8 +173,8 @@ def test_a_planted_bias_shows_at_its_step_and_after():
 
 
 def test_a_shift_is_measured_to_be_what_was_planted():
-    judge = judge_of(mixture(), n=400, n_paths=400, batch_size=400)
-    b, floor = 0.5, judge.floors()["held_out_real"]
+    judge = judge_of(mixture(), n=800, n_paths=800, batch_size=800)
+    b, floor = 0.5, judge.floors()["training_data"]
     halves, their_halves = judge.floors()["real_halves"], judge.floors()["teacher_halves"]
     unbiased, row = judge.judge(judge.expert_policy), judge.judge(Biased(judge.expert_policy, judge.grid.times[0], b))
     # All states after the first step are moved by b in each entry. Sliced W2 is per √d: b. Gaussian W2: ‖(b, b)‖ = b √2.
@@ -170,7 +188,7 @@ def test_a_shift_is_measured_to_be_what_was_planted():
         assert row[name + "_to_expert"][1] > 3 * their_halves[name + "_to_expert"][1] > 0
     assert row["mmd_shift"][1] > 3 * abs(floor["mmd_shift"][1])
     assert row["mmd_shift_to_expert"][1] > 3 * abs(their_halves["mmd_shift_to_expert"][1])
-    assert halves["n_paths"] == their_halves["n_paths"] == 200
+    assert halves["n_paths"] == their_halves["n_paths"] == 400
     assert all(len(halves[name]) == 4 for name in ("shift", "mmd_shift", "gaussian_shift"))
 
 
@@ -202,9 +220,96 @@ def test_a_perfect_sampler_with_noise_of_its_own_is_half_as_far_as_the_teachers_
     assert floors[0]["n"] == 200
 
 
+class Memory(DdimPolicy):
+    """A student that gives back what the teacher was trained on."""
+
+    def __init__(self, expert, n):
+        super().__init__(ExpertPolicy(expert).predict, expert.schedule)
+        self.pictures = expert.reference_data(n)[0]
+
+    def act(self, x_t, t, s, c=None, w=None):
+        return self.pictures[: len(x_t)]
+
+
+def test_a_student_that_memorises_is_held_against_data_that_it_has_not_seen():
+    expert = load_expert("digits8")
+    judge = judge_of(expert, n=500, n_paths=10, n_action=5, batch_size=500)
+    row, (training, c), (held_out, _) = (
+        judge.judge(Memory(expert, 500), judge.grid),
+        expert.reference_data(500),
+        expert.reference_data(500, True),
+    )
+    assert (len(training), len(held_out)) == (500, 440)
+    assert {key: judge.describe()[key] for key in ("n", "reference", "n_reference")} == {
+        "n": 500,
+        "reference": "held_out",
+        "n_reference": 440,
+    }
+    assert torch.equal(judge.c, c)  # samples have the classes of the training data, 50 of each
+    features, seen = judge._read(held_out)[0], judge._read(training)[0]
+    assert row["frechet"] == frechet_distance(features, seen) > 0.1
+    matched = precision_recall_density_coverage(features, seen[:440])  # 44 of each class on both sides
+    assert {name: row[name] for name in ("precision", "recall", "density", "coverage")} == dataclasses.asdict(matched)
+    assert row["recall"] < 1 > row["coverage"]
+    assert row["frechet_train"] == pytest.approx(0, abs=1e-6)
+    assert row["recall_train"] == row["coverage_train"] == 1
+    floor = judge.floors()["training_data"]  # what such a student is
+    assert {key: floor[key] for key in floor.keys() & row.keys() - {"shift"}} == {
+        key: row[key] for key in floor.keys() & row.keys() - {"shift"}
+    }
+    told = table({"settings": judge.describe(), "floors": {}, "models": {"memory@4": row}, **evaluate.provenance(expert.device)})
+    assert "n = 500, evaluation seed 0, against 440 held-out data, features" in told
+    assert "coverage of training data ↑" in told
+
+
+def test_without_held_out_data_the_training_data_are_the_reference_and_the_result_says_so(monkeypatch):
+    expert = mixture()
+    draw = expert.reference_data
+
+    def all_trained_on(n, held_out=False):
+        if held_out:
+            raise NoDataError("none")
+        return draw(n)
+
+    monkeypatch.setattr(expert, "reference_data", all_trained_on)
+    judge = judge_of(expert)
+    assert (judge.describe()["reference"], judge.describe()["n_reference"]) == ("training", 60)
+    assert torch.equal(judge.real, draw(60)[0])
+    row = judge.judge(judge.few_steps)
+    assert row["frechet"] > 0
+    assert not [key for key in row if key.endswith("_train")]
+    assert judge.floors().keys() == {"real_halves", "teacher_halves"}
+
+
+@pytest.mark.parametrize("n_held_out", [8, 90])
+def test_forward_states_are_of_held_out_data_under_their_own_conditions(monkeypatch, n_held_out):
+    expert = GaussianMixtureExpert(means=[[-0.7, 0.2], [0.6, -0.4], [0.1, 0.8]], stds=0.1, weights=[1, 1, 1], labels=[0, 1, 2])
+    draw, asked = expert.reference_data, []
+    monkeypatch.setattr(expert, "reference_data", lambda n, held_out=False: draw(n_held_out if held_out else n, held_out))
+    judge = judge_of(expert, n_action=15)
+    held_out, c = draw(n_held_out, held_out=True)
+    m = min(15, n_held_out)
+    assert not torch.equal(c[:m], judge.c[:m])
+
+    class Noting(DdimPolicy):
+        def act(self, x_t, t, s, c=None, w=None):
+            asked.append((x_t, t, c))
+            return super().act(x_t, t, s, c, w)
+
+    row = judge.judge(Noting(judge.few_steps.predict, expert.schedule))
+    forward = [(x_t, t, of) for x_t, t, of in asked if x_t.shape == (m, 2) and torch.equal(of, c[:m])]
+    assert len(row["action_mse_forward"]) == len(forward) == 4
+    for (x_t, t, _), noised in zip(forward, judge.real_noised, strict=True):
+        assert torch.equal(x_t, noised[:m])
+        alpha, sigma = expert.schedule(t, x_t)
+        assert ((x_t - alpha * held_out[:m]) / sigma).abs().max() < 4  # the noise that was added to them
+    assert torch.equal(judge_of(expert, n_action=15).real_noised, judge.real_noised)
+    assert not torch.equal(judge_of(expert, n_action=15, seed=1).real_noised, judge.real_noised)
+
+
 def test_every_floor_says_of_how_many_samples_it_is(monkeypatch):
     floors = judge_of(mixture()).floors()
-    assert {name: row["n"] for name, row in floors.items()} == {"real_halves": 10, "teacher_halves": 30, "held_out_real": 60}
+    assert {name: row["n"] for name, row in floors.items()} == {"real_halves": 10, "teacher_halves": 30, "training_data": 60}
     expert = mixture()
     draw = expert.reference_data
 
@@ -302,7 +407,7 @@ def test_pictures_of_an_expert_on_the_gpu_are_judged(colour):
     judge = judge_of(load_expert("digits8", device="cuda"), n=20, n_paths=10, batch_size=8, extractor="colour")
     row = judge.judge_baselines()["teacher@4"]
     assert row["frechet"] > 0
-    assert judge.floors()["held_out_real"]["frechet"] > 0
+    assert judge.floors()["training_data"]["frechet"] > 0
 
 
 def test_what_an_expert_lacks_is_refused_before_anything_is_drawn(tmp_path: Path, colour):
@@ -341,7 +446,7 @@ def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch, tmp_path: Pa
     row = judge.judge(judge.few_steps, judge.grid, name="few")
     assert row["clip_score"] == pytest.approx(float(judge.c.double().mean()))
     # Ten pictures of each condition, from one noise in all conditions: 45 pairs each.
-    x_T = torch.randn(10, *expert.sample_shape, generator=judge._generator(0, 2))
+    x_T = torch.randn(10, *expert.sample_shape, generator=judge._generator("lpips x_T"))
     means = []
     for c in range(10):
         x = x_T

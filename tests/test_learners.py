@@ -135,7 +135,7 @@ def collected(learner: Learner) -> TensorDict:
     return learner.collector.collect(48, (1 / 3, 1 / 3, 1 / 3), 0)
 
 
-@pytest.mark.parametrize("weighting", ["truncated_snr", "snr_plus_one"])
+@pytest.mark.parametrize("weighting", ["truncated_snr", "snr_plus_one", "velocity"])
 def test_the_loss_and_its_gradient_vanish_where_the_student_is_the_target(weighting: Any) -> None:
     values = {}
     for offset in (0.0, 0.1):
@@ -178,6 +178,21 @@ def test_snr_plus_one_is_the_plain_error_in_v() -> None:
         plain = (learner.student.network(x_t, t.double(), None) - v_tgt).square().mean(1)  # this student predicts v
         loss = learner.loss(batch.set("t", t.double()).set("s", batch["s"].double()))
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind", "snr_plus_one_too"), [("cosine", "v", True), ("scaled_linear", "v", True), ("flow", "flow", False)]
+)
+def test_the_velocity_weighting_is_the_plain_error_in_v_or_u(schedule: Any, kind: Any, snr_plus_one_too: bool) -> None:
+    # Of two estimates x̂_0 at one x_t: Δε = −(α/σ) Δx_0, so Δv = −(σ + α²/σ) Δx_0 and Δu = −(1 + α/σ) Δx_0.
+    expert = GaussianMixtureExpert(CORNERS, 0.25, [1, 2, 3, 4], schedule=schedule)
+    t = TimeGrid(expert.schedule, 8).times[:-1].double()
+    x_t, x_0, other = torch.randn(3, len(t), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    velocity, velocity_of_other = (expert.schedule.prediction(x, x_t, t, "x_0").output(kind) for x in (x_0, other))
+    plain, in_x_0 = (velocity - velocity_of_other).square().mean(1), (x_0 - other).square().mean(1)
+    weight = {name: BehaviourCloning(expert, BCConfig(**settings(weighting=name))).weight(t) for name in ("velocity", "snr_plus_one")}
+    torch.testing.assert_close(weight["velocity"].double() * in_x_0, plain, rtol=1e-5, atol=0)
+    assert torch.allclose(weight["snr_plus_one"].double() * in_x_0, plain, rtol=1e-5) == snr_plus_one_too
 
 
 def test_truncated_snr_is_the_snr_but_at_least_1() -> None:
@@ -513,7 +528,7 @@ def test_a_manifest_says_what_was_saved(saved: Path) -> None:
         ({"teacher_steps": 30}, "teacher_steps=30 is no multiple of num_steps=4"),
         ({"gradient_accumulation": 3}, "batch_size=16 does not divide into gradient_accumulation=3 parts"),
         ({"mixed_precision": "fp8"}, "unknown mixed_precision 'fp8'; choose one of: no, fp16, bf16"),
-        ({"weighting": "snr"}, "unknown weighting 'snr'; choose one of: truncated_snr, snr_plus_one"),
+        ({"weighting": "snr"}, "unknown weighting 'snr'; choose one of: truncated_snr, snr_plus_one, velocity"),
         ({"collect_size": 3, "beta": Beta(0, 0, 1)}, "collect_size=3: its shares .* hold not one rollout of 4 states"),
     ],
 )

@@ -151,7 +151,7 @@ def test_strings_of_settings_are_escaped(plane, tmp_path):
         "provenance": {**result["provenance"], "hardware": HOSTILE},
         "references": {
             **result["references"],
-            HOSTILE: next(rows for name, rows in result["references"].items() if name.startswith("held out real")),
+            HOSTILE: next(rows for name, rows in result["references"].items() if name.startswith("training data")),
         },
     }
     text = changed(plane, tmp_path, **hostile)

@@ -7,6 +7,7 @@ import torch
 from paper import Stochastic, plan, summary
 
 from ddil_env import ExpertPolicy, GaussianMixtureExpert, TimeGrid
+from ddil_env.support import Box
 
 
 def test_stochastic_steps_of_a_point_mass_keep_the_forward_marginals() -> None:
@@ -23,6 +24,23 @@ def test_stochastic_steps_of_a_point_mass_keep_the_forward_marginals() -> None:
             assert abs(float(torch.corrcoef(torch.stack([before[:, 0], x[:, 0]]))[0, 1])) < 0.9
         else:
             torch.testing.assert_close(x, ExpertPolicy(expert).act(before, t.expand(n), s.expand(n)))
+
+
+def test_stochastic_steps_start_from_estimates_inside_the_support() -> None:
+    x_0 = torch.tensor([[1.7, -0.3]])
+    expert = GaussianMixtureExpert(means=x_0, stds=torch.tensor([1e-6]), weights=torch.ones(1))
+    expert.support = Box(1.0)
+    grid, n = TimeGrid(expert.schedule, 4), 20_000
+    x_T, (t, s) = torch.randn(n, 2, generator=torch.Generator().manual_seed(0)), (time.expand(n) for time in grid.times[:2])
+    x = Stochastic(expert, 1).act(x_T, t, s)
+    alpha, sigma = expert.schedule(grid.times[:2, None], x)  # (2, 1): at t and at s
+    within = torch.tensor([1.0, -0.3])
+    # ε̂ is what x_t leaves beside the projected x̂_0: its mean is −(α_t/σ_t) x̂_0, since x_T has mean 0.
+    eta = sigma[1] / sigma[0] * (1 - (alpha[0] / alpha[1]) ** 2).sqrt()
+    mean = alpha[1] * within - (sigma[1] ** 2 - eta**2).sqrt() * alpha[0] / sigma[0] * within
+    torch.testing.assert_close(x.mean(0), mean, atol=0.03, rtol=0)  # four standard errors
+    last, end = (time.expand(n) for time in grid.times[-2:])
+    torch.testing.assert_close(Stochastic(expert, 1).act(x_T, last, end), within.expand(n, 2))
 
 
 def test_every_method_has_its_baseline_and_both_variants_in_every_seed() -> None:

@@ -476,10 +476,10 @@ def test_a_staged_run_loads_and_is_reported(staged: Path, tmp_path: Path, capsys
     assert isinstance(learner.expert, Digits)
     report.main([str(staged), "--out", str(tmp_path / "page")])
     assert {path.name for path in (tmp_path / "page").iterdir()} == {"report.md", "curves.png", "samples.png"}
-    (head,) = [line.split("|")[2:-1] for line in (tmp_path / "page" / "report.md").read_text().splitlines() if "held out real" in line]
+    (head,) = [line.split("|")[2:-1] for line in (tmp_path / "page" / "report.md").read_text().splitlines() if "training data" in line]
     assert [name.strip().partition(",")[0] for name in head] == [
         "teacher halves",
-        "held out real",
+        "training data",
         "teacher@4",
         "dagger@4",
         "teacher@2",

@@ -208,8 +208,8 @@ class Count:
 
 @each_agent
 def test_each_line_of_metrics_holds_the_share_that_each_role_moved(agent: str, tmp_path: Path) -> None:
-    learner = made(agent, thresholding=Thresholding(kind="static", bound=0.3, roles=AGENTS[agent].roles))
-    count = Count(learner, 0.3)
+    learner = made(agent, thresholding=Thresholding(kind="static", bound=0.2, roles=AGENTS[agent].roles))
+    count = Count(learner, 0.2)
     train(learner, tmp_path, progress=False, log_every=1)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert len(rows) == len(count.lines) == learner.config.num_updates

@@ -27,7 +27,7 @@ Row = dict[str, Any]
 ERROR = "action error E (a − a*)²"
 STEPS: dict[str, tuple[str, str, str]] = {  # key of a row's list over steps → title, y axis, what to look for
     "shift": ("Covariate shift", "sliced W₂ to noised data",
-              "Where a model lies above held-out real data, it visits states that noised data do not. Halves are of half as many samples, "
+              "Where a model lies above training data, it visits states that noised data do not. Halves are of half as many samples, "
               "and lie higher for it."),
     "gaussian_shift": ("Shift of mean and covariance", "Gaussian W₂ to noised data", "What the first two moments show of the shift."),
     "mmd_shift": ("Shift as a kernel sees it", "MMD² to noised data", "0 for equal distributions, around which the estimate scatters."),
@@ -40,7 +40,7 @@ STEPS: dict[str, tuple[str, str, str]] = {  # key of a row's list over steps →
                             "0 for the teacher itself; of equal distributions the estimate scatters around 0."),
     "action_mse_own": ("Error on the model's own states", ERROR, "What sampling suffers: the states are those that the model has led to."),
     "action_mse_expert": ("Error on the teacher's states", ERROR, "The same, where the teacher would have led."),
-    "action_mse_forward": ("Error on noised data", ERROR, "The same, where behaviour cloning trains."),
+    "action_mse_forward": ("Error on noised data", ERROR, "The same, at states of the kind that behaviour cloning trains on."),
     "action_ratio": ("Compounding, against noised data", "error, own states / noised data",
                      "At 1, own states are no harder than those of training. Errors that compound make the ratio grow from step to step."),
     "compounding": ("Compounding, against the teacher's states", "error, own / teacher's states",
@@ -74,7 +74,7 @@ def models(result: dict[str, Any], budget: str) -> Iterator[tuple[str, Look, lis
     full = max((name for name in result["references"] if name.startswith("teacher@")), key=steps_in, default="")
     for name, rows in result["references"].items():
         kind = name.partition(",")[0]  # a floor's name goes on with its number of samples
-        yield name, {full: TEACHER, "held out real": FLOOR, "real halves": HALVES, "teacher halves": HALVES}.get(kind, FEWER), rows
+        yield name, {full: TEACHER, "training data": FLOOR, "real halves": HALVES, "teacher halves": HALVES}.get(kind, FEWER), rows
     for arm, look in looks(result).items():
         yield arm, look, [run for run in result["budgets"][budget]["runs"] if run["arm"] == arm and run["done"]]
 

@@ -16,7 +16,13 @@ BUDGETS = {
     "nfe": "forwards of teacher and student",
     "seconds": "seconds of training",
 }
-MEASURED = {"n": "Samples a model", "n_paths": "… for paths", "n_action": "… for action errors", "guidance_scale": "Guidance"}
+MEASURED = {
+    "n": "Samples a model",
+    "n_reference": "… of the reference",
+    "n_paths": "… for paths",
+    "n_action": "… for action errors",
+    "guidance_scale": "Guidance",
+}
 COSTS = {"num_updates": ("gradient steps", "{:,.0f}")} | {
     key: (label, form.replace("d}", ".0f}")) for key, (label, form) in COLUMNS.items() if key not in METRICS
 }  # as means over runs, which are no whole numbers
