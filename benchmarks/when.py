@@ -46,26 +46,27 @@ VERSION = 1  # to be raised where the library changes what a run is: records of 
 GUIDANCE, STEPS = (3.0, 7.0), (4, 8, 16)
 COLLECT, RING = 128, 8  # states of a collection, and how many collections' states are held: as many of every source, so that reuse is equal
 BASE: dict[str, Any] = {"batch_size": 32, "collect_size": COLLECT, "updates_per_collect": 16, "teacher_steps": 32}
-JUDGED = Evaluation(n=2000, seed=20_000, n_paths=500, n_action=200)  # the same noise for every seed, so that the teacher is sampled once
+JUDGED = {"n": 2000, "seed": 20_000, "n_paths": 300, "n_action": 100}  # the same noise for every seed, so that the teacher is sampled once
 EITHER = ("average", "raw")  # weights that are judged: the average over the part's steps, and the last
 
 
 class Arm(NamedTuple):
-    """What an arm has of its own, and the arm that it is compared with."""
+    """What an arm has of its own, the arm that it is compared with, and in how many seeds."""
 
     settings: dict[str, Any]
     against: str = "forward"
+    seeds: int = SEEDS
 
 
-def arm(forward: float, teacher: float, student: float, against: str = "forward", **more: Any) -> Arm:
+def arm(forward: float, teacher: float, student: float, against: str = "forward", seeds: int = 8, **more: Any) -> Arm:
     """An arm with these shares of states."""
     ring = {"capacity": round(RING * COLLECT * max(forward, teacher, student)), "student_collections": RING}
-    return Arm({"beta": Beta(forward, teacher, student), **ring, **more}, against)
+    return Arm({"beta": Beta(forward, teacher, student), **ring, **more}, against, seeds)
 
 
 NONE, BOTH = Thresholding(roles=()), Thresholding(roles=("teacher", "student"))  # the default: the teacher
 FORWARD = {"beta": Beta(1, 0, 0)}
-TWO = {"forward": arm(1, 0, 0), "student": arm(0.5, 0, 0.5)}  # the baseline, and the arm that is tested
+TWO = {"forward": arm(1, 0, 0, seeds=SEEDS), "student": arm(0.5, 0, 0.5, seeds=SEEDS)}  # the baseline, and the arm that is tested
 DAGGER = TWO | {
     "teacher": arm(0.5, 0.5, 0),  # as far from the data, and never the student's
     "teacher too": arm(0.5, 0.1, 0.4),
@@ -80,10 +81,10 @@ MORE = {  # in one cell: other shares, and thresholding crossed with the arm tha
     "forward, student thresholded too": arm(1, 0, 0, thresholding=BOTH),
     "student, student thresholded too": arm(0.5, 0, 0.5, against="forward, student thresholded too", thresholding=BOTH),
 }
-LCM = {"forward": arm(1, 0, 0), "half": arm(0.5, 0, 0.5)}
+LCM = {"forward": TWO["forward"], "half": TWO["student"]}
 DMD2 = {
-    "forward": arm(1, 0, 0),
-    "own": arm(0, 0, 1),
+    "forward": TWO["forward"],
+    "own": arm(0, 0, 1, seeds=SEEDS),
     "half": arm(0.5, 0, 0.5, against="own"),
     "own and teacher": arm(0, 0.5, 0.5, against="own"),
 }
@@ -151,10 +152,15 @@ def config_of(part: Part, seed: int, init: Path | None) -> Any:
 
 
 def given(cell: Cell, arm: str) -> str:
-    """A digest of all that an arm's run was given, and how it is judged."""
-    chain = [(part.agent.name, dataclasses.asdict(config_of(part, 0, None))) for part in cell.chain(arm)]
-    judged = [cell.env, cell.last.settings["num_steps"], cell.last.agent.name, dataclasses.asdict(JUDGED), VERSION]
-    return hashlib.sha256(json.dumps([chain, judged], sort_keys=True).encode()).hexdigest()[:12]
+    """A digest of what an arm's run was given, and how it is judged."""
+    return digest(cell.env, cell.chain(arm), cell.last.agent.name, cell.last.settings["num_steps"], repr(JUDGED))
+
+
+def digest(env: str, chain: tuple[Part, ...], *more: Any) -> str:
+    """Of the settings that stand here: where the library's own defaults change, so must VERSION."""
+    settings = [(part.name, part.agent.name, BASE | part.settings) for part in chain]
+    text = json.dumps([env, settings, more, VERSION], sort_keys=True, default=dataclasses.asdict)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @cache
@@ -168,20 +174,18 @@ def judge_of(name: str, store: Path) -> tuple[Judge, float]:
     cell = next(cell for cell in cells() if cell.name == name)
     part = cell.chain(next(iter(cell.arms)))[-1]
     learner = part.agent(expert_of(cell.env), config_of(part, 0, None))
-    settings = dataclasses.replace(JUDGED, store=str(store / slug(name)))
+    settings = Evaluation(**JUDGED, store=str(store / slug(name)))
     store.mkdir(parents=True, exist_ok=True)
     with FileLock(store / f"{slug(name)}.lock"):
         judge = Judge(learner.reference, learner.grid, settings)
-    if judge.n != JUDGED.n:
-        raise RuntimeError(f"{name}: {judge.n} samples are judged, not the {JUDGED.n} that were fixed")
+    if judge.n != JUDGED["n"]:
+        raise RuntimeError(f"{name}: {judge.n} samples are judged, not the {JUDGED['n']} that were fixed")
     return judge, judge.floors()["teacher_halves"]["frechet_to_expert"]
 
 
 def trained(env: str, chain: tuple[Part, ...], seed: int, out: Path) -> Path:
     """The directory of a chain's student, trained if it is not there."""
-    settings = [(part.agent.name, dataclasses.asdict(config_of(part, 0, None))) for part in chain]
-    key = hashlib.sha256(json.dumps([env, settings, VERSION], sort_keys=True).encode()).hexdigest()[:12]
-    place = out / f"{chain[-1].name}-{key}-s{seed}"
+    place = out / f"{chain[-1].name}-{digest(env, chain)}-s{seed}"
     out.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_suffix(".lock")):
         if not place.is_dir():
@@ -194,14 +198,15 @@ def trained(env: str, chain: tuple[Part, ...], seed: int, out: Path) -> Path:
 
 
 def measure(learner: Learner, judge: Judge) -> dict[str, dict[str, Any]]:
-    """What a student does, by which of its weights; errors and shift by step."""
+    """What a student does: its average in full, errors and shift by step; of its last weights the samples."""
     found: dict[str, dict[str, Any]] = {}
     for name, network in zip(EITHER, (learner.average, learner.trainables["student"].bare), strict=True):
         support = learner.thresholds["student"] if "student" in learner.config.thresholding.roles else None
-        row = judge.judge(learner.policy(network, support), kernel=learner.kernel)
+        row = judge.judge(learner.policy(network, support), None if name == "average" else learner.grid, learner.kernel)
         found[name] = {key: row[key] for key in ("frechet_to_expert", "frechet", "recall", "coverage", "endpoint_rmse")}
-        found[name] |= {f"error_{source}": row[f"action_mse_{source}"] for source in ("own", "forward", "expert")}
-        found[name]["gaussian_shift"] = row["gaussian_shift"]
+        if name == "average":
+            found[name] |= {f"error_{source}": row[f"action_mse_{source}"] for source in ("own", "forward", "expert")}
+            found[name]["gaussian_shift"] = row["gaussian_shift"]
         if broken := [key for key, x in found[name].items() if x is not None and not torch.tensor(x).isfinite().all()]:
             raise FloatingPointError(f"{broken[0]} of the {name} weights is not finite")
     return found
@@ -224,7 +229,7 @@ def run(task: Task) -> None:
     torch.set_num_threads(1)
     cell = next(cell for cell in cells() if cell.name == task.cell)
     for arm in ("start", *cell.arms):
-        if task.place(arm).is_file():
+        if task.place(arm).is_file() or (arm in cell.arms and task.seed >= FIRST_SEED + cell.arms[arm].seeds):
             continue
         record = {"cell": cell.name, "arm": arm, "seed": task.seed, "given": given(cell, arm)} | run_arm(cell, arm, task)
         task.place(arm).parent.mkdir(parents=True, exist_ok=True)

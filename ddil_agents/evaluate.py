@@ -78,7 +78,7 @@ class Evaluation:
     """Settings of an evaluation."""
 
     n: int = 500
-    """Samples of each model, with the conditions of as many training data; held against as many held-out data, or what there are."""
+    """Samples of each model, with the conditions of the training data in turn; held against as many held-out data, or what there are."""
     seed: int = 0
     """Of the noise that every model starts from."""
     extractor: str | None = None
@@ -205,10 +205,10 @@ class Judge:
         self.few_steps = ExpertPolicy(expert, 1, expert_policy.guidance_scale, expert_policy.project)
         self.extractor = extractor_for(expert, self.settings)
         self.real, self.real_c, self.training, self.c = self._data()
-        self.n = self.settings.n if self.real is None else len(self.real if self.training is None else self.training)
-        if self.settings.protocol is not None and self.n < self.settings.n:
+        self.n, data = self.settings.n, self.real if self.training is None else self.training
+        if self.settings.protocol is not None and data is not None and len(data) < self.n:
             raise ValueError(
-                f"protocol={self.settings.protocol}: {self.settings.n} samples are asked for, and the expert's own data allow {self.n}; "
+                f"protocol={self.settings.protocol}: {self.n} samples are asked for, and the expert's own data allow {len(data)}; "
                 "load it with the protocol's captions and without data, or choose protocol=null for other numbers"
             )
         self.store = None if store is None else self._open(store)
@@ -231,16 +231,17 @@ class Judge:
         return *(None if x is None else _digest(x) for x in (self.real, self.training)), self._images
 
     def _data(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """The reference and its conditions; training data, where the reference is not they; and their conditions, which all models have."""
+        """The reference and its conditions; training data, where the reference is not they; and their conditions in turn, n of them."""
         try:
-            training, c = self.expert.reference_data(self.settings.n)
+            training, own = self.expert.reference_data(self.settings.n)
         except NoDataError:  # data-free: each condition in turn
             ids = torch.arange(self.settings.n, device=self.expert.device)
             return None, None, None, ids % self.expert.num_conditions if self.expert.num_conditions else None
+        c = None if own is None else own[torch.arange(self.settings.n, device=own.device) % len(own)]
         try:
             return *self.expert.reference_data(self.settings.n, held_out=True), training, c
         except NoDataError:  # none was held out
-            return training, c, None, c
+            return training, own, None, c
 
     def _real_features(self) -> Features | None:
         """Of the folder of pictures, or else of the expert's own reference."""
@@ -409,8 +410,9 @@ class Judge:
             found.setdefault("real_halves", {}).update({"n": len(self.real_features) // 2, "frechet": distance})
         if self.training is not None and self.training_read is not None:
             noised = self._noised(self.training, self._generator("forward training"))
-            scores = self.to_data(*self.training_read, self.c) | self._shift(noised.transpose(0, 1))
-            found["training_data"] = {"n": self.n, "n_paths": noised.shape[1], **scores}
+            m = len(self.training)
+            scores = self.to_data(*self.training_read, None if self.c is None else self.c[:m]) | self._shift(noised.transpose(0, 1))
+            found["training_data"] = {"n": m, "n_paths": noised.shape[1], **scores}
         return found
 
     def _shift(self, path: Tensor) -> dict[str, list[float]]:
