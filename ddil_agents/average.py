@@ -3,7 +3,8 @@
     θ⁻ ← dₙ θ⁻ + (1 − dₙ) θ ,   dₙ = min(d, (1 + n)/(10 + n))         n steps taken; at the first the weights whole
 
 The warm-up is that of diffusers' EMAModel. Without it an average of d = .99 still holds .47 of the first weights after 75 steps, and of
-.999 .9. LCM's target has none: there the average is part of the method, whose own code has a constant d. What a network keeps beside its weights (batch norm's statistics) is the student's latest.
+.999 .9. LCM's target has none: there the average is part of the method, whose own code has a constant d. What a network keeps beside
+its weights (batch norm's statistics) is the student's latest.
 """
 
 from __future__ import annotations
