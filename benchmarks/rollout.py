@@ -184,7 +184,7 @@ def ways(name: str, device: str, nothing: bool = False) -> dict[str, Way]:
     c = torch.arange(batch_size, device=device) % expert.num_conditions
     policy, grid = ExpertPolicy(expert), TimeGrid(expert.schedule, num_steps).to(device)
     env = DenoisingEnv(expert, num_steps, [batch_size])
-    collector = Collector(policy, StudentPolicy(expert, expert), grid, seed=0)
+    collector = Collector(policy, StudentPolicy(expert, expert), grid, seed=0, states_per_rollout="all")
 
     def by_collector() -> None:
         collector.rollout(batch_size, p_expert=1.0)

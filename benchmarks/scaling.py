@@ -69,7 +69,7 @@ def forwards(config: LearnerConfig, guided: bool = False, j: float | None = None
         guided: Whether the teacher is guided.
         j: Steps of dmd2's backward simulation; default: their mean over the grid.
     """
-    b, n, g, k = config.batch_size, config.num_steps, 2 if guided else 1, config.substeps
+    b, n, g, k, p = config.batch_size, config.num_steps, 2 if guided else 1, config.substeps, config.p_expert
     _, teacher, student = config.beta(1.0)
     collected = config.collect_size / config.updates_per_collect  # states an update
     if isinstance(config, DMD2Config):
@@ -77,18 +77,19 @@ def forwards(config: LearnerConfig, guided: bool = False, j: float | None = None
         j = (n - 1) / 2 if j is None else j
         turn = 1 / config.critic_updates  # the share of the updates in which the student takes a step
         real = 2 if config.gan_weight else 1
-        led = teacher + (student if config.p_expert else 0)  # rollouts in which the teacher acts or might
         return Forwards(
-            teacher=m * led * j * k * g + turn * b * g,
-            student=m * student * j + (1 - turn) * b,
+            teacher=m * (teacher + student * p) * j * k * g + turn * b * g,
+            student=m * student * (1 - p) * j + (1 - turn) * b,
             critic=turn * b,
             trained_student=turn * b,
             trained_critic=b * real,
         )
-    if isinstance(config, LCMConfig):
-        own = sum((steps - 1) / steps for steps in config.inference_steps) / len(config.inference_steps)
-        return Forwards(collected * g, collected * student * own + b, 0, b, 0)  # b: the averaged student's
-    return Forwards(collected * k * g, collected * student * (n - 1) / n, 0, b, 0)
+    every = config.states_per_rollout == "all"
+    lengths = config.inference_steps if isinstance(config, LCMConfig) else (n,)
+    own = sum((m - 1) / (m if every else 2) for m in lengths) / len(lengths)  # steps of a rollout for each of its states
+    solver, k, average = (config.solver_steps, 1, b) if isinstance(config, LCMConfig) else (n, k, 0)
+    led = 0 if every else teacher * (solver - 1) / 2 + student * p * own  # the teacher's that are no label
+    return Forwards(collected * (1 + led) * k * g, collected * student * (1 - p) * own + average, 0, b, 0)
 
 
 def memory(config: LearnerConfig, network: Network, teacher_bytes: int = 2, ranks: int = 1) -> dict[str, float]:

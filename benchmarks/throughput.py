@@ -205,9 +205,8 @@ def dmd2(case: Case) -> Same:
     for i in range(3):  # the student's turn, the critic's, the student's
         generator.set_state(learner.collector.streams["rollout"].get_state())
         states = learner.collect()
-        x_T = script.randn(case.x_0)  # the collector then draws conditions and actors
+        x_T = script.randn(case.x_0)  # the collector then draws conditions
         case.expert.sample_condition(case.batch_size, generator)
-        torch.rand(case.batch_size, SIMULATED, generator=generator, device=case.device)
         text = case.texts(states["c"])
         x_t, t = script.simulate(x_T, text, SIMULATED)
         generator.set_state(learner.collector.streams["loss"].get_state())

@@ -129,9 +129,7 @@ class Collector:
 
     def units(self) -> tuple[int, int, int]:
         """States that one forward draw, one teacher and one student rollout give."""
-        if self.states_per_rollout == 1:
-            return 1, 1, 1
-        teacher, student = (len(self.visited(p_expert)) - 1 for p_expert in (1.0, 0.0))
+        teacher, student = (len(self.visited(p)) - 1 if self.states_per_rollout == "all" else 1 for p in (1.0, 0.0))
         return 1, teacher, student
 
     def forward(self, n: int) -> TensorDict:
@@ -174,7 +172,7 @@ class Collector:
         return states[torch.rand(n, generator=self.streams["rollout"], device=device).argsort()]  # a ring that is short cuts no time off
 
     def stops(self, n: int, m: int) -> Tensor:
-        """j of n rollouts, each uniform over 0 … m − 1, falling, (n,) int64 on the host; systematic: counts differ by at most one."""
+        """j of n rollouts, falling, (n,) int64 on the host: of each of 0 … m − 1 n/m on average, and in one call that to within one."""
         v = torch.rand(1, generator=self.streams["path"], dtype=torch.float64)
         return ((torch.arange(n) + v) * m / n).long().clamp(max=m - 1).flip(0)
 
@@ -205,10 +203,14 @@ class Collector:
         return self.states(x_t=x_t, t=t, s=s, c=c, w=w, x_s=x_s, actors=actors, nfe=(self.expert.nfe - before) // (n * m))
 
     def start(self, n: int, m: int, p_expert: float) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """x_T (n, *sample_shape), conditions and scales of n rollouts, and whether the expert acts in each of m steps, on the host."""
+        """x_T (n, *sample_shape), conditions and guidance scales of n rollouts of m steps, and their `actors`."""
         x_T = torch.randn(n, *self.expert.sample_shape, generator=self.streams["rollout"], device=self.expert.device)
         c = self.expert.sample_condition(n, self.streams["rollout"])
-        return x_T, c, self.guidance(n), torch.rand(n, m, generator=self.streams["path"]) < p_expert
+        return x_T, c, self.guidance(n), self.actors(n, m, p_expert)
+
+    def actors(self, n: int, m: int, p_expert: float) -> Tensor:
+        """Whether the expert acts in each of m steps of n rollouts, (n, m) bool on the host."""
+        return torch.rand(n, m, generator=self.streams["path"]) < p_expert
 
     def noised(self, x_0: Tensor, t: Tensor) -> Tensor:
         """Data x_0 (n, *sample_shape), diffused to t (n,)."""

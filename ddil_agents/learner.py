@@ -123,7 +123,7 @@ class LearnerConfig(AgentConfig):
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     ema: float = 0.99
-    """Decay of the averaged student, which is the one that is evaluated and saved."""
+    """Decay of the averaged student, which is the one that is evaluated and saved; the first steps' is lower (average.py)."""
     gradient_accumulation: int = 1
     """Parts that a batch is cut into, to save memory."""
     halve_batch_on_oom: bool = False
@@ -160,10 +160,14 @@ class LearnerConfig(AgentConfig):
             raise ValueError(f"capacity={self.capacity}: need at least 1, or null to keep every state")
         if self.student_collections is not None and self.student_collections < 1:
             raise ValueError(f"student_collections={self.student_collections}: need at least 1, or null to hold as many as capacity")
+        if self.states_per_rollout not in get_args(StatesPerRollout):
+            raise ValueError(f"states_per_rollout={self.states_per_rollout}: need 1 or all")
         if not any(self.collect_size * share + 1e-9 >= unit for share, unit in zip(self.beta(0), self.units, strict=True)):
+            lacking, cure = "state", ""
+            if self.states_per_rollout == "all":
+                lacking, cure = f"rollout of {self.units[1]} states", ", or set states_per_rollout to 1"
             raise ValueError(
-                f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one rollout of {self.units[1]} states; "
-                "raise collect_size, or set states_per_rollout to 1"
+                f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one {lacking}; raise collect_size{cure}"
             )
         if self.guidance_range is not None:
             least, most = self.guidance_range

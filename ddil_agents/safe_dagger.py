@@ -84,12 +84,25 @@ class GatedCollector(Collector):
         return counts if self.price(counts) <= self.left else [0, 0, 0]
 
     def price(self, counts: list[int]) -> int:
-        """Forwards of the teacher that so many draws and rollouts take, at most: a rollout in which it acts may end anywhere."""
-        forward, _, student = (count * unit for count, unit in zip(counts, self.units(), strict=True))
-        full, glance, teacher = self.cost(self.expert_policy), self.cost(self.glance), counts[1] * self.grid.num_steps
+        """Forwards of the teacher that so many draws and rollouts take, where they are drawn next."""
+        forward, teacher, student = (count * unit for count, unit in zip(counts, self.units(), strict=True))
+        full, glance, led = self.cost(self.expert_policy), self.cost(self.glance), self.led(counts)
         if self.gate == 1:
-            return full * (forward + teacher + (counts[2] * self.grid.num_steps if self.p_expert else student))
-        return full * (self.asked(forward) + teacher + self.asked(student)) + glance * (forward + student)
+            return full * (forward + teacher + student + led)
+        return full * (self.asked(forward) + teacher + self.asked(student) + led) + glance * (forward + student)
+
+    def led(self, counts: list[int]) -> int:
+        """Steps of the teacher's that lead to the states of so many rollouts, and are no label: a look ahead at actors and stops."""
+        if self.states_per_rollout == "all":
+            return 0  # there each step is the label of the state before it
+        stream, steps, m = self.streams["path"], 0, self.grid.num_steps
+        ahead = stream.get_state()
+        for n, p_expert in zip(counts[1:], (1.0, self.p_expert), strict=True):
+            if n:
+                acting = self.actors(n, m, p_expert)
+                steps += int((acting & (torch.arange(m) < self.stops(n, m)[:, None])).sum())
+        stream.set_state(ahead)
+        return steps
 
     def asked(self, m: int) -> int:
         """How many of m states are labelled."""

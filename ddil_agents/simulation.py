@@ -73,4 +73,5 @@ class BackwardSimulation(Collector):
         t = self.grid.times[self.j].repeat(len(x_t))
         actors = torch.zeros(len(x_t), self.grid.num_steps, dtype=torch.bool, device=x_t.device)
         actors[:, : by_expert.shape[1]] = by_expert
-        return self.states(x_t=x_t, t=t, s=self.grid.previous(t), c=c, actors=actors, nfe=0)
+        nfe = self.cost(self.expert_policy) * actors.sum(1)
+        return self.states(x_t=x_t, t=t, s=self.grid.previous(t), c=c, actors=actors, nfe=nfe)

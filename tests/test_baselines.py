@@ -265,13 +265,15 @@ def test_rollouts_begin_as_the_experts_and_end_as_the_students() -> None:
     shares = []
     for step in range(11):
         learner.step = step
-        actors = learner.fresh_states()["actors"].unflatten(0, (100, N))[:, -1, : N - 1]  # who acted before the last state
-        shares.append(float(actors.float().mean()))
+        states = learner.fresh_states()
+        steps = int((learner.grid.times > states["t"][:, None]).sum())
+        assert steps == 400 * (N - 1) / 2
+        shares.append(int(states["actors"].sum()) / steps)
     assert shares[0] == 1
     assert shares[-1] == 0
     for i, share in enumerate(shares):
         p = 1 - i / 10
-        assert abs(share - p) <= 4 * (p * (1 - p) / 300) ** 0.5
+        assert abs(share - p) <= 4 * (p * (1 - p) / 600) ** 0.5
 
 
 @pytest.mark.parametrize("p_expert", [0.0, 0.3, 1.0])
@@ -307,7 +309,7 @@ def test_darts_forward_states_are_ning_et_als_and_its_labels_the_experts_there(e
 
 
 def test_darts_teacher_disturbs_what_it_does_and_labels_what_it_would_have_done() -> None:
-    learner = make(Dart, perturbation=0.3, beta=Beta(0, 1, 0))
+    learner = make(Dart, perturbation=0.3, beta=Beta(0, 1, 0), states_per_rollout="all")
     states = learner.collector.collect(5 * N, only(1), 0)
     x, x_s, t = (states[key].unflatten(0, (5, N)) for key in ("x_t", "x_s", "t"))
     draws = stream("disturbance")
@@ -316,6 +318,22 @@ def test_darts_teacher_disturbs_what_it_does_and_labels_what_it_would_have_done(
         torch.testing.assert_close(x[:, i + 1], x_s[:, i] + sigma * 0.3 * torch.randn(5, 2, generator=draws))
     torch.testing.assert_close(x_s.flatten(0, 1), ExpertPolicy(learner.expert, K).act(*fields(states)[:3]))
     assert torch.equal(x[:, 0], torch.randn(5, 2, generator=stream("rollout")))
+
+
+def test_a_state_of_darts_teacher_is_where_its_disturbed_rollout_stops() -> None:
+    learner = make(Dart, perturbation=0.3, beta=Beta(0, 1, 0))
+    states = learner.collector.collect(2 * N, only(1), 0)
+    rollouts, draws, times = stream("rollout"), stream("disturbance"), learner.grid.times
+    x = torch.randn(2 * N, 2, generator=rollouts)
+    for i in range(N - 1):  # two rollouts stop at each time
+        on = 2 * (N - 1 - i)
+        t, u = times[i].expand(on), times[i + 1].expand(on)
+        _, sigma = learner.expert.schedule(u, x[:on])
+        x[:on] = ExpertPolicy(learner.expert, K).act(x[:on], t, u) + sigma * 0.3 * torch.randn(on, 2, generator=draws)
+    order = torch.rand(2 * N, generator=rollouts).argsort()
+    torch.testing.assert_close(states["x_t"], x[order])
+    assert torch.equal(states["t"], times[:-1].flip(0).repeat_interleave(2)[order])
+    torch.testing.assert_close(states["x_s"], ExpertPolicy(learner.expert, K).act(*fields(states)[:3]))
 
 
 def test_dart_sees_no_student_states() -> None:
@@ -359,7 +377,7 @@ def test_the_teachers_own_states_are_not_gated() -> None:
     gated, plain = make(SafeDagger, gate=0.1), make(Dagger)
     a, b = (learner.collector.collect(40, only(1), 0) for learner in (gated, plain))
     assert all(torch.equal(a[key], b[key]) for key in b.keys())  # noqa: SIM118
-    assert gated.expert.nfe == 40 * K
+    assert gated.expert.nfe == int(a["nfe"].sum()) == 40 * K * (N + 1) / 2
 
 
 @pytest.mark.parametrize("expert", [corners, labelled])
@@ -378,8 +396,11 @@ def test_a_budget_is_spent_and_never_exceeded(expert: Callable[[], GaussianMixtu
             assert torch.equal(weights(learner.student), weights(endless.student))
 
 
-def test_the_price_of_a_collection_is_known_before_it_is_paid() -> None:
-    learner = make(SafeDagger, labelled(), gate=0.3, beta=MIXTURE)
+@pytest.mark.parametrize(
+    "changed", [{"gate": 0.3}, {"gate": 1.0, "p_expert": 0.5}, {"gate": 0.3, "states_per_rollout": "all"}], ids=["gated", "mixed", "all"]
+)
+def test_the_price_of_a_collection_is_known_before_it_is_paid(changed: dict[str, Any]) -> None:
+    learner = make(SafeDagger, labelled(), beta=MIXTURE, **changed)
     collector = learner.collector
     assert isinstance(collector, GatedCollector)
     told: list[int] = []
@@ -391,12 +412,15 @@ def test_the_price_of_a_collection_is_known_before_it_is_paid() -> None:
         assert learner.expert.nfe - before == told[-1]
 
 
-@pytest.mark.parametrize(("changed", "price"), [({"gate": 1.0}, 56), ({"gate": 0.25, "beta": Beta(0, 0, 1)}, 32 + 16), ({}, 28 + 28)])
+# Of 16, 3 and 12 states, by source; the teacher takes 6 steps to its 3.
+@pytest.mark.parametrize(
+    ("changed", "price"), [({"gate": 1.0}, 2 * (31 + 6)), ({"gate": 0.25, "beta": Beta(0, 0, 1)}, 32 + 16), ({}, 28 + 2 * (14 + 3 + 6))]
+)
 def test_a_budget_below_the_first_collection_is_refused(changed: dict[str, Any], price: int) -> None:
     told = f"query_budget={price - 1}: the first collection, of 32 states, takes {price} forwards of the teacher; raise it, or"
     with pytest.raises(ValueError, match=told):
         make(SafeDagger, query_budget=price - 1, **changed)
-    assert learn(make(SafeDagger, query_budget=price, **changed)).teacher_nfe == price  # of β's shares, 28 states in whole rollouts
+    assert learn(make(SafeDagger, query_budget=price, **changed)).teacher_nfe == price
 
 
 def test_a_budget_holds_where_states_have_a_guidance_of_their_own() -> None:
@@ -418,9 +442,9 @@ def test_a_student_that_is_judged_asks_nothing() -> None:
 
 
 @pytest.mark.parametrize("expert", [corners(), labelled()])
-@pytest.mark.parametrize("source", [0, 1, 2])
-def test_a_completion_is_where_the_teacher_ends(expert: GaussianMixtureExpert, source: int) -> None:
-    learner = make(Aggrevate, expert, beta=MIXTURE)
+@pytest.mark.parametrize(("source", "states_per_rollout"), [(0, 1), (1, 1), (2, 1), (1, "all")])
+def test_a_completion_is_where_the_teacher_ends(expert: GaussianMixtureExpert, source: int, states_per_rollout: Any) -> None:
+    learner = make(Aggrevate, expert, beta=MIXTURE, states_per_rollout=states_per_rollout)
     before = expert.nfe
     states = learner.collector.collect(24, only(source), 0)
     spent, pair = expert.nfe - before, 1 if expert.guidance_scale == 1 else 2
@@ -430,7 +454,8 @@ def test_a_completion_is_where_the_teacher_ends(expert: GaussianMixtureExpert, s
         for now, then in pairwise(times):
             x = ExpertPolicy(expert, K).act(x, now[None], then[None], c)
         torch.testing.assert_close(end, x, atol=1e-5, rtol=1e-5)
-        assert state["nfe"] == (K * pair if source == 1 else (len(times) - 1) * K * pair)
+        own = 1 if states_per_rollout == "all" else N  # the teacher's own rollout ends there, and takes N steps in all
+        assert state["nfe"] == (own if source == 1 else len(times) - 1) * K * pair
     assert not states["s"].any()
     assert spent == int(states["nfe"].sum())
     if source == 2:
@@ -537,10 +562,12 @@ def test_each_player_moves_only_itself_and_the_student_through_its_action() -> N
 
 def test_unpaired_gail_asks_nothing_of_the_students_states() -> None:
     paired, unpaired = (make(Gail, paired=p, collect_size=64) for p in (True, False))
-    for learner, price in ((paired, 64 * K), (unpaired, 32 * K)):
+    led = 32 * (N - 1) // 2  # the teacher's steps to its own states
+    for learner, price in ((paired, (64 + led) * K), (unpaired, (32 + led) * K)):
         states = learner.collect()
-        assert learner.teacher_nfe == learner.expert.nfe == price
-        assert (states["nfe"] == torch.where((states["source"] == 1) | (learner is paired), K, 0)).all()
+        assert learner.teacher_nfe == learner.expert.nfe == int(states["nfe"].sum()) == price
+        asked = (states["source"] == 1) | (learner is paired)
+        assert torch.equal(states["nfe"], K * (asked + states["actors"].sum(1)))
     batch = unpaired.draw()
     of_expert, of_student = unpaired.shares(batch)
     assert torch.equal(of_expert > 0, batch["source"] == 1)
@@ -817,7 +844,11 @@ stds: 0.2
 labels: [0, 1, 1]
 """  # no picture to draw
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], list[str], int]] = {  # and the forwards of the teacher: 2 collections
-    "scheduled_sampling": (scheduled_sampling_module.main, ["--mixing", "exponential"], 2 * 40 * 2),
+    "scheduled_sampling": (
+        scheduled_sampling_module.main,
+        ["--mixing", "exponential"],
+        (40 + 60 + 40 + 1) * 2,
+    ),  # which takes all steps, then one of 60
     "dart": (dart_module.main, ["--perturbation", ".2"], 2 * 40 * 2),
     "safe_dagger": (
         safe_dagger_module.main,
@@ -825,7 +856,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], list[str], int]] = {  # a
         2 * (40 + 20),
     ),
     "aggrevate": (aggrevate_module.main, [], 2 * 40 * 5),
-    "gail": (gail_module.main, ["--discriminator_width", "8"], 2 * 40 * 2),
+    "gail": (gail_module.main, ["--discriminator_width", "8"], 2 * (40 + 30) * 2),  # 30 steps to its own 20 states
 }
 
 

@@ -402,6 +402,7 @@ def test_a_stored_consistency_label_is_one_solver_step_recomputed(kind: Kind, gu
         thresholding=Thresholding(kind="static", bound=0.6),
         collect_size=200,
         batch_size=120,
+        seed=1,  # a seed whose draw holds s = 0, as one in six does not
     )
     learner = LatentConsistency(expert := labelled(kind), config)
     knowing(learner, lambda x_t, t, c, w: expert.predict(x_t, t, c).x_0 + 0.3)
@@ -475,10 +476,11 @@ def test_mixed_rollouts_of_a_student_that_is_its_teacher_are_the_teachers(digits
     assert len(teacher) == 12
     for p_expert in (0.0, 0.5, 1.0):
         mixed = states(Beta(0, 0, 1), p_expert)
-        for key in ("x_t", "t", "s", "c"):
+        for key in ("t", "s", "c"):
             assert torch.equal(mixed[key], teacher[key]), key
-        rounding = 0 if p_expert else 1e-5  # labels of another batch size
-        torch.testing.assert_close(mixed["x_s"], teacher["x_s"], atol=rounding, rtol=rounding)
+        rounding = 1e-5 if p_expert == 0.5 else 0  # each actor steps its own states alone, in batches of another size
+        for key in ("x_t", "x_s"):
+            torch.testing.assert_close(mixed[key], teacher[key], atol=rounding, rtol=rounding, msg=lambda said, key=key: f"{key}: {said}")
         acted = mixed["actors"].any(1)[mixed["t"] < 999]
         assert (bool(acted.any()), bool(acted.all())) == (p_expert > 0, p_expert == 1)
 

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,13 +175,14 @@ def test_a_label_is_one_step_of_the_teacher_that_ends_at_level_alpha_0(source: i
     pred = learner.expert.predict(states["x_t"], states["t"])
     expected = torch.where(last, alpha_0, alpha) * pred.x_0 + torch.where(last, sigma_0, sigma) * pred.eps
     torch.testing.assert_close(states["x_s"].double(), expected, atol=1e-5, rtol=1e-5)
-    assert (states["nfe"] == 1).all()
+    assert torch.equal(states["nfe"], 1 + states["actors"].sum(1))  # a forward for the label, and one a step of the teacher's to it
+    assert source == 1 or not states["actors"].any()
     if source < 2:  # a student meets t = 19 in no few-step rollout
         assert (states["x_s"] - pred.x_0)[last[:, 0]].abs().max() > 0.01
 
 
 def test_teacher_states_are_the_solvers_whole_trajectory() -> None:
-    learner = agent(collect_size=150)
+    learner = agent(collect_size=150, states_per_rollout="all")
     states = collector(learner).collect(150, only(1), 0)
     x, t, x_s = (states[key].unflatten(0, (3, 50)) for key in ("x_t", "t", "x_s"))
     assert (t == torch.tensor(SOLVER[:-1])).all()
@@ -201,8 +203,11 @@ def test_a_student_rollout_takes_one_of_the_numbers_of_inference_steps(steps: tu
     taken = []
     for _ in range(60):
         states = collector(learner).collect(12, only(2), 0)
-        n = len(states["t"].unique())
-        assert states["t"].unflatten(0, (-1, n)).tolist() == [INFERENCE[n]] * (len(states) // n)
+        times, counts = states["t"].unique(return_counts=True)
+        n = len(times)
+        assert times.tolist() == INFERENCE[n][::-1]
+        assert counts.sum() == 12
+        assert counts.max() - counts.min() <= 1
         assert not states["actors"].any()
         taken.append(n)
     assert {n: taken.count(n) >= 60 / len(steps) / 2 for n in taken} == dict.fromkeys(steps, True)
@@ -210,18 +215,39 @@ def test_a_student_rollout_takes_one_of_the_numbers_of_inference_steps(steps: tu
 
 @pytest.mark.parametrize("n", [3, 5])
 def test_student_states_are_noised_anew_from_the_consistency_function(n: int) -> None:
-    learner = agent(inference_steps=(n,))
+    learner = agent(inference_steps=(n,), states_per_rollout="all")
     states = collector(learner).collect(4 * n, only(2), 0)
     x, t = (states[key].unflatten(0, (4, n)) for key in ("x_t", "t"))
     stream = torch.Generator().manual_seed(stream_seed(0, "rollout"))
     torch.randint(1, (1,), generator=stream)  # the number of steps
     assert torch.equal(x[:, 0], torch.randn(4, 2, generator=stream))
-    torch.rand(4, n, generator=stream)  # the actors
     for i in range(n - 1):
         with torch.no_grad():
             f = learner.student(x[:, i], t[:, i]).x_0
         expected = learner.expert.schedule.add_noise(f, torch.randn(4, 2, generator=stream), t[:, i + 1])
         torch.testing.assert_close(x[:, i + 1], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_a_state_of_a_student_is_where_its_noised_rollout_stops(n: int) -> None:
+    learner = agent(inference_steps=(n,))
+    states = collector(learner).collect(7, only(2), 0)
+    nfe = learner.student_nfe, learner.expert.nfe
+    stream, path = (torch.Generator().manual_seed(stream_seed(0, name)) for name in ("rollout", "path"))
+    torch.randint(1, (1,), generator=stream)  # the number of steps
+    x = torch.randn(7, 2, generator=stream)
+    torch.rand(7, n, generator=path)  # the actors
+    v = float(torch.rand(1, generator=path, dtype=torch.float64))
+    stops = [int((i + v) * n / 7) for i in reversed(range(7))]
+    for i, (t, u) in enumerate(pairwise(INFERENCE[n])):
+        on = sum(j > i for j in stops)  # the first of them
+        with torch.no_grad():
+            f = learner.student(x[:on], torch.full((on,), float(t))).x_0
+        x[:on] = learner.expert.schedule.add_noise(f, torch.randn(on, 2, generator=stream), torch.full((on,), float(u)))
+    order = torch.rand(7, generator=stream).argsort()
+    torch.testing.assert_close(states["x_t"], x[order], atol=1e-4, rtol=1e-4)
+    assert torch.equal(states["t"], torch.tensor([float(INFERENCE[n][j]) for j in stops])[order])
+    assert nfe == (sum(stops), 7)
 
 
 # β = (1, 0, 0) is vanilla LCM
@@ -402,12 +428,10 @@ def test_with_a_guidance_range_each_state_has_its_scale_and_both_networks_are_to
     w = states["w"]
     assert 1 <= float(w.min()) < 1.5
     assert 4.5 < float(w.max()) <= 5
-    for source, n in ((1, 50), (2, collector(learner).n)):  # one scale a trajectory
-        own = w[states["source"] == source].unflatten(0, (-1, n))
-        assert torch.equal(own, own[:, :1].expand_as(own))
-    rollouts = w[states["source"] == 2].unflatten(0, (-1, collector(learner).n))[:, 0]
-    assert len(student.told) == collector(learner).n - 1
-    assert all(torch.equal(told, rollouts) for told in student.told)
+    own, times = states[states["source"] == 2], INFERENCE[collector(learner).n]
+    assert len(student.told) == len(times) - 1
+    for told, t in zip(student.told, times, strict=False):  # in each step, the scales of the states that lie beyond it
+        assert torch.equal(told.sort().values, own["w"][own["t"] < t].sort().values)
     student.told.clear()
     batch = learner.draw()
     learner.loss(batch)
@@ -422,7 +446,7 @@ def test_labels_use_the_scale_of_their_state() -> None:
     alpha, sigma = (a[:, None].float() for a in learner.expert.schedule.ending_at_alpha_0().coefficients(s))
     x_0, eps = (null + w[:, None] * (own - null) for own, null in ((cond.x_0, uncond.x_0), (cond.eps, uncond.eps)))
     torch.testing.assert_close(states["x_s"], alpha * x_0 + sigma * eps, atol=1e-4, rtol=1e-4)
-    assert (states["nfe"] == 2).all()
+    assert torch.equal(states["nfe"], 2 * (1 + states["actors"].sum(1)))
 
 
 def test_it_is_judged_at_the_experts_scale() -> None:
@@ -475,7 +499,10 @@ def test_with_a_forward_share_they_are() -> None:
         ({"huber_h": -1.0}, r"huber_h=-1.0: need a positive number"),
         ({"huber_h": float("nan")}, r"huber_h=nan: need a positive number"),
         ({"ema": 1.0}, r"ema=1.0: need a number in \[0, "),
-        ({"collect_size": 49, "beta": Beta(0, 1, 0)}, r"collect_size=49: its shares .* hold not one rollout of 50 states"),
+        (
+            {"collect_size": 49, "beta": Beta(0, 1, 0), "states_per_rollout": "all"},
+            r"collect_size=49: its shares .* hold not one rollout of 50 states",
+        ),
     ],
 )
 def test_a_bad_setting_is_refused_with_its_value_and_the_rule(changed: dict[str, Any], message: str) -> None:
@@ -576,8 +603,9 @@ def test_a_run_of_the_command_says_what_it_measured(tmp_path: Path, monkeypatch:
     assert {name: model["nfe_per_sample"] for name, model in models.items()} == {name: int(name[-1]) for name in models}
     assert all(model["frechet"] > 0 for model in models.values())
     assert models["lcm@4"]["teacher_nfe"] == result["teacher_nfe"] == read_metrics(Path("run/metrics.jsonl"))[-1]["teacher_nfe"]
-    assert 3 * 50 < result["teacher_nfe"] <= 3 * 60  # one forward a state, 3 collections of at most 60
-    assert 2 * 12 * 16 < result["student_nfe"] < 2 * 12 * 16 + 3 * 36
+    assert result["teacher_nfe"] == 3 * 60  # one forward a state, 3 collections of 60
+    steps = result["student_nfe"] - 2 * 12 * 16  # to 36 states a collection: 1 on average where there are 3 times, 2 where 5
+    assert 3 * 36 <= steps <= 3 * (2 * 36 + 2)  # 36 is 7 a time of 5, and one more
     assert all(len(models["lcm@4"][key]) == 4 for key in ("action_mse_own", "action_mse_expert", "shift"))
     assert "shift" not in models["lcm@1"]
     saved = load_file("run/student/student.safetensors")

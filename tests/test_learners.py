@@ -294,11 +294,11 @@ def test_learn_refuses_no_updates() -> None:
 def test_the_average_is_exponential(decay: float) -> None:
     learner = bc(ema=decay)
     expected = None
-    for _ in range(5):
+    for n in range(12):
         learner.collect()
         learner.update(learner.buffer.sample(16, (1, 0, 0)))
-        now = weights(learner.student)
-        expected = now if expected is None else decay * expected + (1 - decay) * now
+        now, d = weights(learner.student), min(decay, (1 + n) / (10 + n))  # .5 from n = 8 on
+        expected = now if expected is None else d * expected + (1 - d) * now
         torch.testing.assert_close(weights(learner.average), expected, atol=1e-6, rtol=0)
 
 
@@ -529,7 +529,12 @@ def test_a_manifest_says_what_was_saved(saved: Path) -> None:
         ({"gradient_accumulation": 3}, "batch_size=16 does not divide into gradient_accumulation=3 parts"),
         ({"mixed_precision": "fp8"}, "unknown mixed_precision 'fp8'; choose one of: no, fp16, bf16"),
         ({"weighting": "snr"}, "unknown weighting 'snr'; choose one of: truncated_snr, snr_plus_one, velocity"),
-        ({"collect_size": 3, "beta": Beta(0, 0, 1)}, "collect_size=3: its shares .* hold not one rollout of 4 states"),
+        (
+            {"collect_size": 3, "beta": Beta(0, 0, 1), "states_per_rollout": "all"},
+            "collect_size=3: its shares .* hold not one rollout of 4 states; raise collect_size, or set states_per_rollout to 1",
+        ),
+        ({"collect_size": 1, "beta": Beta(0.5, 0.5, 0)}, "collect_size=1: its shares .* hold not one state; raise collect_size$"),
+        ({"states_per_rollout": 2}, "states_per_rollout=2: need 1 or all"),
     ],
 )
 def test_a_bad_setting_is_refused_with_its_value_and_the_rule(changed: dict[str, Any], message: str) -> None:

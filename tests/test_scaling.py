@@ -34,13 +34,16 @@ def run(agent: type[Learner], guidance: float, **changed: Any) -> Learner:
     ("agent", "settings"),
     [
         (BehaviourCloning, {"collect_size": 40}),
-        (Dagger, {"collect_size": 40, "beta": Beta(0.5, 0.1, 0.4)}),  # whole rollouts: 4 and 16 states
-        (Dagger, {"collect_size": 40, "beta": OWN, "p_expert": 0.3, "gradient_accumulation": 2}),
+        # As many states of a source as stop at each time equally often, or are whole rollouts: 4 and 16.
+        (Dagger, {"collect_size": 40, "beta": Beta(0.5, 0.1, 0.4)}),
+        (Dagger, {"collect_size": 40, "beta": Beta(0.5, 0.1, 0.4), "states_per_rollout": "all"}),
+        (Dagger, {"collect_size": 40, "beta": OWN, "p_expert": 1.0, "gradient_accumulation": 2}),
         (LatentConsistency, {"collect_size": 400, "beta": Beta(0.5, 0.25, 0.25), "inference_steps": (4,)}),
+        (LatentConsistency, {"collect_size": 400, "beta": Beta(0.5, 0.25, 0.25), "inference_steps": (4,), "states_per_rollout": "all"}),
         (LatentConsistency, {"collect_size": 480, "beta": OWN, "inference_steps": (3,)}),
         (DistributionMatching, {"beta": OWN, "noise_level": 499}),
         (DistributionMatching, {"beta": TEACHERS, "noise_level": 499, "critic_updates": 2}),
-        (DistributionMatching, {"beta": OWN, "noise_level": 499, "p_expert": 0.5, "gan_weight": 0.1}),
+        (DistributionMatching, {"beta": OWN, "noise_level": 499, "p_expert": 1.0, "gan_weight": 0.1}),
         (DistributionMatching, {"beta": OWN, "noise_level": 499, "on_policy": False, "collect_size": 24}),
         (DistributionMatching, {"beta": Beta(1, 0, 0), "noise_level": 499}),
     ],
@@ -50,6 +53,16 @@ def test_forwards_are_those_that_are_counted(agent: type[Learner], settings: dic
     counted = forwards(learner.config, guided=guidance != 1, j=2)
     assert learner.teacher_nfe == pytest.approx(20 * counted.teacher, rel=1e-12)
     assert learner.student_nfe == pytest.approx(20 * counted.student_nfe, rel=1e-12)
+
+
+def test_the_actors_of_mixed_rollouts_share_the_steps() -> None:
+    learner = run(Dagger, 2.0, collect_size=40, beta=OWN, p_expert=0.3)
+    counted = forwards(learner.config, guided=True)
+    acted = (learner.teacher_nfe / 4 - 5 * 40, 20 * (counted.teacher / 4 - 10))  # of 5 collections' 300 steps, k = 2, g = 2
+    assert acted == pytest.approx((90, 90), abs=4 * (300 * 0.3 * 0.7) ** 0.5)
+    assert acted[1] == pytest.approx(90)
+    assert acted[0] + learner.student_nfe == 20 * 8 + 300
+    assert 20 * counted.student_nfe == pytest.approx(20 * 8 + 210)
 
 
 def test_the_levels_of_a_random_j_cost_their_mean() -> None:
