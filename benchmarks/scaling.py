@@ -76,14 +76,14 @@ def forwards(config: LearnerConfig, guided: bool = False, j: float | None = None
         m = b if config.on_policy else collected
         j = (n - 1) / 2 if j is None else j
         turn = 1 / config.critic_updates  # the share of the updates in which the student takes a step
-        real = 2 if config.gan_weight else 1
+        gan = config.gan_weight > 0
         led = teacher + (student if config.p_expert else 0)  # rollouts in which the teacher acts or might
         return Forwards(
             teacher=m * led * j * k * g + turn * b * g,
             student=m * student * j + (1 - turn) * b,
-            critic=turn * b,
+            critic=turn * b * (1 + gan),
             trained_student=turn * b,
-            trained_critic=b * real,
+            trained_critic=b * (1 + 2 * gan),
         )
     if isinstance(config, LCMConfig):
         own = sum((steps - 1) / steps for steps in config.inference_steps) / len(config.inference_steps)
