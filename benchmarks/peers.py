@@ -139,10 +139,9 @@ class DMD2Script:
     def randn(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.generator, device=like.device)
 
-    def diffused(self, x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-        """x at a random time, which is drawn as our learner draws it, so that both can be given the same; the time and the noise."""
-        u = torch.rand(len(x), generator=self.generator, device=x.device)
-        tau, eps = ((low + (high - low) * u) * 1000).long().clamp(1, 999), self.randn(x)
+    def diffused(self, x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x at a random time, low and high included; the time and the noise."""
+        tau, eps = torch.randint(low, high + 1, (len(x),), generator=self.generator, device=x.device), self.randn(x)
         return self.noise.add_noise(x, eps, tau), tau, eps
 
     @torch.no_grad()
@@ -182,7 +181,7 @@ class DMD2Script:
 
     def matching(self, x: Tensor, text: Tensor, null: Tensor) -> Tensor:
         with torch.no_grad():
-            x_tau, tau, _ = self.diffused(x, 0.02, 0.98)
+            x_tau, tau, _ = self.diffused(x, 20, 980)
             with self.autocast():
                 fake = self.guidance["fake"](x_tau, tau, text).sample
             pair, texts = torch.cat([x_tau] * 2).to(self.dtype), torch.cat([null, text]).to(self.dtype)
@@ -194,7 +193,7 @@ class DMD2Script:
         return 0.5 * mse_loss(x.float(), (x - grad).detach().float())
 
     def denoising(self, x: Tensor, text: Tensor) -> Tensor:
-        x_tau, tau, noise = self.diffused(x, 0.0, 1.0)
+        x_tau, tau, noise = self.diffused(x, 1, 999)  # theirs from 0 on, where our schedule has no noise left
         with self.autocast():
             eps = self.guidance["fake"](x_tau, tau, text).sample
         self.x_0(x_tau, eps.detach(), tau)  # logged in every step

@@ -76,13 +76,13 @@ def forwards(config: LearnerConfig, guided: bool = False, j: float | None = None
         m = b if config.on_policy else collected
         j = (n - 1) / 2 if j is None else j
         turn = 1 / config.critic_updates  # the share of the updates in which the student takes a step
-        real = 2 if config.gan_weight else 1
+        gan = config.gan_weight > 0
         return Forwards(
             teacher=m * (teacher + student * p) * j * k * g + turn * b * g,
             student=m * student * (1 - p) * j + (1 - turn) * b,
-            critic=turn * b,
+            critic=turn * b * (1 + gan),
             trained_student=turn * b,
-            trained_critic=b * real,
+            trained_critic=b * (1 + 2 * gan),
         )
     every = config.states_per_rollout == "all"
     lengths = config.inference_steps if isinstance(config, LCMConfig) else (n,)

@@ -56,7 +56,7 @@ TARGETS = {"rollout, unroll": (1.0, 1.5), "lcm, fresh": (1.15, 1.5)}  # the leas
 TOLERANCE = 1e-3, 1e-2  # in float32: of numbers, and of the way that weights have gone
 PRECISION = {"float32": "no", "bfloat16": "bf16"}
 SHARED: dict[str, Any] = {
-    "num_updates": 1_000_000,  # no visible fall of the rate
+    "num_updates": 1_000_000,  # no visible fall of a linear rate
     "warmup_updates": 0,
     "learning_rate": LEARNING_RATE,
     "weight_decay": 0.01,

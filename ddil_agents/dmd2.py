@@ -2,11 +2,17 @@
 
 The student's sample x = x̂_0(x_{t_j}, t_j, c) is diffused to τ, and the teacher's and a critic's estimates of it are compared:
 
-    x_τ  = α_τ x + σ_τ ε ,   τ ~ U[20, 980]
+    x_τ  = α_τ x + σ_τ ε ,   τ ~ U{20, …, 980}
     g    = (x̂_fake(x_τ) − x̂_real(x_τ)) / mean |x − x̂_real|       Yin et al. 2023; x̂_real is guided
     L    = ½ ‖x − sg(x − g)‖²                                     whose gradient in x is g
-    L_φ  = ‖ε̂_φ(x_τ, τ, c) − ε‖² ,   τ ~ U[1, T)                  the critic, on the student's samples (or in the expert's own v, u)
+    L_φ  = ‖ε̂_φ(x_τ, τ, c) − ε‖² ,   τ ~ U{1, …, 999}             the critic, on the student's samples (or in the expert's own v, u)
 
+and with the GAN loss, where each D(·) has a time of its own, from {0, …, 999}, and noise of its own,
+
+    L   += gan_weight · softplus(−D(x))
+    L_φ += discriminator_weight · (softplus(D(x)) + softplus(−D(y))) ,   y the data
+
+Times and rates are the published code's (tianweiy/DMD2), but that its critic's τ starts from 0, where its schedule has noise and ours none.
 The critic takes a step in every update, the student in each `critic_updates`-th (two time scales), both on the same samples.
 The inputs x_{t_j} come from the student's own steps, the teacher's or data (simulation.py); gradient flows through the last step alone.
 
@@ -28,7 +34,7 @@ from ddil_agents import sharding
 from ddil_agents.beta import Beta
 from ddil_agents.collect import Collector, stream_seed
 from ddil_agents.critic import Critic
-from ddil_agents.learner import Learner, LearnerConfig
+from ddil_agents.learner import Learner, LearnerConfig, RateSchedule
 from ddil_agents.simulation import BackwardSimulation
 from ddil_env import Expert, NetworkDenoiser, NoDataError, Prediction, StudentPolicy, Support
 from ddil_env.mdp import Kernel
@@ -56,11 +62,14 @@ class DMD2Config(LearnerConfig):
     critic_learning_rate: float = 3e-4
     """AdamW's, of the critic."""
     gan_weight: float = 0.0
-    """Of the adversarial loss in the student's step; 0 builds no discriminator. Needs data."""
+    """Of the adversarial loss in the student's step; 0 builds no discriminator. Needs data, and more of the critic: in the
+    student's step a second forward, the one that gradient flows through, and in its own step three times the batch."""
     discriminator_weight: float = 1e-2
     """Of the discriminator's loss in the critic's step."""
     learning_rate: float = 1e-4
     """AdamW's, of the student."""
+    lr_scheduler: RateSchedule = "constant"
+    """What the rates do after warm-up: constant, as in the published code; linear, fall to 0 at the end."""
 
     teachers: ClassVar[tuple[str, ...]] = ("original", "same")  # a few-step student is no score to match
 
@@ -112,7 +121,7 @@ class DistributionMatching(Learner):
                 torch.manual_seed(stream_seed(self.config.seed, "head"))
                 critic.add_head(self.expert, self.grid.times[:1])
         twin.nfe = 0
-        self.trainables["critic"] = self.trainable(critic, self.config.critic_learning_rate, self.horizon)
+        self.trainables["critic"] = self.trainable("critic", critic, self.config.critic_learning_rate)
 
     def start_from(self, student: NetworkDenoiser) -> None:
         super().start_from(student)
@@ -128,31 +137,35 @@ class DistributionMatching(Learner):
         c, schedule, critic = batch.get("c", None), self.expert.schedule, self.trainables["critic"].network
         x = self.generate(batch)
         batch["x"] = x.detach()
-        tau, eps = self.diffusion(x, 0.02, 0.98)
-        x_tau = schedule.add_noise(x if self.config.gan_weight else x.detach(), eps, tau)
-        fake, realness = critic(x_tau, tau, c)
         with torch.no_grad():
-            x_fake = fake.projected(self.thresholds["critic"]).x_0
+            tau, eps = self.diffusion(x, max(1, int(0.02 * schedule.num_train_steps)), int(0.98 * schedule.num_train_steps))
+            x_tau = schedule.add_noise(x, eps, tau)
+            x_fake = critic(x_tau, tau, c)[0].projected(self.thresholds["critic"]).x_0
             x_real = self.expert.guided(x_tau, tau, c, self.reference.guidance_scale).projected(self.thresholds["teacher"]).x_0
             scale = (x - x_real).abs().flatten(1).mean(1) + 1e-6  # mean |x − x̂_real|, (b,)
             g = (x_fake - x_real) / broadcast(scale, x)
         matching = 0.5 * (x - (x - g).detach()).square().flatten(1).mean(1)  # ½ ‖x − sg(x − g)‖², (b,)
+        if not self.config.gan_weight:
+            return matching
+        tau, eps = self.diffusion(x, 0, schedule.t_max)
+        _, realness = critic(schedule.add_noise(x, eps, tau), tau, c)
         return matching + self.config.gan_weight * softplus(-realness)
 
     def critic_loss(self, batch: TensorDict) -> Tensor:
         """‖ε̂_φ − ε‖² of each sample, in the critic's own prediction type, and the discriminator's loss, (b,)."""
-        x, c, critic = batch["x"], batch.get("c", None), self.trainables["critic"]
-        tau, eps = self.diffusion(x, 0.0, 1.0)
-        x_tau = self.expert.schedule.add_noise(x, eps, tau)
+        x, c, schedule, critic = batch["x"], batch.get("c", None), self.expert.schedule, self.trainables["critic"].network
+        tau, eps = self.diffusion(x, 1, schedule.t_max)
+        x_tau = schedule.add_noise(x, eps, tau)
         if not self.config.gan_weight:
-            fake, _ = critic.network(x_tau, tau, c)
+            fake, _ = critic(x_tau, tau, c)
             return self._denoising_error(fake, x, eps)
-        real, c_real, real_eps = self.data(x)
-        real_tau = self.expert.schedule.add_noise(real, real_eps, tau)
-        both = None if c is None or c_real is None else torch.cat([c, c_real])
-        pred, realness = critic.network(torch.cat([x_tau, real_tau]), torch.cat([tau, tau]), both)  # one forward for both
-        of_fake, of_real = realness.chunk(2)
-        fake = Prediction(pred.x_0[: len(x)], pred.eps[: len(x)], tau, self.expert.schedule)
+        y, c_y = self.data(x)
+        (tau_x, eps_x), (tau_y, eps_y) = (self.diffusion(each, 0, schedule.t_max) for each in (x, y))
+        inputs = torch.cat([x_tau, schedule.add_noise(x, eps_x, tau_x), schedule.add_noise(y, eps_y, tau_y)])  # (3b, *sample_shape)
+        conditions = None if c is None or c_y is None else torch.cat([c, c, c_y])
+        pred, realness = critic(inputs, torch.cat([tau, tau_x, tau_y]), conditions)  # one forward for all
+        _, of_fake, of_real = realness.chunk(3)
+        fake = Prediction(pred.x_0[: len(x)], pred.eps[: len(x)], tau, schedule)
         return self._denoising_error(fake, x, eps) + self.config.discriminator_weight * (softplus(of_fake) + softplus(-of_real))
 
     def _denoising_error(self, pred: Prediction, x: Tensor, eps: Tensor) -> Tensor:
@@ -160,18 +173,17 @@ class DistributionMatching(Learner):
         truth = Prediction(x, eps, pred.t, self.expert.schedule)
         return (pred.output(kind) - truth.output(kind)).square().flatten(1).mean(1)
 
-    def data(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Of the expert's data as many as x has, their conditions, and noise for them."""
-        stream = self.collector.streams["real"]
-        real, c = self.expert.sample_data(len(x), stream)
-        return real, c, torch.randn(x.shape, generator=stream, device=x.device)
+    def data(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of the expert's data as many as x has, and their conditions."""
+        return self.expert.sample_data(len(x), self.collector.streams["real"])
 
-    def diffusion(self, x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-        """τ ~ U[low, high] of the chain, above 0, (b,) and ε of x's shape."""
-        schedule, stream = self.expert.schedule, self.collector.streams["loss"]
-        u = torch.rand(len(x), generator=stream, device=x.device)
-        tau = (low + (high - low) * u) * schedule.num_train_steps
-        tau = tau.floor().clamp(1, schedule.t_max) if schedule.discrete else tau.clamp(min=1)
+    def diffusion(self, x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """τ ~ U{low, …, high} (b,), of a continuous schedule U[low, high), and ε of x's shape."""
+        stream = self.collector.streams["loss"]
+        if self.expert.schedule.discrete:
+            tau = torch.randint(low, high + 1, (len(x),), generator=stream, device=x.device).float()
+        else:
+            tau = low + (high - low) * torch.rand(len(x), generator=stream, device=x.device)
         return tau, torch.randn(x.shape, generator=stream, device=x.device)
 
     def update(self, batch: TensorDict) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ class Gail(Learner):
             torch.manual_seed(stream_seed(self.config.seed, "discriminator"))
             discriminator = Discriminator(self.expert, self.config.discriminator_width).to(self.expert.device)
         rate = self.config.discriminator_learning_rate
-        self.trainables["discriminator"] = self.trainable(discriminator, rate, self.horizon)
+        self.trainables["discriminator"] = self.trainable("discriminator", discriminator, rate)
 
     def loss(self, batch: TensorDict) -> Tensor:
         x_hat = (

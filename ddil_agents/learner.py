@@ -36,6 +36,7 @@ from ddil_env.support import Metered, Role, Thresholding, build_support, support
 
 Precision = Literal["no", "fp16", "bf16"]
 Optimizer = Literal["adamw", "adamw8bit"]
+RateSchedule = Literal["linear", "constant"]
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,11 @@ class LearnerConfig(AgentConfig):
     prioritised: bool = False
     """Draw states within a source in proportion to their last loss."""
     learning_rate: float = 1e-3
-    """AdamW's, after warm-up; falls linearly to 0."""
+    """AdamW's, after warm-up."""
+    lr_scheduler: RateSchedule = "linear"
+    """What the rate does after warm-up: linear, falls to 0 at the end; constant, stays."""
     warmup_updates: int = 50
-    """Gradient steps of linear warm-up, of each network in its own steps."""
+    """Updates of linear warm-up; a network that takes a step in each R-th of them warms up in 1/R as many steps."""
     optimizer: Optimizer = "adamw"
     """adamw, or adamw8bit, whose momenta take 2 bytes a weight in the place of 8."""
     weight_decay: float = 0.0
@@ -179,9 +182,9 @@ class LearnerConfig(AgentConfig):
                 )
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(f"batch_size={self.batch_size} does not divide into gradient_accumulation={self.gradient_accumulation} parts")
-        for name, known in (("mixed_precision", get_args(Precision)), ("optimizer", get_args(Optimizer))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(known)}")
+        for name, known in (("mixed_precision", Precision), ("optimizer", Optimizer), ("lr_scheduler", RateSchedule)):
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(get_args(known))}")
 
     @property
     def units(self) -> tuple[int, int, int]:
@@ -401,7 +404,7 @@ class Learner(Agent):
         sharding.shard(self.average, self.expert.device)
         if not ranks.is_main():
             torch.manual_seed(own_seed(config.seed, "dropout"))  # the main rank's is the caller's, as in a single process
-        self.trainables = {"student": self.trainable(student, config.learning_rate, self.turns("student", self.horizon))}
+        self.trainables = {"student": self.trainable("student", student, config.learning_rate)}
         self.expert_policy = self.labeller()
         self.student_policy = self._judged_policy()
         self.collector = self.make_collector(self.policy(self.trainables["student"].bare, self.thresholds["student"]))
@@ -423,17 +426,10 @@ class Learner(Agent):
         self, student_policy: StudentPolicy, kind: type[Collector] = Collector, grid: TimeGrid | None = None, **own: Any
     ) -> Collector:
         """Where the states come from: `kind`, over the times of `grid` (default: the student's), with settings of its own."""
-        return kind(
-            self.expert_policy,
-            student_policy,
-            self.grid if grid is None else grid,
-            self.config.seed,
-            kernel=self.kernel,
-            p_expert=self.config.p_expert,
-            guidance_range=self.config.guidance_range,
-            states_per_rollout=self.config.states_per_rollout,
-            **own,
-        )
+        c = self.config
+        own |= {"kernel": self.kernel, "p_expert": c.p_expert, "guidance_range": c.guidance_range}
+        own |= {"states_per_rollout": c.states_per_rollout}
+        return kind(self.expert_policy, student_policy, self.grid if grid is None else grid, c.seed, **own)
 
     def collect(self) -> TensorDict:
         """Adds freshly labelled states to the buffer, and returns them."""
@@ -472,9 +468,10 @@ class Learner(Agent):
 
     # What every method shares.
 
-    def trainable(self, network: nn.Module, learning_rate: float, horizon: int) -> Trainable:
-        """An optimiser for a network of this learner."""
-        return Trainable(network, self.config, self.accelerator, learning_rate, horizon)
+    def trainable(self, name: str, network: nn.Module, learning_rate: float) -> Trainable:
+        """An optimiser for the network of that name, which warms up and ends in its own turns."""
+        horizon, warmup = (self.turns(name, updates) for updates in (self.horizon, self.config.warmup_updates))
+        return Trainable(network, self.config, self.accelerator, learning_rate, horizon, warmup)
 
     def policy(self, student: NetworkDenoiser, support: Support | None) -> StudentPolicy:
         """A student of this learner as a policy; one with a guidance embedding is told the guidance that it is judged at."""

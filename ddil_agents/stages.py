@@ -8,8 +8,9 @@
 The next stage's teacher is whichever of the student's weights, the average over its steps or the last, errs less on held-out states.
 
 Conversion and guidance conditioning are stages too, with as many student steps as teacher steps: one step of the student is
-then one of the teacher, and the target is the teacher's own x̂_0. Each stage leaves a run's files in `stage_N/`; what is resumed,
-reported and loaded is the whole.
+then one of the teacher, and the target is the teacher's own x̂_0. A student that teaches is asked
+at no times but those that it was trained on, so its own student's must be among them. Each stage leaves a run's files in
+`stage_N/`; what is resumed, reported and loaded is the whole.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ddil_agents import sharding
 from ddil_agents.checkpoint import checkpoints, read_support
 from ddil_agents.collect import stream_seed
 from ddil_agents.learner import Agent, Learner, LearnerConfig
-from ddil_env import Expert, NetworkDenoiser, NoDataError, Support, Unbounded, unroll
+from ddil_env import Expert, NetworkDenoiser, NoDataError, Support, TimeGrid, Unbounded, unroll
 from ddil_env.experts.distilled import Distilled
 
 
@@ -119,11 +120,12 @@ def learners(agent: type[Agent], expert: Expert, stages: list[Stage], out: Path 
     teacher = expert
     last: NetworkDenoiser | None = None  # the last stage's student, no more than this: its optimiser and its buffer may go
     told: float | None = None  # the guidance that it answers for, if it has an embedding
+    grid: TimeGrid | None = None  # the times that it was trained on
     before = stages[0].config
     support: Support | None = None
     for stage in stages:
         if last is not None and stage.teacher == "last":
-            teacher = Distilled(expert, last, told)
+            teacher = Distilled(expert, last, told, grid)
         elif stage.teacher == "original":
             teacher = expert
         place = None if out is None else out / stage.directory
@@ -143,7 +145,7 @@ def learners(agent: type[Agent], expert: Expert, stages: list[Stage], out: Path 
             return
         comparable = learner.kernel == "ddim" and not sharding.asked()  # sharded, the last weights are on many ranks
         last = better_weights(learner)[1] if comparable else learner.average
-        before, support = stage.config, learner.support
+        grid, before, support = learner.grid, stage.config, learner.support
         told = None if before.guidance_range is None else learner.reference.guidance_scale
         del learner
 
@@ -179,17 +181,25 @@ def _rehearse(agent: type[Any], expert: Expert, stages: list[Stage]) -> None:
     """Builds each stage's learner once, on the original expert, so that what it refuses is refused before any training.
 
     Raises:
-        ValueError: so; names the stage.
+        ValueError: so, or its times are not among those that its teacher was trained on; names the stage.
     """
     last: NetworkDenoiser | None = None
+    grid: TimeGrid | None = None  # of the last student
+    known: TimeGrid | None = None  # of the teacher; None: it knows all times
     for number, stage in enumerate(stages, 1):
         try:
             learner = agent(expert, stage.config, Unbounded())  # no calibration
             if last is not None:
                 learner.start_from(last)
+            known = {"last": grid, "same": known, "original": None}[stage.teacher]
+            if known is not None and (strange := [t for t in learner.grid.times.tolist() if t not in known.times]):
+                raise ValueError(
+                    f"grid={learner.grid.kind}, num_steps={learner.grid.num_steps}: t = {strange[0]:g} is not among the {known.num_steps} "
+                    f"times that its teacher, a student, was trained on; set grid to linspace or trailing in both, or expert to original"
+                )
         except ValueError as error:
             raise ValueError(f"stage {number} of {len(stages)}: {error}") from error
-        last = learner.average
+        last, grid = learner.average, learner.grid
 
 
 def judged(config: LearnerConfig, stage: LearnerConfig) -> LearnerConfig:

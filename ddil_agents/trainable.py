@@ -43,24 +43,27 @@ def make_optimizer(network: nn.Module, config: LearnerConfig, learning_rate: flo
 
 
 class Trainable:
-    """AdamW on one network, its rate rising over the warm-up and then falling linearly to 0 at the horizon.
+    """AdamW on one network, its rate rising over the warm-up and then falling linearly to 0 at the horizon, or constant.
 
     Args:
         network: What learns.
-        config: Momenta, weight decay, warm-up and clipping.
+        config: Momenta, weight decay, the rate's schedule and clipping.
         accelerator: Places, casts and scales.
         learning_rate: After warm-up.
         horizon: Gradient steps of this network over the run.
+        warmup: And in its warm-up.
     """
 
-    def __init__(self, network: nn.Module, config: LearnerConfig, accelerator: Accelerator, learning_rate: float, horizon: int) -> None:
+    def __init__(
+        self, network: nn.Module, config: LearnerConfig, accelerator: Accelerator, learning_rate: float, horizon: int, warmup: int
+    ) -> None:
         sharding.shard(network, accelerator.device)
         for part in network.modules() if config.compile else ():
             if isinstance(part, NetworkDenoiser):
                 part.network.compile()  # what is around it counts its calls, for which it would be compiled anew at each
         optimizer = make_optimizer(network, config, learning_rate)
-        self.config, self.accelerator, self.horizon = config, accelerator, horizon
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._warm_up_then_linear)
+        self.config, self.accelerator, self.horizon, self.warmup = config, accelerator, horizon, warmup
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_rate)
         self.bare: Any = network
         """The network itself: to be called without gradient, and looked into."""
         self.weights = list(network.parameters())  # walking a network for them takes as long as a kernel over all of them
@@ -124,11 +127,12 @@ class Trainable:
         """Moves the horizon; the rate of the next step is that of the new course."""
         self.horizon = horizon
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
-            group["lr"] = base * self._warm_up_then_linear(self.scheduler.last_epoch)
+            group["lr"] = base * self._share_of_rate(self.scheduler.last_epoch)
 
-    def _warm_up_then_linear(self, step: int) -> float:
-        """Rises over the warm-up, then falls linearly, to reach 0 one step after the last."""
-        return min((step + 1) / (self.config.warmup_updates + 1), max(self.horizon - step, 0) / self.horizon)
+    def _share_of_rate(self, step: int) -> float:
+        """Rises over the warm-up, then falls linearly, to reach 0 one step after the last, or stays at 1."""
+        left = 1.0 if self.config.lr_scheduler == "constant" else max(self.horizon - step, 0) / self.horizon
+        return min((step + 1) / (self.warmup + 1), left)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -25,7 +25,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ddil_env.schedule import NoiseSchedule, Prediction, PredictionType, TimeGrid
+from ddil_env.schedule import NoiseSchedule, Prediction, PredictionType, TimeGrid, substep_times
 from ddil_env.support import Support, Unbounded
 
 __all__ = ["Denoiser", "Expert", "NetworkDenoiser", "NoDataError", "Prediction", "check_device"]
@@ -205,6 +205,10 @@ class Expert(ABC):
         pair = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), self._with_null(c, self.null_condition))
         (x_0, x_0_null), (eps, eps_null) = pair.x_0.chunk(2), pair.eps.chunk(2)
         return Prediction(x_0, eps, t, self.schedule).guided_by(Prediction(x_0_null, eps_null, t, self.schedule), w)
+
+    def times_between(self, t: Tensor, s: Tensor, k: int) -> Tensor:
+        """k + 1 times from t to s, each (b,), that its policy steps over: in equal strides, (k + 1, b)."""
+        return substep_times(self.schedule, t, s, k)
 
     def _with_null(self, c: Tensor, null: int) -> Tensor:
         """c and as many null conditions, (2b,): of one c the same tensor, so that embeddings are looked up once for a label's steps."""

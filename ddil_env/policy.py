@@ -66,9 +66,13 @@ class DdimPolicy(TensorDictModuleBase):
         if self.max_batch is not None and len(x_t) > self.max_batch:
             parts = [[None] * len(x_t) if a is None else a.split(self.max_batch) for a in (x_t, t, s, c, w)]
             return torch.cat([self.act(*part) for part in zip(*parts, strict=False)])
-        for now, then in pairwise(substep_times(self.schedule, t, s, self.substeps)):
+        for now, then in pairwise(self.times(t, s)):
             x_t = self.predict(x_t, now, c, w).projected(self.support).latent(then, self.schedule)
         return x_t
+
+    def times(self, t: Tensor, s: Tensor) -> Tensor:
+        """The times that an action steps over, from t to s, each (b,): (substeps + 1, b)."""
+        return substep_times(self.schedule, t, s, self.substeps)
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, noise: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         """Where the `renoise` kernel leads: the action's estimate of x_0, diffused to s with fresh noise (b, *sample_shape)."""
@@ -81,7 +85,7 @@ class DdimPolicy(TensorDictModuleBase):
 
 
 class ExpertPolicy(DdimPolicy):
-    """The expert's action: `substeps` of its own DDIM steps, guided, projected onto a support.
+    """The expert's action: `substeps` of its own DDIM steps, over times that it was trained on, guided, projected onto a support.
 
     Args:
         expert: The teacher.
@@ -89,7 +93,7 @@ class ExpertPolicy(DdimPolicy):
         guidance_scale: Classifier-free guidance; default: the expert's own.
         project: False leaves the estimates where they fall (no thresholding).
         support: Where they are projected; default: the expert's own.
-        schedule: Of the times stepped over; default: the expert's own.
+        schedule: Whose levels it steps between; default: the expert's own.
     """
 
     by_expert = True
@@ -120,6 +124,9 @@ class ExpertPolicy(DdimPolicy):
         self.guidance_scale = own
         self.nfe_per_action = substeps * (1 if own == 1 else expert.guided_nfe)
         self.project = project
+
+    def times(self, t: Tensor, s: Tensor) -> Tensor:
+        return self.expert.times_between(t, s, self.substeps)
 
 
 class StudentPolicy(DdimPolicy):

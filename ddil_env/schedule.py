@@ -315,7 +315,7 @@ class TimeGrid:
             raise ValueError(f"num_steps={num_steps}: need 1 ≤ num_steps ≤ {schedule.t_max}, the length of the teacher's chain")
         n, t_max = num_steps, schedule.t_max
         if kind == "linspace":
-            times = torch.linspace(0, t_max, n + 1, dtype=torch.float64).flip(0)
+            times = t_max * torch.arange(n, -1, -1, dtype=torch.float64) / n  # products first: equal halves, rounded alike, whatever n
         elif kind == "lcm":
             solver = TimeGrid(schedule, min(LCM_SOLVER_STEPS, 2 * schedule.num_train_steps // 3), "trailing")
             times = lcm_times(solver, n).double()

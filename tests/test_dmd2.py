@@ -143,9 +143,9 @@ def with_exact_critic(shift: float, scale: float, **changed: Any) -> Distributio
 
 
 def diffusion(schedule: Any, b: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """τ ~ U[20, 980] and ε as the stream gives them, and α_τ, σ_τ (b, 1) in float64."""
+    """τ ~ U{20, …, 980} and ε as the stream gives them, and α_τ, σ_τ (b, 1) in float64."""
     generator = stream("loss")
-    tau = ((0.02 + 0.96 * torch.rand(b, generator=generator)) * 1000).floor()
+    tau = torch.randint(20, 981, (b,), generator=generator).float()
     eps = torch.randn(b, d, generator=generator).double()
     alpha, sigma = schedule.coefficients(tau)
     return tau, eps, alpha[:, None], sigma[:, None]
@@ -227,14 +227,14 @@ def test_guidance_steers_the_real_score_and_its_normaliser() -> None:
 
 def test_times_of_the_loss_are_whole_inside_the_chain_and_as_wide_as_asked() -> None:
     learner = matching()
-    tau, eps = learner.diffusion(torch.zeros(20000, 3), 0.02, 0.98)
-    assert (tau.min(), tau.max()) == (20, 979)
+    tau, eps = learner.diffusion(torch.zeros(20000, 3), 20, 980)
+    assert (tau.min(), tau.max()) == (20, 980)
     assert torch.equal(tau, tau.round())
-    assert float(tau.mean()) == pytest.approx(499.5, abs=4 * 277 / math.sqrt(20000))
+    assert float(tau.mean()) == pytest.approx(500, abs=4 * 277 / math.sqrt(20000))
     assert eps.shape == (20000, 3)
-    tau, _ = learner.diffusion(torch.zeros(20000, 3), 0.0, 1.0)
+    tau, _ = learner.diffusion(torch.zeros(20000, 3), 1, 999)
     assert (tau.min(), tau.max()) == (1, 999)
-    tau, _ = matching(flow()).diffusion(torch.zeros(20000, 3), 0.0, 1.0)
+    tau, _ = matching(flow()).diffusion(torch.zeros(20000, 3), 1, 1000)
     assert 1 <= tau.min() < 1.5
     assert 999 < tau.max() <= 1000
 
@@ -435,7 +435,9 @@ def test_the_student_steps_in_every_rth_update_and_the_critic_in_all(ratio: int)
 
 
 def test_the_students_rate_runs_its_course_over_its_own_steps() -> None:
-    learner = matching(critic_updates=3, num_updates=8, warmup_updates=0, learning_rate=3e-3, critic_learning_rate=8e-3)
+    learner = matching(
+        critic_updates=3, num_updates=8, warmup_updates=0, lr_scheduler="linear", learning_rate=3e-3, critic_learning_rate=8e-3
+    )
     student, other = learner.trainables["student"], learner.trainables["critic"]
     assert (student.horizon, other.horizon) == (3, 8)  # ⌈8/3⌉
     rates = []
@@ -514,16 +516,16 @@ def vanilla(expert: Expert, updates: int, ratio: int, b: int = 8) -> tuple[Tenso
     data, noise, time, loss_stream = (stream(name) for name in ("data", "noise", "time", "loss"))
     schedule, times = expert.schedule, TimeGrid(expert.schedule, 4, "dmd2").times
 
-    def diffuse(x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-        tau = ((low + (high - low) * torch.rand(b, generator=loss_stream)) * 1000).floor().clamp(1, 999)
+    def diffuse(x: Tensor, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
+        tau = torch.randint(low, high + 1, (b,), generator=loss_stream).float()
         eps = torch.randn(x.shape, generator=loss_stream)
         alpha, sigma = (a.float()[:, None] for a in schedule.coefficients(tau))
         return alpha * x + sigma * eps, tau, eps
 
-    def step(network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, done: int, horizon: int) -> None:
+    def step(network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, done: int, warmup: int) -> None:
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = rate * min((done + 1) / 4, (horizon - done) / horizon)
+        optimizer.param_groups[0]["lr"] = rate * min((done + 1) / (warmup + 1), 1.0)
         optimizer.step()
         for net in (student, fake):
             net.zero_grad()
@@ -537,21 +539,21 @@ def vanilla(expert: Expert, updates: int, ratio: int, b: int = 8) -> tuple[Tenso
             x_t = alpha * x_0 + sigma * x_t
         x = student(x_t, t).x_0
         if i % ratio == 0:
-            x_tau, tau, _ = diffuse(x.detach(), 0.02, 0.98)
+            x_tau, tau, _ = diffuse(x.detach(), 20, 980)
             with torch.no_grad():
                 x_real, x_fake = expert.predict(x_tau, tau).x_0, fake(x_tau, tau).x_0
                 g = (x_fake - x_real) / ((x - x_real).abs().mean(1, keepdim=True) + 1e-6)
             loss = (0.5 * (x - (x - g).detach()).square().mean(1)).mean()
-            step(student, optimizers[0], loss, 1e-2, i // ratio, -(-updates // ratio))
+            step(student, optimizers[0], loss, 1e-2, i // ratio, -(-3 // ratio))
             n = i // ratio
             for mean, p in zip(average.parameters(), student.parameters(), strict=True):
                 mean.data.copy_(p.data if n == 0 else torch.lerp(mean.data, p.data, 1 - min(0.9, (1 + n) / (10 + n))))
-        x_tau, tau, eps = diffuse(x.detach(), 0.0, 1.0)
+        x_tau, tau, eps = diffuse(x.detach(), 1, 999)
         alpha, sigma = (a.float()[:, None] for a in schedule.coefficients(tau))
         predicted = fake(x_tau, tau)
         v = alpha * predicted.eps - sigma * predicted.x_0
         loss = (v - (alpha * eps - sigma * x.detach())).square().mean(1).mean()
-        step(fake, optimizers[1], loss, 1e-2, i, updates)
+        step(fake, optimizers[1], loss, 1e-2, i, 3)
     return weights(student), weights(average), weights(fake)
 
 
@@ -600,7 +602,7 @@ def test_every_prediction_type_runs_and_its_critic_learns(schedule: Any, kind: A
 
     with torch.no_grad():
         batch["x"] = stranger.generate(batch)
-    stranger_diffusion = stranger.diffusion(batch["x"], 0.0, 1.0)
+    stranger_diffusion = stranger.diffusion(batch["x"], 1, int(expert.schedule.t_max))
     before = error()
     learn(learner)
     assert torch.isfinite(weights(learner.student)).all()
@@ -615,8 +617,8 @@ def test_the_critics_loss_is_the_plain_error_of_its_own_prediction_type(schedule
     x = torch.randn(5, 3)
     loss = learner.critic_loss(TensorDict({"x": x, "t": torch.zeros(5)}, [5]))
     generator = stream("loss")
-    tau = torch.rand(5, generator=generator) * 1000
-    tau = tau.floor().clamp(1, 999) if expert.schedule.discrete else tau.clamp(min=1)
+    u = torch.randint(1, 1000, (5,), generator=generator) if expert.schedule.discrete else torch.rand(5, generator=generator)
+    tau = u.float() if expert.schedule.discrete else 1 + 999 * u
     eps = torch.randn(5, 3, generator=generator)
     alpha, sigma = (a.float()[:, None] for a in expert.schedule.coefficients(tau))
     truth = {"eps": eps, "v": alpha * eps - sigma * x, "x_0": x, "flow": eps - x}[kind]
@@ -743,14 +745,12 @@ def test_the_discriminators_loss_joins_the_critics() -> None:
     x = torch.randn(6, 2)
     losses = [learner.critic_loss(TensorDict({"x": x, "t": torch.zeros(6)}, [6])).detach() for learner in (plain, weighted)]
     network, schedule, generator, of_real = critic(plain), plain.expert.schedule, stream("loss"), stream("real")
-    tau = (torch.rand(6, generator=generator) * 1000).floor().clamp(1, 999)
-    eps = torch.randn(6, 2, generator=generator)
+    torch.randint(1, 1000, (6,), generator=generator), torch.randn(6, 2, generator=generator)  # the denoising loss's own
     real, _ = plain.expert.sample_data(6, of_real)
-    real_eps = torch.randn(6, 2, generator=of_real)
+    draws = [(torch.randint(1000, (6,), generator=generator).float(), torch.randn(6, 2, generator=generator)) for _ in range(2)]
     with torch.no_grad():
-        fake_score = network(schedule.add_noise(x, eps, tau), tau, None)[1]
-        real_score = network(schedule.add_noise(real, real_eps, tau), tau, None)[1]
-    torch.testing.assert_close(losses[1] - losses[0], 0.25 * (softplus(fake_score) + softplus(-real_score)), rtol=1e-4, atol=1e-4)
+        scores = [network(schedule.add_noise(each, eps, tau), tau, None)[1] for each, (tau, eps) in zip((x, real), draws, strict=True)]
+    torch.testing.assert_close(losses[1] - losses[0], 0.25 * (softplus(scores[0]) + softplus(-scores[1])), rtol=1e-4, atol=1e-4)
 
 
 def test_a_labelled_discriminator_sees_the_datas_own_classes() -> None:
@@ -762,7 +762,7 @@ def test_a_labelled_discriminator_sees_the_datas_own_classes() -> None:
     learner.critic_loss(batch)
     _, c_real = learner.expert.sample_data(8, stream("real"))
     assert c_real is not None
-    assert torch.equal(seen[0], torch.cat([states["c"], c_real]))
+    assert torch.equal(seen[0], torch.cat([states["c"], states["c"], c_real]))
 
 
 def test_a_discriminators_weights_follow_the_runs_seed_and_leave_the_callers_generator_alone() -> None:

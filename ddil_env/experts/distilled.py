@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ddil_env.expert import Expert, NetworkDenoiser
-from ddil_env.schedule import Prediction
+from ddil_env.schedule import Prediction, TimeGrid
 
 
 class Distilled(Expert):
@@ -30,6 +30,7 @@ class Distilled(Expert):
         student: Copied, so that it may go on learning.
         guidance_scale: What a student with a guidance embedding is told unless `guided` says otherwise; default: the origin's.
             One without has its guidance built in, and answers to 1 alone.
+        grid: The times that it was trained on, which its policy steps over; default: the origin's.
 
     Raises:
         ValueError: a guidance scale that is not finite, or is for a student without a guidance embedding.
@@ -37,8 +38,8 @@ class Distilled(Expert):
 
     guided_nfe = 1
 
-    def __init__(self, origin: Expert, student: NetworkDenoiser, guidance_scale: float | None = None) -> None:
-        self.origin = origin
+    def __init__(self, origin: Expert, student: NetworkDenoiser, guidance_scale: float | None = None, grid: TimeGrid | None = None) -> None:
+        self.origin, self.grid = origin, grid
         self.student = copy.deepcopy(student).eval().requires_grad_(False)
         if guidance_scale is None:
             guidance_scale = origin.guidance_scale if student.guidance_embedding else 1.0
@@ -87,6 +88,14 @@ class Distilled(Expert):
                 self.check_guidance(scale)
         self.nfe += len(x_t)
         return self.student.predict(x_t, t, c, told)
+
+    def times_between(self, t: Tensor, s: Tensor, k: int) -> Tensor:
+        """k + 1 times from t to s, (k + 1, b): those between are of its grid, evenly by index."""
+        if self.grid is None:
+            return self.origin.times_between(t, s, k)
+        i, j = ((self.grid.times[:, None] > u).sum(0) for u in (t, s))  # t = grid.times[i], s = grid.times[j]; (b,) each
+        index = i + (j - i) * torch.arange(1, k, device=t.device)[:, None] // k
+        return torch.cat([t[None], self.grid.times[index], s[None]])
 
     def sample_condition(self, n: int, generator: torch.Generator | None = None) -> Tensor | None:
         return self.origin.sample_condition(n, generator)
