@@ -185,7 +185,7 @@ def finish(
     weights: dict[str, Any] = {}
     if isinstance(learner, Learner) and not sharding.asked():  # the last weights of a sharded network are on many ranks
         latest = learner.policy(learner.trainables["student"].bare, learner.student_policy.support)
-        models[f"{name}, last weights"] = judge.judge(latest, kernel=learner.kernel)
+        models[f"{name}, last weights"] = cost | seconds | judge.judge(latest, kernel=learner.kernel)
         if learner.kernel == "ddim":
             weights["error_of_weights"] = better_weights(learner)[0]
     result = {
@@ -224,9 +224,9 @@ def gather(out: Path, stages: list[Path], seed: int) -> None:
             rows.append({**row, **{key: before[key] + row[key] for key in running}, "stage": number})
         result = read_result(stage / "result.json")
         total = {key: total[key] + result[key] for key in total}
-        own = result["models"][result["student"]]
         cost = {"teacher_nfe": total["teacher_nfe"], "student_nfe": total["student_nfe"], "train_seconds": rows[-1]["seconds"]}
-        models |= result["models"] | {result["student"]: own | cost}  # of two stages with as many steps, the later one's student
+        own = {name: model | cost for name, model in result["models"].items() if name.partition(",")[0] == result["student"]}
+        models |= result["models"] | own  # of two stages with as many steps, the later one's student
     with folder_atomically(out / "student") as student:
         shutil.copytree(stages[-1] / "student", student, dirs_exist_ok=True)
     for name in ("samples.png", "support.json"):

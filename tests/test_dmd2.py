@@ -861,7 +861,7 @@ def test_the_command_leaves_a_result_and_the_critics_curves(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     assert (result["agent"], result["env"], result["student"], result["num_updates"]) == ("dmd2", "digits8", "dmd2@2", 7)
     assert result["times"] == [999, 499, 0]
-    assert set(result["models"]) == {"teacher@4", "teacher@2", "dmd2@2"}
+    assert set(result["models"]) == {"teacher@4", "teacher@2", "dmd2@2", "dmd2@2, last weights"}
     own = result["models"]["dmd2@2"]
     assert own["nfe_per_sample"] == 2
     assert all(math.isfinite(own[key]) for key in ("frechet", "coverage", "accuracy", "frechet_to_expert"))

@@ -20,9 +20,9 @@ from ddil_agents import BCConfig, BehaviourCloning, Dagger, DaggerConfig, Distri
 from ddil_agents.checkpoint import read_support
 from ddil_agents.cli import load_run
 from ddil_agents.metrics.distances import sliced_wasserstein
-from ddil_agents.stages import Stage, judged, learners, plan
+from ddil_agents.stages import Stage, better_weights, judged, learners, plan
 from ddil_agents.train import read_metrics
-from ddil_env import DdimPolicy, Expert, ExpertPolicy, GaussianMixtureExpert, TimeGrid, invert_ddim, unroll
+from ddil_env import DdimPolicy, Expert, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, invert_ddim, unroll
 from ddil_env.experts.digits import Digits
 from ddil_env.experts.distilled import Distilled
 from ddil_env.support import Thresholding
@@ -185,12 +185,33 @@ def test_a_stage_with_guidance_of_its_own_can_be_judged() -> None:
 # What a student starts from and learns from
 
 
-def test_each_student_starts_from_the_lasts_average_bit_for_bit() -> None:
+@pytest.mark.parametrize("better", ["average", "last"])
+@pytest.mark.parametrize("data_free", [False, True])
+def test_the_weights_that_err_less_on_held_out_states_go_on(data_free: bool, better: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any, **__: Any) -> None:
+        raise NoDataError("none")
+
+    expert = corners()
+    if data_free:
+        monkeypatch.setattr(expert, "reference_data", none)
+    ((_, learner),) = chain(expert, cloning({"num_steps": 4}))
+    other = learner.average if better == "last" else learner.trainables["student"].bare
+    with torch.no_grad():
+        for p in other.parameters():
+            p += 0.3
+    errors, network = better_weights(learner)
+    assert network is {"average": learner.average, "last": learner.trainables["student"].bare}[better]
+    assert errors[better] == min(errors.values()) < max(errors.values())
+    assert better_weights(learner)[0] == errors  # the same states each time
+
+
+def test_each_student_starts_from_the_lasts_better_weights_bit_for_bit() -> None:
     last: Learner | None = None
     for stage, learner in chain(corners(), cloning({"num_steps": 8}, {"num_steps": 4}, {"num_steps": 4, "expert": "original"}, ema=0.9)):
         if last is not None:
-            assert torch.equal(weights(learner.student), weights(last.average))
-            assert torch.equal(weights(learner.average), weights(last.average))
+            better = weights(better_weights(last)[1])
+            assert torch.equal(weights(learner.student), better)
+            assert torch.equal(weights(learner.average), better)
             assert not torch.equal(weights(last.average), weights(last.student))
         before = weights(learner.student)
         last = learn(learner)
@@ -207,7 +228,7 @@ def test_the_teacher_is_the_last_student_the_last_teacher_or_the_original() -> N
     for name, (_, learner) in zip(names, stages, strict=True):
         if name == "last":
             assert isinstance(learner.expert, Distilled)
-            assert torch.equal(weights(learner.expert.student), weights(passed[-1].average))
+            assert torch.equal(weights(learner.expert.student), weights(better_weights(passed[-1])[1]))
         else:
             assert learner.expert is (expert if name == "original" else passed[-1].expert)
         before = learner.expert.predict(x_t, t).x_0
@@ -322,7 +343,7 @@ def test_guidance_conditioning_starts_from_the_last_student_and_learns_to_answer
     assert 1 <= batch["w"].min() < 1.5
     assert 3.5 < batch["w"].max() <= 4
     with torch.no_grad():
-        as_it_was = first.average.predict(batch["x_t"], batch["t"], batch["c"]).x_0
+        as_it_was = better_weights(first)[1].predict(batch["x_t"], batch["t"], batch["c"]).x_0
     for w in (1.0, 2.5, 4.0):
         assert torch.equal(told(second, batch, w), as_it_was)
     learn(second)
@@ -426,7 +447,12 @@ def test_a_staged_result_has_every_stages_models_and_the_totals(staged: Path) ->
     result = json.loads((staged / "result.json").read_text())
     parts = [json.loads((staged / f"stage_{number}" / "result.json").read_text()) for number in (1, 2, 3)]
     assert (result["agent"], result["student"], result["num_updates"]) == ("dagger", "dagger@2", 13)
-    assert set(result["models"]) == {"teacher@4", "dagger@4", "teacher@2", "dagger@2"}
+    students = {"dagger@4", "dagger@4, last weights", "dagger@2", "dagger@2, last weights"}
+    assert set(result["models"]) == students | {"teacher@4", "teacher@2"}
+    for part in parts:
+        average, latest = (part["models"][f"{part['student']}{which}"] for which in ("", ", last weights"))
+        assert average["endpoint_rmse"] != latest["endpoint_rmse"]
+        assert part["error_of_weights"].keys() == {"average", "last"}
     assert [part["student"] for part in parts] == ["dagger@4", "dagger@2", "dagger@2"]
     assert result["models"]["dagger@4"] == parts[0]["models"]["dagger@4"]
     for key in ("frechet", "endpoint_rmse", "action_mse_own"):  # of two with as many steps, the later
@@ -476,7 +502,8 @@ def test_a_staged_run_loads_and_is_reported(staged: Path, tmp_path: Path, capsys
     assert isinstance(learner.expert, Digits)
     report.main([str(staged), "--out", str(tmp_path / "page")])
     assert {path.name for path in (tmp_path / "page").iterdir()} == {"report.md", "curves.png", "samples.png"}
-    (head,) = [line.split("|")[2:-1] for line in (tmp_path / "page" / "report.md").read_text().splitlines() if "training data" in line]
+    (head,) = [line.split("|")[2:-1] for line in (tmp_path / "page" / "report.md").read_text().splitlines() if "teacher halves" in line]
+    head = [name for name in head if "last weights" not in name]
     assert [name.strip().partition(",")[0] for name in head] == [
         "teacher halves",
         "training data",
