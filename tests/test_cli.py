@@ -370,7 +370,7 @@ def test_a_report_of_two_runs_is_a_table_curves_and_pictures(runs: dict[str, Pat
     report.main([*map(str, runs.values()), "--out", "page"])
     assert {path.name for path in Path("page").iterdir()} == {"report.md", "curves.png", "samples.png"}
     text = Path("page/report.md").read_text()
-    (head,) = [line.split("|")[2:-1] for line in text.splitlines() if "training data" in line]
+    (head,) = [line.split("|")[2:-1] for line in text.splitlines() if "training data, n" in line]
     assert [name.strip().partition(",")[0] for name in head] == [
         "teacher halves",
         "training data",
@@ -379,7 +379,7 @@ def test_a_report_of_two_runs_is_a_table_curves_and_pictures(runs: dict[str, Pat
         "bc@4",
         "dagger@4",
     ]
-    assert "n = 30, evaluation seed 0, features of identity" in text
+    assert "n = 30, evaluation seed 0, against 30 held-out data, features of identity" in text
     frechet = json.loads((runs["bc"] / "result.json").read_text())["models"]["bc@4"]["frechet"]
     assert f"{frechet:.3g}" in text
     for name in ("curves.png", "samples.png"):
@@ -402,7 +402,7 @@ def test_a_report_refuses_what_is_no_run(kind: str, capsys: pytest.CaptureFixtur
 def test_evaluate_prints_the_teachers_quality_by_steps(capsys: pytest.CaptureFixture[str]) -> None:
     evaluate.main([*ENV, "--steps", "16", "2", "--n", "40", "--out", "teacher.json"])
     printed = capsys.readouterr().out
-    (head,) = [line.split("|")[2:-1] for line in printed.splitlines() if "training data" in line]
+    (head,) = [line.split("|")[2:-1] for line in printed.splitlines() if "training data, n" in line]
     assert [name.strip().partition(",")[0] for name in head] == ["teacher halves", "training data", "teacher@16", "teacher@2"]
     (result,) = json.loads(Path("teacher.json").read_text())
     assert result["models"]["teacher@16"]["frechet"] < result["models"]["teacher@2"]["frechet"]

@@ -307,7 +307,7 @@ def test_data_free_comparison_is_drawn_by_its_distance_to_the_teacher(plane, tmp
 
 
 def test_only_distances_of_inceptions_features_are_called_fid_and_kid(plane, tmp_path):
-    text = changed(plane, tmp_path, settings={**plane[0]["settings"], "extractor": "inception_v3_2015", "distance": "FID"})
+    text = changed(plane, tmp_path, settings={**plane[0]["settings"], "extractor": "inception_v3_2015", "distance": "FID"}, flags=[])
     assert "In FID ↓ at equal gradient steps" in text
     assert "KID\N{NO-BREAK SPACE}↓" in text
     assert "Fréchet" not in text
