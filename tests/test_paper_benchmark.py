@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from paper import Stochastic, plan, summary
 
+from ddil_agents.cli import _config as settings_of
+from ddil_agents.cli import find_agent, parse, refuse_early
+from ddil_agents.stages import plan as stages_of
 from ddil_env import ExpertPolicy, GaussianMixtureExpert, TimeGrid
 from ddil_env.support import Box
 
@@ -45,9 +50,24 @@ def test_stochastic_steps_start_from_estimates_inside_the_support() -> None:
 
 def test_every_method_has_its_baseline_and_both_variants_in_every_seed() -> None:
     runs = plan(["pd", "lcm", "dmd2", "small"], [0, 1])
-    assert len({run.folder for run in runs}) == len(runs) == 2 * (3 + 3 + 12 + 6 + 3)
+    assert len({run.folder for run in runs}) == len(runs) == 2 * (3 + 3 + 12 + 3 + 3)
     for method in ("pd", "lcm", "dmd2"):
         assert {run.variant for run in runs if run.method == method} >= {"baseline", "+ DDIL", "+ Reflected + DDIL"}
+
+
+def test_both_have_two_parts_and_ddil_comes_in_the_second(tmp_path: Path) -> None:
+    for run in (run for run in plan(["pd", "lcm"], [0]) if run.variant in ("baseline", "+ DDIL")):
+        _, _, module, *arguments = run.command(tmp_path / run.folder)
+        agent = find_agent(module.rpartition(".")[2])
+        refuse_early(agent, arguments)  # builds every stage
+        parser, cfg = parse(agent, arguments)
+        stages = [stage.config for stage in stages_of(settings_of(agent, parser, cfg))]
+        firsts, seconds = stages[::2], stages[1::2]
+        assert [stage.num_steps for stage in firsts] == [stage.num_steps for stage in seconds]
+        assert all(stage.beta.student == 0 for stage in firsts)
+        assert all(stage.beta.student == (0.5 if "DDIL" in run.variant else 0) for stage in seconds)
+        assert all(stage.p_expert == (0.5 if run.method == "pd" and "DDIL" in run.variant else 0) for stage in seconds)
+        assert stages[0].guidance_scale == 3.0
 
 
 def test_differences_are_paired_by_seed() -> None:
