@@ -17,10 +17,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ddil_agents.checkpoint import write_atomically
-from ddil_agents.compare import Comparison, compare, merged
-from ddil_agents.page import write_page
-from ddil_agents.statistics import paired_comparison
+from ddil_agents.compare import compare
+from ddil_agents.comparison.arms import Comparison, merged
+from ddil_agents.comparison.page import write_page
+from ddil_agents.comparison.statistics import paired_comparison
+from ddil_agents.training.checkpoint import write_atomically
 from ddil_env.presets import find_preset, read_yaml
 
 NAMES = ("priors", "thresholding", "teacher_share", "matched_compute", "replay", "baselines")

@@ -24,7 +24,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from ddil_agents.buffer import SOURCES, SourceBuffer
+from ddil_agents.states.buffer import SOURCES, SourceBuffer
 
 SHAPE = (4, 64, 64)  # Stable Diffusion's latent
 BETA = (0.5, 0.1, 0.4)

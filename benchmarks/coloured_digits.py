@@ -23,10 +23,12 @@ from typing import Any
 import torch
 from digits import interval
 
-from ddil_agents.checkpoint import write_atomically
-from ddil_agents.cli import load_run
-from ddil_agents.evaluate import Evaluation, Judge, provenance
-from ddil_agents.report import picture_rows, save_samples
+from ddil_agents.commands.load import load_run
+from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.pictures import picture_rows, save_samples
+from ddil_agents.evaluation.provenance import provenance
+from ddil_agents.evaluation.settings import Evaluation
+from ddil_agents.training.checkpoint import write_atomically
 from ddil_env import ExpertPolicy, TimeGrid, load_expert
 
 STEPS = (32, 8, 4, 2, 1)

@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ddil_agents.metrics.extractors import load_extractor
-from ddil_agents.metrics.frechet import frechet_distance
+from ddil_agents.evaluation.metrics.extractors import load_extractor
+from ddil_agents.evaluation.metrics.frechet import frechet_distance
 from ddil_env import load_expert
 
 METRICS = ("frechet", "frechet_to_expert", "endpoint_rmse", "precision", "recall", "coverage", "accuracy")

@@ -33,11 +33,13 @@ import torch
 from digits import interval
 from torch import Tensor
 
-from ddil_agents.checkpoint import write_atomically
-from ddil_agents.cli import load_run
-from ddil_agents.collect import stream_seed
-from ddil_agents.evaluate import Evaluation, Judge, provenance
-from ddil_agents.train import read_metrics
+from ddil_agents.commands.load import load_run
+from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.provenance import provenance
+from ddil_agents.evaluation.settings import Evaluation
+from ddil_agents.states.collect import stream_seed
+from ddil_agents.training.checkpoint import write_atomically
+from ddil_agents.training.loop import read_metrics
 from ddil_env import Expert, ExpertPolicy, StudentPolicy, TimeGrid, load_expert
 from ddil_env.schedule import GridKind
 

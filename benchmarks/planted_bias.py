@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ddil_agents import Beta, Dagger, DaggerConfig
-from ddil_agents.evaluate import provenance
+from ddil_agents.evaluation.provenance import provenance
 from ddil_env import GaussianMixtureExpert, NetworkDenoiser, NoiseSchedule, invert_ddim
 
 MIDDLE = 500  # the time of the one step that is learned

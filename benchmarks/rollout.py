@@ -39,7 +39,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from ddil_agents.collect import Collector
+from ddil_agents.states.collect import Collector
 from ddil_env import DenoisingEnv, Expert, ExpertPolicy, StudentPolicy, TimeGrid, load_expert
 from ddil_env.pipelines.networks import PromptedUNet
 from ddil_env.pipelines.prompts import Embeddings

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from ddil_agents import DMD2Config, LCMConfig, LearnerConfig
-from ddil_agents.beta import Beta
-from ddil_agents.stages import _changed
+from ddil_agents.states.beta import Beta
+from ddil_agents.training.stages import _changed
 
 BUCKET = 25e6  # bytes that DDP reduces at a time
 

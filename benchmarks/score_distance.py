@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from ddil_agents.checkpoint import write_atomically
-from ddil_agents.evaluate import provenance
+from ddil_agents.evaluation.provenance import provenance
+from ddil_agents.training.checkpoint import write_atomically
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, TimeGrid, load_expert, unroll
 from ddil_env.mdp import Kernel
 

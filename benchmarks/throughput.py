@@ -42,7 +42,7 @@ from rollout import Way, bare_sd, interval, sd_expert, timed
 from torch import Tensor, nn
 
 from ddil_agents import Beta, DistributionMatching, DMD2Config, LatentConsistency, LCMConfig, Learner
-from ddil_agents.train import MetricsLog
+from ddil_agents.training.loop import MetricsLog
 from ddil_env import DenoisingEnv, ExpertPolicy, TimeGrid
 from ddil_env.rollout import unroll
 

@@ -34,10 +34,12 @@ from filelock import FileLock
 from when_report import write_report
 
 from ddil_agents import Beta, Dagger, DistributionMatching, LatentConsistency
-from ddil_agents.checkpoint import folder_atomically, write_atomically
-from ddil_agents.collect import stream_seed
-from ddil_agents.evaluate import Evaluation, Judge, provenance
+from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.provenance import provenance
+from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.learner import Learner
+from ddil_agents.states.collect import stream_seed
+from ddil_agents.training.checkpoint import folder_atomically, write_atomically
 from ddil_env import Expert, load_expert
 from ddil_env.support import Thresholding
 

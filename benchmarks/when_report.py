@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddil_agents.checkpoint import write_atomically
-from ddil_agents.statistics import holm, paired_comparison
+from ddil_agents.comparison.statistics import holm, paired_comparison
+from ddil_agents.training.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     from when import Cell

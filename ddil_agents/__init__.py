@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddil_agents.aggrevate import Aggrevate, AggrevateConfig
     from ddil_agents.bc import BCConfig, BehaviourCloning
-    from ddil_agents.beta import Beta
-    from ddil_agents.buffer import SOURCES, SourceBuffer
-    from ddil_agents.collect import Collector
-    from ddil_agents.compare import Comparison
+    from ddil_agents.comparison.arms import Comparison
+    from ddil_agents.config import LearnerConfig
     from ddil_agents.dagger import Dagger, DaggerConfig
     from ddil_agents.dart import Dart, DartConfig
     from ddil_agents.dmd2 import DistributionMatching, DMD2Config
-    from ddil_agents.evaluate import Evaluation, Judge
+    from ddil_agents.evaluation.judge import Judge
+    from ddil_agents.evaluation.settings import Evaluation
     from ddil_agents.gail import Gail, GailConfig
     from ddil_agents.lcm import LatentConsistency, LCMConfig
-    from ddil_agents.learner import Learner, LearnerConfig
+    from ddil_agents.learner import Learner
     from ddil_agents.safe_dagger import SafeDagger, SafeDaggerConfig
     from ddil_agents.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
+    from ddil_agents.states.beta import Beta
+    from ddil_agents.states.buffer import SOURCES, SourceBuffer
+    from ddil_agents.states.collect import Collector
 
 _HOME = {
     "Aggrevate": "aggrevate",

@@ -29,10 +29,11 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from ddil_agents.beta import Beta
-from ddil_agents.collect import Collector
+from ddil_agents.commands.run import run
+from ddil_agents.config import LearnerConfig
 from ddil_agents.dagger import Dagger, DaggerConfig
-from ddil_agents.learner import LearnerConfig
+from ddil_agents.states.beta import Beta
+from ddil_agents.states.collect import Collector
 from ddil_env import StudentPolicy
 from ddil_env.mdp import Kernel
 
@@ -102,8 +103,6 @@ class Aggrevate(Dagger):
 
 
 def main(argv: list[str] | None = None) -> None:
-    from ddil_agents.cli import run
-
     run(Aggrevate, argv)
 
 

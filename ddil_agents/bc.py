@@ -20,7 +20,9 @@ from typing import ClassVar, Literal, get_args
 from tensordict import TensorDict
 from torch import Tensor
 
-from ddil_agents.learner import Learner, LearnerConfig
+from ddil_agents.commands.run import run
+from ddil_agents.config import LearnerConfig
+from ddil_agents.learner import Learner
 from ddil_env import Expert, Support, invert_ddim
 
 Weighting = Literal["truncated_snr", "snr_plus_one", "velocity"]
@@ -77,8 +79,6 @@ class BehaviourCloning(Learner):
 
 
 def main(argv: list[str] | None = None) -> None:
-    from ddil_agents.cli import run
-
     run(BehaviourCloning, argv)
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ddil_agents.bc import BCConfig, BehaviourCloning
-from ddil_agents.beta import Beta
-from ddil_agents.learner import LearnerConfig
+from ddil_agents.commands.run import run
+from ddil_agents.config import LearnerConfig
+from ddil_agents.states.beta import Beta
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,6 @@ class Dagger(BehaviourCloning):
 
 
 def main(argv: list[str] | None = None) -> None:
-    from ddil_agents.cli import run
-
     run(Dagger, argv)
 
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ddil_agents.bc import BCConfig, BehaviourCloning
-from ddil_agents.collect import Collector, own_seed
-from ddil_agents.learner import LearnerConfig
+from ddil_agents.commands.run import run
+from ddil_agents.config import LearnerConfig
+from ddil_agents.states.collect import Collector, own_seed
 from ddil_env import ExpertPolicy, StudentPolicy, TimeGrid
 
 
@@ -81,8 +82,6 @@ class Dart(BehaviourCloning):
 
 
 def main(argv: list[str] | None = None) -> None:
-    from ddil_agents.cli import run
-
     run(Dart, argv)
 
 

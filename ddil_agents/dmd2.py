@@ -30,12 +30,14 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ddil_agents import sharding
-from ddil_agents.beta import Beta
-from ddil_agents.collect import Collector, stream_seed
-from ddil_agents.critic import Critic
-from ddil_agents.learner import Learner, LearnerConfig, RateSchedule
-from ddil_agents.simulation import BackwardSimulation
+from ddil_agents.commands.run import run
+from ddil_agents.config import LearnerConfig, RateSchedule
+from ddil_agents.devices import sharding
+from ddil_agents.learner import Learner
+from ddil_agents.states.beta import Beta
+from ddil_agents.states.collect import Collector, stream_seed
+from ddil_agents.states.simulation import BackwardSimulation
+from ddil_agents.training.critic import Critic
 from ddil_env import Expert, NetworkDenoiser, NoDataError, Prediction, StudentPolicy, Support
 from ddil_env.mdp import Kernel
 from ddil_env.schedule import GridKind, broadcast
@@ -225,8 +227,6 @@ class DistributionMatching(Learner):
 
 
 def main(argv: list[str] | None = None) -> None:
-    from ddil_agents.cli import run
-
     run(DistributionMatching, argv)
 
 

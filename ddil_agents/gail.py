@@ -26,11 +26,13 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ddil_agents import sharding
-from ddil_agents.beta import Beta
-from ddil_agents.buffer import SOURCES
-from ddil_agents.collect import Collector, stream_seed
-from ddil_agents.learner import Learner, LearnerConfig
+from ddil_agents.commands.run import run
+from ddil_agents.config import LearnerConfig
+from ddil_agents.devices import sharding
+from ddil_agents.learner import Learner
+from ddil_agents.states.beta import Beta
+from ddil_agents.states.buffer import SOURCES
+from ddil_agents.states.collect import Collector, stream_seed
 from ddil_env import Expert, StudentPolicy, Support, invert_ddim
 from ddil_env.schedule import broadcast
 
@@ -198,8 +200,6 @@ class Gail(Learner):
 
 
 def main(argv: list[str] | None = None) -> None:
-    from ddil_agents.cli import run
-
     run(Gail, argv)
 
 

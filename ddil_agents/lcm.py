@@ -22,8 +22,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from ddil_agents.collect import Collector
-from ddil_agents.learner import Learner, LearnerConfig
+from ddil_agents.commands.run import run
+from ddil_agents.config import LearnerConfig
+from ddil_agents.learner import Learner
+from ddil_agents.states.collect import Collector
 from ddil_env import ExpertPolicy, NetworkDenoiser, Prediction, StudentPolicy, TimeGrid
 from ddil_env.mdp import Kernel
 from ddil_env.schedule import LCM_SOLVER_STEPS, GridKind, broadcast, lcm_times
@@ -151,8 +153,6 @@ class LatentConsistency(Learner):
 
 
 def main(argv: list[str] | None = None) -> None:
-    from ddil_agents.cli import run
-
     run(LatentConsistency, argv)
 
 

@@ -5,332 +5,29 @@ A new learner is one file: a config, a class with `loss`, and a `main`.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import math
 import sys
 import warnings
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast, get_args
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddil_agents import out_of_memory, ranks, sharding
-from ddil_agents.average import Average
-from ddil_agents.beta import Beta
-from ddil_agents.buffer import SourceBuffer
-from ddil_agents.checkpoint import load_checkpoint, save_checkpoint
-from ddil_agents.collect import Collector, StatesPerRollout, own_seed, stream_seed
-from ddil_agents.settings import check_types
-from ddil_agents.trainable import Loss, Trainable
-from ddil_env import Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, Unbounded, load_expert, unroll
-from ddil_env.adapters import LoRA
-from ddil_env.mdp import Kernel
-from ddil_env.schedule import GridKind
-from ddil_env.support import Metered, Role, Thresholding, build_support, support_to_dict
-
-Precision = Literal["no", "fp16", "bf16"]
-Optimizer = Literal["adamw", "adamw8bit"]
-RateSchedule = Literal["linear", "constant"]
-
-
-@dataclass(frozen=True)
-class AgentConfig:
-    """Settings that every agent has."""
-
-    num_updates: int = 1000
-    """Gradient steps."""
-    num_steps: int = 4
-    """N, steps of the student's sampler."""
-    grid: GridKind = "linspace"
-    """The N times: linspace (the paper's), dmd2, trailing or lcm."""
-    teacher_steps: int = 32
-    """Steps of the teacher's sampler: a label takes teacher_steps / num_steps expert forwards."""
-    guidance_scale: float | None = None
-    """The teacher's classifier-free guidance w (1 is none); null: the expert's own."""
-    seed: int = 0
-    """Of weights, data, noise, times, rollouts and draws, each its own stream."""
-    student: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the expert's make_student."""
-    lora: LoRA | None = None
-    """Adapters over the teacher's own weights for every network that would start from a copy of them; null: full fine-tuning."""
-    init: str | None = None
-    """A run directory whose student to start from, such as an LCM's for DMD2; null: what make_student gives, the expert's weights."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_updates", "num_steps", "teacher_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: need 0 or more")
-        if self.teacher_steps % self.num_steps:
-            raise ValueError(
-                f"teacher_steps={self.teacher_steps} is no multiple of num_steps={self.num_steps}; each student step takes as many"
-            )
-
-    @property
-    def substeps(self) -> int:
-        """Expert steps in one student step."""
-        return self.teacher_steps // self.num_steps
-
-    def to_judge(self) -> Self:
-        """These settings without what only training needs, for a student that is loaded."""
-        return dataclasses.replace(self, init=None)
-
-
-@dataclass(frozen=True)
-class LearnerConfig(AgentConfig):
-    """Settings that every learner has."""
-
-    guidance_range: tuple[float, float] | None = None
-    """Draw w anew for each state from here, and tell the student (a zero-initialised guidance embedding); null: one w for all."""
-    thresholding: Thresholding = field(default_factory=Thresholding)
-    """Reflected diffusion: which estimates are projected onto the data's support, and how."""
-    beta: Beta = field(default_factory=Beta)
-    """Source priors."""
-    p_expert: float = 0.0
-    """Probability that the expert acts in a step of a student rollout (mixed rollouts)."""
-    states_per_rollout: StatesPerRollout = 1
-    """States that each teacher or student rollout gives: 1, at a time drawn uniformly, as DDIL's Algorithm 1 draws a state; or all N of
-    it, which cost fewer student forwards and are N times fewer independent draws of noise and condition."""
-    batch_size: int = 64
-    """States of a gradient step, of each process."""
-    collect_size: int = 256
-    """States that one collection labels, of each process."""
-    updates_per_collect: int = 16
-    """Gradient steps between collections. Each label serves about updates_per_collect · batch_size / collect_size of them."""
-    capacity: int | None = 4096
-    """States held per source, by each process; the oldest give way. null keeps all of the run (DAgger's aggregate)."""
-    student_collections: int | None = 8
-    """Of the student's own states the newest this many collections are held, since they age as it learns; null: as many as capacity says.
-    Where capacity is null all are kept."""
-    prioritised: bool = False
-    """Draw states within a source in proportion to their last loss."""
-    learning_rate: float = 1e-3
-    """AdamW's, after warm-up."""
-    lr_scheduler: RateSchedule = "linear"
-    """What the rate does after warm-up: linear, falls to 0 at the end; constant, stays."""
-    warmup_updates: int = 50
-    """Updates of linear warm-up; a network that takes a step in each R-th of them warms up in 1/R as many steps."""
-    optimizer: Optimizer = "adamw"
-    """adamw, or adamw8bit, whose momenta take 2 bytes a weight in the place of 8."""
-    weight_decay: float = 0.0
-    """AdamW's."""
-    adam_betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's momenta."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    ema: float = 0.99
-    """Decay of the averaged student, which is the one that is evaluated and saved; the first steps' is lower (average.py)."""
-    gradient_accumulation: int = 1
-    """Parts that a batch is cut into, to save memory."""
-    halve_batch_on_oom: bool = False
-    """Where a gradient step runs out of memory, do it again with twice as many parts, and the later ones too; false: an error."""
-    mixed_precision: Precision = "no"
-    """no, fp16 or bf16."""
-    compile: bool = False
-    """Compile the networks (torch.compile): minutes at the start, faster steps ever after; for long runs on a GPU."""
-    stages: tuple[dict[str, Any], ...] = ()
-    """A chain of runs in one: for each, the settings that differ, and `expert`, its teacher: last (the last stage's student),
-    same (as the last stage's) or original. Each student starts from the last one's weights."""
-
-    teachers: ClassVar[tuple[str, ...]] = ("last", "same", "original")  # that a stage can have; the first is the default
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("batch_size", "collect_size", "updates_per_collect", "gradient_accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: need a positive, finite number")
-        if not all(0 <= b < 1 for b in self.adam_betas):
-            raise ValueError(f"adam_betas={self.adam_betas}: need two numbers in [0, 1)")
-        for name, low, high in (("p_expert", 0, 1), ("ema", 0, 0.999999)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name}={getattr(self, name)}: need a number in [{low}, {high}]")
-        for name in ("warmup_updates", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: need 0 or more")
-        if self.p_expert and not self.beta.student:
-            raise ValueError(f"p_expert={self.p_expert}: the expert acts in student rollouts, and β has none; give them a share, or use 0")
-        if self.capacity is not None and self.capacity < 1:
-            raise ValueError(f"capacity={self.capacity}: need at least 1, or null to keep every state")
-        if self.student_collections is not None and self.student_collections < 1:
-            raise ValueError(f"student_collections={self.student_collections}: need at least 1, or null to hold as many as capacity")
-        if self.states_per_rollout not in get_args(StatesPerRollout):
-            raise ValueError(f"states_per_rollout={self.states_per_rollout}: need 1 or all")
-        if not any(self.collect_size * share + 1e-9 >= unit for share, unit in zip(self.beta(0), self.units, strict=True)):
-            lacking, cure = "state", ""
-            if self.states_per_rollout == "all":
-                lacking, cure = f"rollout of {self.units[1]} states", ", or set states_per_rollout to 1"
-            raise ValueError(
-                f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one {lacking}; raise collect_size{cure}"
-            )
-        if self.guidance_range is not None:
-            least, most = self.guidance_range
-            if not -math.inf < least < most < math.inf:
-                raise ValueError(f"guidance_range={self.guidance_range}: need two different, finite numbers, the lower first")
-            if self.guidance_scale is not None and not least <= self.guidance_scale <= most:
-                raise ValueError(
-                    f"guidance_scale={self.guidance_scale} lies outside guidance_range={self.guidance_range}, which is trained on"
-                )
-        if self.batch_size % self.gradient_accumulation:
-            raise ValueError(f"batch_size={self.batch_size} does not divide into gradient_accumulation={self.gradient_accumulation} parts")
-        for name, known in (("mixed_precision", Precision), ("optimizer", Optimizer), ("lr_scheduler", RateSchedule)):
-            if getattr(self, name) not in get_args(known):
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(get_args(known))}")
-
-    @property
-    def units(self) -> tuple[int, int, int]:
-        """States that one forward draw, one teacher and one student rollout give."""
-        teacher, student = self.rollout_lengths if self.states_per_rollout == "all" else (1, 1)
-        return 1, teacher, student
-
-    @property
-    def rollout_lengths(self) -> tuple[int, int]:
-        """States that a teacher and a student rollout pass through."""
-        return self.num_steps, self.num_steps
-
-
-class Agent(ABC):
-    """What imitates an expert in few steps: the commands train it, judge it and write it down.
-
-    Args:
-        expert: An Expert, or the name of a preset.
-        config: This agent's config; default: its defaults.
-
-    Raises:
-        ValueError: what the expert or the grid refuse.
-    """
-
-    name: ClassVar[str]
-    Config: ClassVar[type[Any]]  # an AgentConfig
-    kernel: ClassVar[Kernel] = "ddim"  # how the student samples, and is unrolled
-    config: Any
-    student_policy: StudentPolicy
-    support: Support | None = None  # where its estimates are projected
-    step: int = 0  # gradient steps so far
-    horizon: int  # and at the end of training
-    teacher_nfe: int = 0  # teacher forwards so far, of this process
-
-    def __init__(self, expert: Expert | str, config: Any = None, support: Support | None = None) -> None:
-        self.config = self.Config() if config is None else config
-        self.expert = load_expert(expert)
-        self.grid = TimeGrid(self.expert.schedule, self.config.num_steps, self.config.grid).to(self.expert.device)
-        if self.config.teacher_steps > self.expert.schedule.t_max:
-            raise ValueError(
-                f"teacher_steps={self.config.teacher_steps}: need at most {self.expert.schedule.t_max}, the length of the teacher's chain"
-            )
-        # What a student is judged against: the expert on its own support, whatever is thresholded in training.
-        self.reference = ExpertPolicy(self.expert, self.config.substeps, self.config.guidance_scale)
-
-    @property
-    @abstractmethod
-    def student(self) -> NetworkDenoiser:
-        """The student in training."""
-
-    @property
-    @abstractmethod
-    def average(self) -> NetworkDenoiser:
-        """The student that is evaluated and saved."""
-
-    @property
-    @abstractmethod
-    def student_nfe(self) -> int:
-        """Student forwards so far, training and rollouts together, of this process."""
-
-    def spent(self) -> tuple[int, int]:
-        """Teacher and student forwards so far, of all processes; each of them has to call it."""
-        nfe = torch.tensor([self.teacher_nfe, self.student_nfe], device=self.expert.device)
-        teacher, student = ranks.total(nfe).tolist()
-        return teacher, student
-
-    @abstractmethod
-    def extend(self, num_updates: int) -> None:
-        """Moves the horizon to so many gradient steps from here."""
-
-    @abstractmethod
-    def train(self, out: Path | None = None, *, progress: bool = True, **options: Any) -> None:
-        """Trains to the horizon."""
-
-    def learn(self, num_updates: int | None = None, out: str | Path | None = None, progress: bool = True) -> Self:
-        """Trains for num_updates more gradient steps; learning rate and β run their course over what is then the whole.
-
-        Args:
-            num_updates: Gradient steps; default: the config's.
-            out: An empty or new directory for metrics.jsonl, checkpoints/ and tensorboard/.
-            progress: Whether to show a bar.
-
-        Raises:
-            ValueError: `out` exists and is not empty, num_updates is less than 1, or with `capacity` null more than the config's.
-            FloatingPointError: the loss is not finite; names the step and the source.
-        """
-        more = self.config.num_updates if num_updates is None else num_updates
-        if more < 1:
-            raise ValueError(f"num_updates={more}: need at least 1")
-        directory = None if out is None else Path(out)
-        with ranks.together():  # before any of them writes there
-            if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-                raise ValueError(f"{directory} exists and is not empty; choose another `out`")
-        self.extend(more)
-        self.train(directory, progress=progress)
-        return self
-
-    def make_student(self, **options: Any) -> NetworkDenoiser:
-        """The network that learns, before its first step."""
-        return self.expert.make_student(**options)
-
-    def initial_student(self) -> NetworkDenoiser:
-        """The student before its first step: with seeded weights, or with those of the run that `init` names."""
-        student = self._seeded_student()
-        if self.config.init is not None:
-            saved = Path(self.config.init) / "student"
-            if not saved.is_dir():
-                raise ValueError(f"init={self.config.init}: there is no {saved}; name the directory of a finished run")
-            try:
-                other = self.expert.load_student(saved, **self.student_options)
-            except ValueError as error:
-                raise ValueError(
-                    f"init={self.config.init}: no student of {type(self.expert).__name__} and these settings: {error}"
-                ) from error
-            student.load_state_dict(other.state_dict())
-        return student
-
-    def _seeded_student(self) -> NetworkDenoiser:
-        """A student whose random weights, if it has any, are seeded; the caller's generator is left alone."""
-        options = self.student_options
-        takes = inspect.signature(self.expert.make_student)
-        try:
-            takes.bind(**options)
-        except TypeError as error:
-            known = ", ".join(takes.parameters)
-            raise ValueError(f"student={options}: {error}; this expert's students take {known}; leave out the rest") from error
-        try:
-            check_types(type(self.expert), "make_student", self.config.student)
-        except ValueError as error:
-            raise ValueError(f"student.{error}") from error
-        with torch.random.fork_rng():
-            torch.manual_seed(stream_seed(self.config.seed, "weights"))
-            try:
-                return self.make_student(**options)
-            except (TypeError, RuntimeError) as error:
-                raise ValueError(f"make_student refuses student={options}: {error}") from error
-
-    @property
-    def student_options(self) -> dict[str, Any]:
-        """Keyword arguments of the expert's make_student and load_student."""
-        told = {} if self.config.guidance_range is None else {"guidance_embedding": True}
-        return self.config.student | told | ({} if self.config.lora is None else {"lora": self.config.lora})
-
-    def config_dict(self) -> dict[str, Any]:
-        """The config as plain values."""
-        return dataclasses.asdict(self.config)
+from ddil_agents.agent import Agent
+from ddil_agents.config import LearnerConfig
+from ddil_agents.devices import out_of_memory, ranks, sharding
+from ddil_agents.states.buffer import SourceBuffer
+from ddil_agents.states.collect import Collector, own_seed, stream_seed
+from ddil_agents.training.average import Average
+from ddil_agents.training.checkpoint import load_checkpoint, save_checkpoint
+from ddil_agents.training.loop import train
+from ddil_agents.training.trainable import Loss, Trainable
+from ddil_env import Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, Unbounded, unroll
+from ddil_env.support import Metered, Role, build_support, support_to_dict
 
 
 class Learner(Agent):
@@ -356,7 +53,8 @@ class Learner(Agent):
         config = self.config
         if config.stages:
             raise ValueError(
-                "a learner trains one stage; iterate over ddil_agents.stages.learners(agent, expert, plan(config)), or use the command"
+                "a learner trains one stage; iterate over ddil_agents.training.stages.learners(agent, expert, plan(config)), "
+                "or use the command"
             )
         if config.mixed_precision == "fp16" and self.expert.device.type == "cpu":
             raise ValueError("mixed_precision=fp16 scales its losses on a GPU alone; on a CPU use bf16 or no")
@@ -584,8 +282,6 @@ class Learner(Agent):
             trainable.extend_to(self.turns(name, self.horizon))
 
     def train(self, out: Path | None = None, **options: Any) -> None:
-        from ddil_agents.train import train
-
         if sharding.asked() and not sharding.is_sharded(self.average):
             raise ValueError("a sharded learner trains once: its average has been brought together; load its checkpoint into a new one")
         self.expert.release()

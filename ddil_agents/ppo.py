@@ -36,13 +36,15 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddil_agents import ranks
-from ddil_agents.beta import Beta
-from ddil_agents.checkpoint import folder_atomically
-from ddil_agents.collect import stream_seed
-from ddil_agents.learner import Agent, AgentConfig
-from ddil_agents.tracking import Tracker
-from ddil_agents.train import RunFiles
+from ddil_agents.agent import Agent
+from ddil_agents.commands.run import run
+from ddil_agents.config import AgentConfig
+from ddil_agents.devices import ranks
+from ddil_agents.states.beta import Beta
+from ddil_agents.states.collect import stream_seed
+from ddil_agents.training.checkpoint import folder_atomically
+from ddil_agents.training.loop import RunFiles
+from ddil_agents.training.tracking import Tracker
 from ddil_env import DenoisingVectorEnv, Expert, NetworkDenoiser, StudentPolicy, Support
 from ddil_env.sb3 import SB3VecEnv
 from ddil_env.support import Thresholding
@@ -346,8 +348,6 @@ class RolloutLog(BaseCallback):
 
 
 def main(argv: list[str] | None = None) -> None:
-    from ddil_agents.cli import run
-
     run(PPOAgent, argv)
 
 

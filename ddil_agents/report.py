@@ -7,136 +7,18 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from ddil_agents.checkpoint import write_atomically
-from ddil_agents.metrics.frechet import FID_EXTRACTOR
-from ddil_agents.train import read_metrics
+from ddil_agents.commands.errors import clear_errors
+from ddil_agents.commands.load import judge_of, load_run
+from ddil_agents.training.checkpoint import write_atomically
+from ddil_agents.training.loop import read_metrics
 
 if TYPE_CHECKING:
-    from ddil_agents.evaluate import Judge
-
-METRICS: dict[str, tuple[str, str, int]] = {  # key of a result → heading, format, and −1 where lower is better
-    "frechet": ("Fréchet ↓", "{:.3g}", -1),
-    "kid": ("kernel distance ↓", "{:.3g}", -1),
-    "precision": ("precision ↑", "{:.3f}", 1),
-    "recall": ("recall ↑", "{:.3f}", 1),
-    "density": ("density ↑", "{:.3f}", 1),
-    "coverage": ("coverage ↑", "{:.3f}", 1),
-    "frechet_train": ("Fréchet to training data ↓", "{:.3g}", -1),
-    "recall_train": ("recall of training data ↑", "{:.3f}", 1),
-    "coverage_train": ("coverage of training data ↑", "{:.3f}", 1),
-    "accuracy": ("accuracy ↑", "{:.3f}", 1),
-    "vendi": ("Vendi ↑", "{:.3g}", 1),
-    "lpips": ("LPIPS diversity ↑", "{:.3f}", 1),
-    "clip_score": ("CLIP score ↑", "{:.4f}", 1),
-    "hpsv2": ("HPSv2 ↑", "{:.4f}", 1),
-    "frechet_to_expert": ("Fréchet to teacher ↓", "{:.3g}", -1),
-    "endpoint_rmse": ("RMSE to teacher ↓", "{:.4f}", -1),
-}
-COLUMNS = {key: (heading, form) for key, (heading, form, _) in METRICS.items()} | {
-    "nfe_per_sample": ("NFE/sample", "{:g}"),
-    "teacher_nfe": ("teacher NFE (training)", "{:,d}"),
-    "train_seconds": ("training s", "{:.0f}"),
-}
-
-
-def heading(key: str, result: dict[str, Any]) -> str:
-    """What a result calls a metric or a cost: the distances of Inception's features, and of no others, are FID and KID."""
-    name = COLUMNS[key][0]
-    return name.replace("Fréchet", "FID").replace("kernel distance", "KID") if result["settings"]["extractor"] == FID_EXTRACTOR else name
-
-
-def called(name: str, row: dict[str, Any]) -> str:
-    """A floor as tables and figures name it, with how many samples it is of: distances fall with their number."""
-    return f"{name.replace('_', ' ')}, n = {row['n']}" if "n" in row else name.replace("_", " ")
-
-
-def measured(settings: dict[str, Any], made: dict[str, Any]) -> str:
-    """How scores were measured, and where: the line below a table."""
-    seed = f", evaluation seed {settings['seed']}" if "seed" in settings else ""
-    against = settings.get("reference")
-    data = f", against {settings['n_reference']} {against.replace('_', '-')} data" if against and "images" not in settings else ""
-    how = f"n = {settings['n']}{seed}{data}, features of {settings['extractor']}, guidance {settings['guidance_scale']:g}"
-    return f"{how}; {made['hardware']}, torch {made['torch']}, {made['date']}"
-
-
-def markdown_table(cells: list[list[str]]) -> list[str]:
-    """Its lines; of the cells (rows, columns) the first row is the head."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
-    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-
-
-def table(result: dict[str, Any]) -> str:
-    """A Markdown table, a line for each metric and cost and a column for each floor and model, and how they were measured."""
-    rows = {**{called(name, values): values for name, values in result["floors"].items()}, **result["models"]}
-    rows = {name: row for name, row in rows.items() if row.keys() & METRICS.keys()}  # some floors are of steps alone
-    cells = [["", *rows]]
-    for key, (_, form) in COLUMNS.items():
-        if any(row.get(key) is not None for row in rows.values()):
-            values = (row.get(key) for row in rows.values())
-            cells.append([heading(key, result), *("–" if value is None else form.format(value) for value in values)])
-    return "\n".join([*markdown_table(cells), "", measured(result["settings"], result)])
-
-
-def picture_rows(judge: Judge, samples: dict[str, Tensor], columns: int = 20) -> dict[str, np.ndarray]:
-    """Each model's first samples as one strip of pictures, (height, columns · width, 3), same noise a column."""
-    rows = {}
-    for name, x_0 in samples.items():
-        pictures = judge.expert.decode(x_0[:columns])
-        if pictures is None:
-            return {}
-        rows[name] = torch.cat(list(pictures), dim=1).numpy()
-    return rows
-
-
-def save_samples(path: Path, rows: dict[str, np.ndarray], scale: int = 3) -> bool:
-    """Writes a grid of strips, each with its model's name; False where there are no pictures."""
-    if not rows:
-        return False
-    from PIL import Image, ImageDraw
-
-    margin = 12 + 7 * max(map(len, rows))
-    strips = [np.repeat(np.repeat(row, scale, 0), scale, 1) for row in rows.values()]
-    canvas = Image.new("RGB", (margin + strips[0].shape[1], sum(s.shape[0] + 4 for s in strips)), "white")
-    draw, y = ImageDraw.Draw(canvas), 0
-    for name, strip in zip(rows, strips, strict=True):
-        draw.text((6, y + strip.shape[0] // 2 - 6), name, fill="black")
-        canvas.paste(Image.fromarray(strip), (margin, y))
-        y += strip.shape[0] + 4
-    canvas.save(drawn := io.BytesIO(), format="PNG")
-    write_atomically(path, drawn.getvalue())
-    return True
-
-
-def save_scatter(path: Path, judge: Judge, samples: dict[str, Tensor]) -> None:
-    """For samples in the plane: one panel a model, over the data."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3 * len(samples), 3.2), layout="constrained")
-    for axis, (name, x_0) in zip(np.atleast_1d(figure.subplots(1, len(samples), sharex=True, sharey=True)), samples.items(), strict=True):
-        if judge.real is not None:
-            axis.scatter(*judge.real.cpu().T, s=2, c="lightgrey")
-        axis.scatter(*x_0.cpu().T, s=2)
-        axis.set_title(name)
-        axis.set_aspect("equal")
-    figure.savefig(drawn := io.BytesIO(), format="png", dpi=110)
-    write_atomically(path, drawn.getvalue())
-
-
-def save_pictures(path: Path, judge: Judge, samples: dict[str, Tensor]) -> bool:
-    """The samples as a person can see them: a grid of pictures, or a scatter plot in the plane; False for other shapes."""
-    if judge.expert.sample_shape == (2,):
-        save_scatter(path, judge, samples)
-        return True
-    return save_samples(path, picture_rows(judge, samples))
+    pass
+from ddil_agents.evaluation.pictures import save_pictures
+from ddil_agents.evaluation.results import read_result, table
 
 
 def save_curves(path: Path, runs: dict[str, list[dict[str, Any]]], results: dict[str, dict[str, Any]]) -> None:
@@ -176,21 +58,6 @@ def save_curves(path: Path, runs: dict[str, list[dict[str, Any]]], results: dict
     write_atomically(path, drawn.getvalue())
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """A run's result.json.
-
-    Raises:
-        ValueError: absent, damaged, or not a result.
-    """
-    try:
-        result = json.loads(path.read_text())
-        if not {"student", "settings", "env_config", "models", "floors"} <= result.keys():
-            raise ValueError("not a run's result")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"cannot read {path} ({error}); write it again with --resume {path.parent}") from error
-    return result
-
-
 def merge(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Several runs' results as one.
 
@@ -218,8 +85,6 @@ def merge(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from ddil_agents.cli import clear_errors, judge_of, load_run
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="run directories with a result.json")
     parser.add_argument("--out", type=Path, required=True, help="folder for report.md, curves.png and samples.png")

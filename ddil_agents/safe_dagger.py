@@ -25,9 +25,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from ddil_agents.collect import Collector
+from ddil_agents.commands.run import run
+from ddil_agents.config import LearnerConfig
 from ddil_agents.dagger import Dagger, DaggerConfig
-from ddil_agents.learner import LearnerConfig
+from ddil_agents.states.collect import Collector
 from ddil_env import Expert, ExpertPolicy, StudentPolicy, Support
 
 
@@ -168,8 +169,6 @@ class SafeDagger(Dagger):
 
 
 def main(argv: list[str] | None = None) -> None:
-    from ddil_agents.cli import run
-
     run(SafeDagger, argv)
 
 

@@ -21,9 +21,10 @@ from typing import ClassVar, Literal, get_args
 
 from tensordict import TensorDict
 
-from ddil_agents.beta import Beta
+from ddil_agents.commands.run import run
+from ddil_agents.config import LearnerConfig
 from ddil_agents.dagger import Dagger, DaggerConfig
-from ddil_agents.learner import LearnerConfig
+from ddil_agents.states.beta import Beta
 
 Mixing = Literal["constant", "linear", "exponential", "inverse_sigmoid"]
 
@@ -75,8 +76,6 @@ class ScheduledSampling(Dagger):
 
 
 def main(argv: list[str] | None = None) -> None:
-    from ddil_agents.cli import run
-
     run(ScheduledSampling, argv)
 
 

@@ -6,7 +6,9 @@ import difflib
 import re
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's help is the text below it
 
 WORDS = {
     "<class 'bool'>": "true or false",

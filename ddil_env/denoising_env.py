@@ -3,7 +3,7 @@
     env = DenoisingEnv("digits", num_steps=4, batch_size=[64])
     trajectory = env.rollout(4, ExpertPolicy(env.expert, substeps=8))
 
-For collecting training states use ddil_agents.collect, which walks the same MDP over plain tensors: a TorchRL
+For collecting training states use ddil_agents.states.collect, which walks the same MDP over plain tensors: a TorchRL
 rollout keeps each latent three times.
 """
 

@@ -25,6 +25,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ddil_env.errors import NoDataError
 from ddil_env.schedule import NoiseSchedule, Prediction, PredictionType, TimeGrid, substep_times
 from ddil_env.support import Support, Unbounded
 
@@ -44,10 +45,6 @@ def check_device(device: torch.device | str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise ValueError(f"device {str(device)!r} is not to be had: {error}. Available here: {', '.join(available)}") from error
-
-
-class NoDataError(ValueError):
-    """An expert without data of its own was asked for some."""
 
 
 class Denoiser(Protocol):
@@ -126,7 +123,7 @@ class Expert(ABC):
         device: Where the expert computes.
 
     Attributes:
-        extractor: Name of the feature extractor that judges its samples (ddil_agents.metrics.extractors).
+        extractor: Name of the feature extractor that judges its samples (ddil_agents.evaluation.metrics.extractors).
         max_batch: Samples that its policies, and its students', put through the network at once; None is no limit.
         guided_nfe: Forwards that `guided` takes a sample where w is not 1.
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from ddil_env.errors import NoDataError
 from ddil_env.schedule import broadcast
 
 if TYPE_CHECKING:
@@ -268,8 +269,6 @@ def build_support(config: Thresholding, expert: Expert, sample: Callable[[int], 
 
 
 def _calibration_samples(config: Thresholding, expert: Expert, sample: Callable[[int], Tensor] | None, seed: int) -> Tensor:
-    from ddil_env.expert import NoDataError
-
     if config.calibrate_on == "teacher":
         if sample is None:
             raise ValueError("thresholding.calibrate_on='teacher' needs the teacher's samples; pass sample=, which draws n of them")

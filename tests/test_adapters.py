@@ -30,10 +30,10 @@ from ddil_agents import (
     LatentConsistency,
     Learner,
     dagger,
-    sharding,
 )
-from ddil_agents.cli import load_run
-from ddil_agents.stages import learners, plan
+from ddil_agents.commands.load import load_run
+from ddil_agents.devices import sharding
+from ddil_agents.training.stages import learners, plan
 from ddil_env import GaussianMixtureExpert, NetworkDenoiser, check_expert, load_expert
 from ddil_env.adapters import LORA_FILE, LoRA, Shared, adapted, adapters, merge
 from ddil_env.policy import StudentPolicy

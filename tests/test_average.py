@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddil_agents.average import Average
+from ddil_agents.training.average import Average
 
 
 @pytest.mark.parametrize("warm_up", [True, False])

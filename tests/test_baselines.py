@@ -28,15 +28,16 @@ from ddil_agents import gail as gail_module
 from ddil_agents import safe_dagger as safe_dagger_module
 from ddil_agents import scheduled_sampling as scheduled_sampling_module
 from ddil_agents.aggrevate import Aggrevate, AggrevateConfig
-from ddil_agents.cli import expert_and_config, load_run, parse
-from ddil_agents.collect import stream_seed
+from ddil_agents.commands.load import load_run
+from ddil_agents.commands.parse import expert_and_config, parse
 from ddil_agents.dart import Dart, DartConfig
+from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
+from ddil_agents.evaluation.trajectories import Trajectories, record
 from ddil_agents.gail import Discriminator, Gail, GailConfig
-from ddil_agents.metrics.distances import sliced_wasserstein
 from ddil_agents.safe_dagger import GatedCollector, SafeDagger, SafeDaggerConfig
 from ddil_agents.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
-from ddil_agents.train import train
-from ddil_agents.trajectories import Trajectories, record
+from ddil_agents.states.collect import stream_seed
+from ddil_agents.training.loop import train
 from ddil_env import (
     DdimPolicy,
     DenoisingEnv,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ddil_agents.beta import Beta
+from ddil_agents.states.beta import Beta
 
 FLOOR, TEACHER, STUDENT = 0.4, 0.2, 0.4
 SCHEDULES = ["constant", "linear", "cosine", "exponential", "dagger", "per_round"]

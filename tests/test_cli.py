@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from tiny_sd import write_tiny_sd
 
 from ddil_agents import bc, dagger, evaluate, report
-from ddil_agents.cli import load_run, parse
-from ddil_agents.train import read_metrics
+from ddil_agents.commands.load import load_run
+from ddil_agents.commands.parse import parse
+from ddil_agents.training.loop import read_metrics
 from ddil_env.presets import preset_names
 
 SMALL = shlex.split(

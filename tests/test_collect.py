@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from ddil_agents.collect import STREAMS, Collector, StatesPerRollout, stream_seed
+from ddil_agents.states.collect import STREAMS, Collector, StatesPerRollout, stream_seed
 from ddil_env import Expert, ExpertPolicy, GaussianMixtureExpert, Prediction, StudentPolicy, TimeGrid, invert_ddim, unroll
 
 N, K = 4, 2  # student steps; expert steps in each

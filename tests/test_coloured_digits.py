@@ -8,8 +8,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from ddil_agents.evaluate import Evaluation, Judge
-from ddil_agents.metrics.coloured_digits import ColouredDigitReader
+from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.metrics.coloured_digits import ColouredDigitReader
+from ddil_agents.evaluation.settings import Evaluation
 from ddil_env import ExpertPolicy, StudentPolicy, TimeGrid, check_expert, load_expert, unroll
 from ddil_env.experts import train_coloured_digits
 from ddil_env.experts.coloured_digits import (

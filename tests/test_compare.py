@@ -15,24 +15,14 @@ import torch
 import yaml
 
 from ddil_agents import compare
-from ddil_agents.cli import load_run
-from ddil_agents.compare import (
-    Comparison,
-    Run,
-    arms_of,
-    fixed_updates,
-    flags_of,
-    idle_arms,
-    matched_updates,
-    merged,
-    same_measure,
-    settings_of,
-    statistics_of,
-    weights_digest,
-)
-from ddil_agents.page.tables import supported
-from ddil_agents.report import METRICS, heading, table
-from ddil_agents.trajectories import Trajectories
+from ddil_agents.commands.load import load_run
+from ddil_agents.comparison.arms import Comparison, Run, arms_of, merged, settings_of
+from ddil_agents.comparison.page.tables import supported
+from ddil_agents.comparison.portraits import weights_digest
+from ddil_agents.comparison.results import flags_of, idle_arms, same_measure, statistics_of
+from ddil_agents.comparison.runs import fixed_updates, matched_updates
+from ddil_agents.evaluation.results import METRICS, heading, table
+from ddil_agents.evaluation.trajectories import Trajectories
 from ddil_env.presets import config_dir, preset_names, read_yaml
 
 TINY = {

@@ -25,18 +25,19 @@ from tiny_pipelines import write_tiny_ddpm, write_tiny_dit, write_tiny_sd3, writ
 from tiny_sd import write_tiny_sd
 
 from ddil_agents import dagger
-from ddil_agents.cli import find_agent, parse, refuse_early
-from ddil_agents.train import read_metrics
+from ddil_agents.commands.parse import find_agent, parse
+from ddil_agents.commands.run import refuse_early
+from ddil_agents.training.loop import read_metrics
 from ddil_env import NoDataError, check_expert, load_expert
+from ddil_env.data.pairs import Pairs, load_picture
+from ddil_env.data.sources import read_pairs
 from ddil_env.experts.ddpm import DDPM
 from ddil_env.experts.dit import ClassConditionalDiT
 from ddil_env.experts.stable_diffusion import StableDiffusion
 from ddil_env.experts.stable_diffusion_3 import StableDiffusion3
 from ddil_env.experts.stable_diffusion_xl import StableDiffusionXL
-from ddil_env.pairs import Pairs, load_picture
 from ddil_env.pipelines.prompts import Embeddings, MappedEmbeddings
 from ddil_env.presets import config_dir
-from ddil_env.sources import read_pairs
 
 WORKERS = multiprocessing.get_context("forkserver")
 WORKERS.set_forkserver_preload(["ddil_agents.dagger", "ddil_env.experts.stable_diffusion", "pytest"])

@@ -28,23 +28,16 @@ from test_resume import ARGV, ENV, after, before, is_checkpoint, outcome, patch,
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ddil_agents import (
-    Beta,
-    Dagger,
-    DistributionMatching,
-    Gail,
-    LatentConsistency,
-    Learner,
-    sharding,
-)
-from ddil_agents import ranks as ranks_module
-from ddil_agents.collect import STREAMS, own_seed, stream_seed
-from ddil_agents.train import read_metrics
+from ddil_agents import Beta, Dagger, DistributionMatching, Gail, LatentConsistency, Learner
+from ddil_agents.devices import ranks as ranks_module
+from ddil_agents.devices import sharding
+from ddil_agents.states.collect import STREAMS, own_seed, stream_seed
+from ddil_agents.training.loop import read_metrics
 from ddil_env import GaussianMixtureExpert, load_expert
 from ddil_env.adapters import LoRA
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ddil_agents", "ddil_agents.cli", "torch.distributed", "torch.utils.tensorboard", "pytest"])
+SERVER.set_forkserver_preload(["ddil_agents", "ddil_agents.commands.run", "torch.distributed", "torch.utils.tensorboard", "pytest"])
 SECONDS = 100  # that a rank may take on a busy machine
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
@@ -354,9 +347,9 @@ def command(directory: Path, argv: list[str], fault: str | None, environment: di
 
 def faulty(fault: str) -> None:
     """Arranges for that fault in this rank."""
-    from ddil_agents import checkpoint
-    from ddil_agents.buffer import SourceBuffer
     from ddil_agents.learner import Learner
+    from ddil_agents.states.buffer import SourceBuffer
+    from ddil_agents.training import checkpoint
 
     def not_finite(original: Callable[..., Any], *args: Any) -> Any:
         batch = original(*args)

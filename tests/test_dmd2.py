@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ddil_agents import Beta, DistributionMatching, DMD2Config, dmd2
-from ddil_agents.collect import stream_seed
-from ddil_agents.critic import Critic
-from ddil_agents.metrics.distances import sliced_wasserstein
-from ddil_agents.train import read_metrics, train
+from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
+from ddil_agents.states.collect import stream_seed
+from ddil_agents.training.critic import Critic
+from ddil_agents.training.loop import read_metrics, train
 from ddil_env import Expert, GaussianMixtureExpert, NetworkDenoiser, NoDataError, TimeGrid, load_expert, unroll
 from ddil_env.experts.digits import Digits
 

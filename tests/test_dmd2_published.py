@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from ddil_agents import BCConfig, DistributionMatching, DMD2Config
-from ddil_agents.cli import parse
+from ddil_agents.commands.parse import parse
 from ddil_env import GaussianMixtureExpert
 
 SMALL: dict[str, Any] = {

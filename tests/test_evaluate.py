@@ -12,14 +12,17 @@ from PIL import Image
 from tiny_sd import write_tiny_sd
 
 from ddil_agents import dagger, dmd2, evaluate
-from ddil_agents.cli import find_agent, refuse_early, with_preset
-from ddil_agents.evaluate import Evaluation, Judge, extractor_for
-from ddil_agents.metrics import extractors
-from ddil_agents.metrics.coverage import precision_recall_density_coverage
-from ddil_agents.metrics.distances import mmd2, split_half
-from ddil_agents.metrics.extractors import Extractor
-from ddil_agents.metrics.frechet import frechet_distance
-from ddil_agents.report import merge, table
+from ddil_agents.commands.parse import find_agent, with_preset
+from ddil_agents.commands.run import refuse_early
+from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.metrics import extractors
+from ddil_agents.evaluation.metrics.coverage import precision_recall_density_coverage
+from ddil_agents.evaluation.metrics.distances import mmd2, split_half
+from ddil_agents.evaluation.metrics.extractor import Extractor
+from ddil_agents.evaluation.metrics.frechet import frechet_distance
+from ddil_agents.evaluation.results import table
+from ddil_agents.evaluation.settings import Evaluation, extractor_for
+from ddil_agents.report import merge
 from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, load_expert, unroll
 from ddil_env.corrections import ScaledEpsilon
 from ddil_env.experts.stable_diffusion import StableDiffusion, coco_captions
@@ -616,7 +619,7 @@ def test_runs_that_were_measured_differently_are_not_merged_and_both_ways_are_na
 def test_a_preset_reaches_the_judge(monkeypatch, capsys, tmp_path: Path):
     asked = []
     monkeypatch.setattr(evaluate, "evaluate_expert", lambda expert, steps, settings, *args: asked.append(settings) or {"models": {}})
-    monkeypatch.setattr("ddil_agents.report.table", lambda result: "")
+    monkeypatch.setattr("ddil_agents.evaluation.results.table", lambda result: "")
     evaluate.main(["--env", "gaussian_mixture", "--config", "coco2017_5k", "--protocol", "null"])
     assert (asked[0].n, asked[0].scores, asked[0].lpips) == (5000, ("clip_score", "hpsv2"), True)
 

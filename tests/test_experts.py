@@ -29,7 +29,7 @@ from ddil_env import (
     load_expert,
     unroll,
 )
-from ddil_env.data import TensorData
+from ddil_env.data.tensors import TensorData
 from ddil_env.experts.digits import Digits, load_digits
 from ddil_env.weights import load_weights, read_tensors
 

@@ -22,8 +22,8 @@ from tiny_pipelines import WRITERS, write_tiny_ddpm, write_tiny_dit, write_tiny_
 from torch import Tensor
 
 from ddil_agents import dagger, dmd2, lcm
-from ddil_agents.cli import load_run
-from ddil_agents.critic import Critic
+from ddil_agents.commands.load import load_run
+from ddil_agents.training.critic import Critic
 from ddil_env import Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, TimeGrid, check_expert, load_expert, unroll
 from ddil_env.experts.ddpm import DDPM
 from ddil_env.experts.dit import ClassConditionalDiT

@@ -27,10 +27,10 @@ from torch import nn
 
 from ddil_agents import Learner
 from ddil_agents import dagger as dagger_module
-from ddil_agents.checkpoint import folder_atomically, save_checkpoint, write_atomically
-from ddil_agents.evaluate import Judge
-from ddil_agents.report import save_samples
-from ddil_agents.train import RunFiles, read_metrics, train
+from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.pictures import save_samples
+from ddil_agents.training.checkpoint import folder_atomically, save_checkpoint, write_atomically
+from ddil_agents.training.loop import RunFiles, read_metrics, train
 from ddil_env import load_expert
 from ddil_env.weights import load_weights
 

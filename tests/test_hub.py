@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_sd import write_tiny_sd
 
 from ddil_agents import dagger
-from ddil_agents.hub import check_push, push
+from ddil_agents.commands.hub import check_push, push
 
 SMALL = shlex.split(
     "--num_updates 2 --teacher_steps 8 --batch_size 4 --collect_size 8 --updates_per_collect 2 --evaluate.n 10 --evaluate.n_action 2 "

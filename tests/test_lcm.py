@@ -21,10 +21,10 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from ddil_agents import Beta, LatentConsistency, LCMConfig, SourceBuffer, lcm
-from ddil_agents.collect import STREAMS, stream_seed
+from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
 from ddil_agents.lcm import ConsistencyDenoiser, LCMCollector
-from ddil_agents.metrics.distances import sliced_wasserstein
-from ddil_agents.train import read_metrics
+from ddil_agents.states.collect import STREAMS, stream_seed
+from ddil_agents.training.loop import read_metrics
 from ddil_env import ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, NoiseSchedule, TimeGrid, unroll
 from ddil_env.schedule import PredictionType
 from ddil_env.support import Thresholding

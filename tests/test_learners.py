@@ -14,9 +14,9 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from ddil_agents import BCConfig, BehaviourCloning, Beta, Dagger, DaggerConfig, Learner
-from ddil_agents.checkpoint import checkpoints
-from ddil_agents.metrics.distances import sliced_wasserstein
-from ddil_agents.train import read_metrics, train
+from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
+from ddil_agents.training.checkpoint import checkpoints
+from ddil_agents.training.loop import read_metrics, train
 from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, Prediction, TimeGrid, invert_ddim, unroll
 
 MIXTURE = Beta(0.5, 0.1, 0.4)

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ddil_agents.metrics import coverage
-from ddil_agents.metrics.coverage import PRDC, precision_recall_density_coverage
-from ddil_agents.metrics.distances import sliced_wasserstein
-from ddil_agents.metrics.extractors import CLASSIFIERS, EXTRACTORS, default_extractor, load_extractor, main
-from ddil_agents.metrics.frechet import frechet_distance
+from ddil_agents.evaluation.metrics import coverage
+from ddil_agents.evaluation.metrics.coverage import PRDC, precision_recall_density_coverage
+from ddil_agents.evaluation.metrics.digits_classifier import CLASSIFIERS, main
+from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
+from ddil_agents.evaluation.metrics.extractors import EXTRACTORS, default_extractor, load_extractor
+from ddil_agents.evaluation.metrics.frechet import frechet_distance
 from ddil_env.experts.digits import load_digits, spec_of
 
 

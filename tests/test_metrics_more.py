@@ -6,14 +6,14 @@ from itertools import combinations
 import pytest
 import torch
 
-from ddil_agents.metrics import distances, diversity
-from ddil_agents.metrics.coverage import precision_recall_density_coverage
-from ddil_agents.metrics.distances import mmd2, sliced_wasserstein, split_half
-from ddil_agents.metrics.diversity import group_diversity, pairwise_distance
-from ddil_agents.metrics.features import Features, check_same
-from ddil_agents.metrics.frechet import frechet_distance, frechet_name, gaussian_w2
-from ddil_agents.metrics.kid import kernel_distance
-from ddil_agents.metrics.vendi import vendi_score
+from ddil_agents.evaluation.metrics import distances, diversity
+from ddil_agents.evaluation.metrics.coverage import precision_recall_density_coverage
+from ddil_agents.evaluation.metrics.distances import mmd2, sliced_wasserstein, split_half
+from ddil_agents.evaluation.metrics.diversity import group_diversity, pairwise_distance
+from ddil_agents.evaluation.metrics.features import Features, check_same
+from ddil_agents.evaluation.metrics.frechet import frechet_distance, frechet_name, gaussian_w2
+from ddil_agents.evaluation.metrics.kid import kernel_distance
+from ddil_agents.evaluation.metrics.vendi import vendi_score
 
 
 def normal(n, d, seed):

@@ -30,8 +30,8 @@ def run(code, installed, cwd):
 
 def test_wheel_finds_presets_and_weights_from_any_directory(installed, tmp_path):
     code = (
-        "import ddil_env, ddil_agents.cli, ddil_env.presets as p;"
-        "from ddil_agents.metrics.extractors import load_extractor;"
+        "import ddil_env, ddil_agents.commands.run, ddil_env.presets as p;"
+        "from ddil_agents.evaluation.metrics.extractors import load_extractor;"
         "print(ddil_env.__file__);"
         "print(p.preset_names('env'), p.preset_names('dagger'));"
         "print(ddil_env.load_expert('digits').sample_shape, ddil_env.load_expert('digits8').sample_shape);"

@@ -19,12 +19,12 @@ import pytest
 import yaml
 
 from ddil_agents import compare
-from ddil_agents.page import write_page
-from ddil_agents.page.figures import LOOKS, PLACEHOLDER, Line, inline_svg, line_figure, number
-from ddil_agents.page.plots import binned, counts_of, per_step, quality, steps_of, training
-from ddil_agents.page.tables import conclusions, tables
-from ddil_agents.page.viewer import load_expert, read_trajectories, sheet
-from ddil_agents.trajectories import Trajectories
+from ddil_agents.comparison.page import write_page
+from ddil_agents.comparison.page.figures import LOOKS, PLACEHOLDER, Line, inline_svg, line_figure, number
+from ddil_agents.comparison.page.plots import binned, counts_of, per_step, quality, steps_of, training
+from ddil_agents.comparison.page.tables import conclusions, tables
+from ddil_agents.comparison.page.viewer import load_expert, read_trajectories, sheet
+from ddil_agents.evaluation.trajectories import Trajectories
 
 HOSTILE = "<script>alert(\"1\")</script> & 'x'"
 SHORT = {"num_updates": 4, "num_steps": 2, "teacher_steps": 4, "batch_size": 8, "collect_size": 8, "log_every": 2}

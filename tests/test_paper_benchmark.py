@@ -8,9 +8,10 @@ import pytest
 import torch
 from paper import Stochastic, plan, summary
 
-from ddil_agents.cli import _config as settings_of
-from ddil_agents.cli import find_agent, parse, refuse_early
-from ddil_agents.stages import plan as stages_of
+from ddil_agents.commands.parse import _config as settings_of
+from ddil_agents.commands.parse import find_agent, parse
+from ddil_agents.commands.run import refuse_early
+from ddil_agents.training.stages import plan as stages_of
 from ddil_env import ExpertPolicy, GaussianMixtureExpert, TimeGrid
 from ddil_env.support import Box
 

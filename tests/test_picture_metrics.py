@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ddil_agents.metrics import hps as hps_module
-from ddil_agents.metrics.clip_score import ClipScore
-from ddil_agents.metrics.diversity import group_diversity, lpips_distance
-from ddil_agents.metrics.features import Features
-from ddil_agents.metrics.frechet import frechet_distance
-from ddil_agents.metrics.hps import HPS
-from ddil_agents.metrics.inception import Inception
-from ddil_agents.metrics.pictures import RESIZE, load_pictures, resize
+from ddil_agents.evaluation.metrics import hps as hps_module
+from ddil_agents.evaluation.metrics.clip_score import ClipScore
+from ddil_agents.evaluation.metrics.diversity import group_diversity, lpips_distance
+from ddil_agents.evaluation.metrics.features import Features
+from ddil_agents.evaluation.metrics.frechet import frechet_distance
+from ddil_agents.evaluation.metrics.hps import HPS
+from ddil_agents.evaluation.metrics.inception import Inception
+from ddil_agents.evaluation.metrics.pictures import RESIZE, load_pictures, resize
 
 CAPTIONS = ["a cat on a mat", "two dogs", "a house by the sea"]
 

@@ -14,8 +14,9 @@ from diffusers import StableDiffusionPipeline
 from tiny_sd import write_tiny_sd
 
 from ddil_agents import BehaviourCloning, Dagger, DistributionMatching, LatentConsistency, Learner, dagger, dmd2, lcm
-from ddil_agents.cli import expert_and_config, load_run, parse
-from ddil_agents.stages import Stage, plan
+from ddil_agents.commands.load import load_run
+from ddil_agents.commands.parse import expert_and_config, parse
+from ddil_agents.training.stages import Stage, plan
 from ddil_env import Expert
 from ddil_env.presets import config_dir, preset_names
 

@@ -23,8 +23,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddil_agents.checkpoint import checkpoints
-from ddil_agents.train import read_metrics
+from ddil_agents.training.checkpoint import checkpoints
+from ddil_agents.training.loop import read_metrics
 
 ARGV = shlex.split(
     "--env env.yaml --num_updates 24 --teacher_steps 8 --batch_size 16 --collect_size 30 --updates_per_collect 5 --capacity 64 "
@@ -111,7 +111,7 @@ def full_in_a_line(original: Callable[..., Any], log: Any, row: dict[str, Any]) 
 
 def short_of_memory(most: int, since: int) -> None:
     """After so many gradient steps the CPU's allocator refuses what more than `most` states at a time would take."""
-    from ddil_agents.trainable import Trainable
+    from ddil_agents.training.trainable import Trainable
 
     original, calls = Trainable.accumulate, [0]
 
@@ -138,9 +138,12 @@ def named(name: str) -> Callable[[Any, Any], bool]:
 
 def fatal(moment: str) -> None:
     """Arranges for this process to be killed at that moment."""
-    from ddil_agents import checkpoint, cli, evaluate, train
-    from ddil_agents.collect import Collector
+    from ddil_agents import evaluate
+    from ddil_agents.commands import cli
     from ddil_agents.learner import Learner
+    from ddil_agents.states.collect import Collector
+    from ddil_agents.training import checkpoint
+    from ddil_agents.training import loop as train
     from ddil_env import Expert
 
     moments: dict[str, Callable[[], None]] = {

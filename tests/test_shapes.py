@@ -28,9 +28,10 @@ from ddil_agents import (
     LCMConfig,
     Learner,
 )
-from ddil_agents.cli import judge_of
-from ddil_agents.evaluate import Evaluation, evaluate_expert, evaluate_run
-from ddil_agents.metrics.extractors import load_extractor
+from ddil_agents.commands.load import judge_of
+from ddil_agents.evaluation.judge import evaluate_expert, evaluate_run
+from ddil_agents.evaluation.metrics.extractors import load_extractor
+from ddil_agents.evaluation.settings import Evaluation
 from ddil_env import DenoisingEnv, ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, StudentPolicy, TimeGrid, check_expert, unroll
 from ddil_env.gym_env import DenoisingGymEnv, DenoisingVectorEnv
 from ddil_env.schedule import Kind

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddil_agents import BCConfig, BehaviourCloning, Dagger, DaggerConfig, SafeDagger, SafeDaggerConfig, bc
-from ddil_agents.stages import learners, plan
+from ddil_agents.training.stages import learners, plan
 from ddil_env import ExpertPolicy, GaussianMixtureExpert, NoiseSchedule, TimeGrid, unroll
 from ddil_env.experts.distilled import Distilled
 from ddil_env.schedule import substep_times

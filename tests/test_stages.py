@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddil_agents import BCConfig, BehaviourCloning, Dagger, DaggerConfig, DistributionMatching, DMD2Config, Learner, bc, dagger, report
-from ddil_agents.checkpoint import read_support
-from ddil_agents.cli import load_run
-from ddil_agents.metrics.distances import sliced_wasserstein
-from ddil_agents.stages import Stage, better_weights, judged, learners, plan
-from ddil_agents.train import read_metrics
+from ddil_agents.commands.load import load_run
+from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
+from ddil_agents.training.checkpoint import read_support
+from ddil_agents.training.loop import read_metrics
+from ddil_agents.training.stages import Stage, better_weights, judged, learners, plan
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, invert_ddim, unroll
 from ddil_env.experts.digits import Digits
 from ddil_env.experts.distilled import Distilled
@@ -613,7 +613,7 @@ def at_finish(number: int) -> Callable[[pytest.MonkeyPatch], None]:
     """A kill when the n-th stage has been trained and not yet judged."""
 
     def arrange(patch: pytest.MonkeyPatch) -> None:
-        from ddil_agents import cli
+        from ddil_agents.commands import cli
 
         finish, calls = cli.finish, [0]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ddil_agents.statistics import (
+from ddil_agents.comparison.statistics import (
     bootstrap_interval,
     holm,
     interquartile_mean,

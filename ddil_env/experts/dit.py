@@ -18,14 +18,14 @@ import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
+from ddil_env.data.pairs import Pairs
+from ddil_env.data.sources import Source, read_pictures
 from ddil_env.expert import NetworkDenoiser
-from ddil_env.pairs import Pairs
 from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.expert import Dtype, LatentExpert
 from ddil_env.pipelines.folder import PipelineFolder, read_json
 from ddil_env.pipelines.networks import PipelineNetwork, token_features
 from ddil_env.pipelines.samplers import DiffusionNoise
-from ddil_env.sources import Source, read_pictures
 
 MODELS = {"transformer": DiTTransformer2DModel, "vae": AutoencoderKL}
 

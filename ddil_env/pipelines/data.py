@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddil_env.pairs import Embed, Encode, Pairs, cache_pairs, is_cache
+from ddil_env.data.pairs import Embed, Encode, Pairs, cache_pairs, is_cache
+from ddil_env.data.sources import Source
 from ddil_env.pipelines.prompts import read_prompts
-from ddil_env.sources import Source
 
 MAGIC = frozenset("*?[{")  # of a glob, or of a range
 

@@ -21,15 +21,15 @@ import yaml
 from torch import Tensor, nn
 
 from ddil_env.adapters import LORA_FILE, LoRA, adapted, adapters, load_adapters, merge, save_adapters
+from ddil_env.data.pairs import Pairs
+from ddil_env.data.sources import Source, read_pairs
 from ddil_env.expert import Expert, NetworkDenoiser
-from ddil_env.pairs import Pairs
 from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.folder import HUB_ID, PipelineFolder
 from ddil_env.pipelines.networks import PipelineNetwork
 from ddil_env.pipelines.prompts import Embeddings, Lookup, look_up
 from ddil_env.pipelines.samplers import Noise, Sampler
 from ddil_env.schedule import Prediction, PredictionType, TimeGrid
-from ddil_env.sources import Source, read_pairs
 from ddil_env.support import Support
 
 Dtype = Literal["float32", "float16", "bfloat16"]

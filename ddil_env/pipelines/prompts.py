@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ddil_env.pairs import Pairs
+from ddil_env.data.pairs import Pairs
 from ddil_env.pipelines.folder import PipelineFolder
 
 PROMPTS = (

@@ -1,0 +1,152 @@
+"""What every agent shares: its student, and what that is judged against."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+
+from ddil_agents.devices import ranks
+from ddil_agents.settings import check_types
+from ddil_agents.states.collect import stream_seed
+from ddil_env import Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, load_expert
+from ddil_env.mdp import Kernel
+
+
+class Agent(ABC):
+    """What imitates an expert in few steps: the commands train it, judge it and write it down.
+
+    Args:
+        expert: An Expert, or the name of a preset.
+        config: This agent's config; default: its defaults.
+
+    Raises:
+        ValueError: what the expert or the grid refuse.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[Any]]  # an AgentConfig
+    kernel: ClassVar[Kernel] = "ddim"  # how the student samples, and is unrolled
+    config: Any
+    student_policy: StudentPolicy
+    support: Support | None = None  # where its estimates are projected
+    step: int = 0  # gradient steps so far
+    horizon: int  # and at the end of training
+    teacher_nfe: int = 0  # teacher forwards so far, of this process
+
+    def __init__(self, expert: Expert | str, config: Any = None, support: Support | None = None) -> None:
+        self.config = self.Config() if config is None else config
+        self.expert = load_expert(expert)
+        self.grid = TimeGrid(self.expert.schedule, self.config.num_steps, self.config.grid).to(self.expert.device)
+        if self.config.teacher_steps > self.expert.schedule.t_max:
+            raise ValueError(
+                f"teacher_steps={self.config.teacher_steps}: need at most {self.expert.schedule.t_max}, the length of the teacher's chain"
+            )
+        # What a student is judged against: the expert on its own support, whatever is thresholded in training.
+        self.reference = ExpertPolicy(self.expert, self.config.substeps, self.config.guidance_scale)
+
+    @property
+    @abstractmethod
+    def student(self) -> NetworkDenoiser:
+        """The student in training."""
+
+    @property
+    @abstractmethod
+    def average(self) -> NetworkDenoiser:
+        """The student that is evaluated and saved."""
+
+    @property
+    @abstractmethod
+    def student_nfe(self) -> int:
+        """Student forwards so far, training and rollouts together, of this process."""
+
+    def spent(self) -> tuple[int, int]:
+        """Teacher and student forwards so far, of all processes; each of them has to call it."""
+        nfe = torch.tensor([self.teacher_nfe, self.student_nfe], device=self.expert.device)
+        teacher, student = ranks.total(nfe).tolist()
+        return teacher, student
+
+    @abstractmethod
+    def extend(self, num_updates: int) -> None:
+        """Moves the horizon to so many gradient steps from here."""
+
+    @abstractmethod
+    def train(self, out: Path | None = None, *, progress: bool = True, **options: Any) -> None:
+        """Trains to the horizon."""
+
+    def learn(self, num_updates: int | None = None, out: str | Path | None = None, progress: bool = True) -> Self:
+        """Trains for num_updates more gradient steps; learning rate and β run their course over what is then the whole.
+
+        Args:
+            num_updates: Gradient steps; default: the config's.
+            out: An empty or new directory for metrics.jsonl, checkpoints/ and tensorboard/.
+            progress: Whether to show a bar.
+
+        Raises:
+            ValueError: `out` exists and is not empty, num_updates is less than 1, or with `capacity` null more than the config's.
+            FloatingPointError: the loss is not finite; names the step and the source.
+        """
+        more = self.config.num_updates if num_updates is None else num_updates
+        if more < 1:
+            raise ValueError(f"num_updates={more}: need at least 1")
+        directory = None if out is None else Path(out)
+        with ranks.together():  # before any of them writes there
+            if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+                raise ValueError(f"{directory} exists and is not empty; choose another `out`")
+        self.extend(more)
+        self.train(directory, progress=progress)
+        return self
+
+    def make_student(self, **options: Any) -> NetworkDenoiser:
+        """The network that learns, before its first step."""
+        return self.expert.make_student(**options)
+
+    def initial_student(self) -> NetworkDenoiser:
+        """The student before its first step: with seeded weights, or with those of the run that `init` names."""
+        student = self._seeded_student()
+        if self.config.init is not None:
+            saved = Path(self.config.init) / "student"
+            if not saved.is_dir():
+                raise ValueError(f"init={self.config.init}: there is no {saved}; name the directory of a finished run")
+            try:
+                other = self.expert.load_student(saved, **self.student_options)
+            except ValueError as error:
+                raise ValueError(
+                    f"init={self.config.init}: no student of {type(self.expert).__name__} and these settings: {error}"
+                ) from error
+            student.load_state_dict(other.state_dict())
+        return student
+
+    def _seeded_student(self) -> NetworkDenoiser:
+        """A student whose random weights, if it has any, are seeded; the caller's generator is left alone."""
+        options = self.student_options
+        takes = inspect.signature(self.expert.make_student)
+        try:
+            takes.bind(**options)
+        except TypeError as error:
+            known = ", ".join(takes.parameters)
+            raise ValueError(f"student={options}: {error}; this expert's students take {known}; leave out the rest") from error
+        try:
+            check_types(type(self.expert), "make_student", self.config.student)
+        except ValueError as error:
+            raise ValueError(f"student.{error}") from error
+        with torch.random.fork_rng():
+            torch.manual_seed(stream_seed(self.config.seed, "weights"))
+            try:
+                return self.make_student(**options)
+            except (TypeError, RuntimeError) as error:
+                raise ValueError(f"make_student refuses student={options}: {error}") from error
+
+    @property
+    def student_options(self) -> dict[str, Any]:
+        """Keyword arguments of the expert's make_student and load_student."""
+        told = {} if self.config.guidance_range is None else {"guidance_embedding": True}
+        return self.config.student | told | ({} if self.config.lora is None else {"lora": self.config.lora})
+
+    def config_dict(self) -> dict[str, Any]:
+        """The config as plain values."""
+        return dataclasses.asdict(self.config)

@@ -1,0 +1,1 @@
+"""Many runs: paired statistics, tables and the page."""

@@ -1,0 +1,174 @@
+"""The recorded denoisings of a comparison as a page can show them: sheets of pictures, points in the plane, or numbers alone."""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ddil_agents.comparison.page.figures import PLACEHOLDER, TEACHER, Figure, Group, Points, inline_svg, number
+from ddil_agents.comparison.page.plots import looks
+from ddil_agents.evaluation.trajectories import Trajectories
+from ddil_env import Expert, NoDataError
+from ddil_env.presets import find_expert, make_expert
+
+LARGEST = 64  # pixels of a picture's side; larger ones are made smaller, for ten trajectories of each arm are hundreds of pictures
+CLOUD = 300  # data behind points in the plane
+
+
+def read_trajectories(result: dict[str, Any], out: Path) -> dict[str, Trajectories]:
+    """What was recorded of the first seed: the teacher on each grid of times that the arms have, and then the arms."""
+    runs = [run for run in result["budgets"]["updates"]["runs"] if run["seed"] == result["comparison"]["first_seed"]]
+    teachers, students = (
+        {run["arm"]: Trajectories.load(path) for run in runs if (path := out / run["directory"] / f"{who}.safetensors").is_file()}
+        for who in ("teacher", "trajectories")
+    )
+    by_times: dict[tuple[float, ...], tuple[str, Trajectories]] = {}
+    for arm, found in teachers.items():
+        by_times.setdefault(tuple(found.times.tolist()), (arm, found))
+    named = {"teacher" if i == 0 else f"teacher, times of {arm}": found for i, (arm, found) in enumerate(by_times.values())}
+    return named | students
+
+
+def load_expert(result: dict[str, Any]) -> Expert:
+    """The comparison's expert, where there is a GPU on it."""
+    env = dict(result["env_config"])
+    name = env.pop("expert")
+    if torch.cuda.is_available() and "device" in inspect.signature(find_expert(name)).parameters:
+        env["device"] = "cuda"
+    return make_expert(name, **env)
+
+
+def show(result: dict[str, Any], trajectories: dict[str, Trajectories]) -> dict[str, Any]:
+    """What the template and the viewer's script need.
+
+    Returns:
+        models: For each: name, whether the teacher acts (n, N), times, error (n, N), and a `sheet` with the `ratio` of its pictures,
+            or `x_t`, `x_0` in the plane.
+        conditions: Of the samples, as text.
+        cloud: Data in the plane; `reach`: half the width that each sample's points need.
+        kind: pictures, plane or numbers.
+        note: Why there are no pictures where the expert could not be loaded.
+    """
+    shown: dict[str, Any] = {"models": [], "conditions": [], "cloud": [], "reach": [], "kind": "numbers", "note": "", "steps": 0}
+    if not trajectories:
+        return shown
+    expert: Expert | None = None
+    try:
+        expert = load_expert(result)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        shown["note"] = f"The expert could not be loaded, so there are no pictures: {error}"
+    first = next(iter(trajectories.values()))
+    plane = first.x_t.shape[2:] == (2,)
+    shown["conditions"] = [f"condition {c}" if c >= 0 else "" for c in first.c.tolist()]
+    shown["steps"] = max(len(t.times) for t in trajectories.values()) - 1
+    for name, t in trajectories.items():
+        model = {"name": name, "teacher": t.by_expert.int().tolist(), "times": rounded(t.times), "error": rounded(t.error)}
+        if plane:
+            model |= {"x_t": rounded(t.x_t), "x_0": rounded(t.x_0)} if finite(t) else {"x_t": None, "x_0": None}
+        elif expert is not None and (drawn := sheet(expert, t)) is not None:
+            model |= {"sheet": data_uri(drawn), "ratio": ratio(drawn, t)}
+        shown["models"].append(model)
+    if plane:
+        shown |= {"kind": "plane", "cloud": [] if expert is None else cloud(expert)}
+        points = torch.cat([x for t in trajectories.values() if finite(t) for x in (t.x_t, t.x_0)], 1)  # (n, all, 2)
+        data = max((abs(x) for point in shown["cloud"] for x in point), default=0.0)
+        shown["reach"] = [1.1 * max(data, x) for x in points.abs().flatten(1).amax(1).tolist()]
+    elif "sheet" in shown["models"][0]:
+        shown["kind"] = "pictures"
+    return shown
+
+
+def samples_in_the_plane(result: dict[str, Any], trajectories: dict[str, Trajectories], cloud: list[list[float]]) -> Group:
+    """Where each student ends, joined to where the teacher ends from the same noise; empty where samples are no points."""
+    group = Group("", [])
+    if "teacher" not in trajectories or trajectories["teacher"].x_t.shape[2:] != (2,):
+        return group
+    goal = trajectories["teacher"].x_t[:, -1].double().cpu().numpy()  # (n, 2)
+    for i, (arm, look) in enumerate(looks(result).items()):
+        if arm not in trajectories:
+            continue
+        ends = trajectories[arm].x_t[:, -1].double().cpu().numpy()
+        shown = [Points("teacher", TEACHER, *goal.T.tolist()), Points(arm, look, *ends.T.tolist())]
+
+        def draw(axes: Axes, shown: list[Points] = shown) -> None:
+            if cloud:
+                x, y = zip(*cloud, strict=True)
+                axes.scatter(x, y, s=3, color=PLACEHOLDER["muted"], alpha=0.35, linewidths=0)
+            axes.plot([s.x for s in shown], [s.y for s in shown], color=shown[1].look.colour, lw=1)
+            for series, size in zip(shown, (50, 26), strict=True):
+                axes.scatter(series.x, series.y, s=size, marker=series.look.marker, color=series.look.colour, linewidths=0, zorder=3)
+            axes.set_aspect("equal", "datalim")
+
+        label = f"{len(goal)} samples of {arm}, each joined to the teacher's sample from the same noise. The numbers follow as a table."
+        rows = [[str(k + 1), *map(number, (*a, *b))] for k, (a, b) in enumerate(zip(goal, ends, strict=True))]
+        headings = ["sample", "teacher, x", "y", f"{arm}, x", "y"]
+        caption = "Short lines: the student does what the teacher does. Faint: data."
+        group.add(Figure(arm, caption, inline_svg(draw, f"plane-{i}", label, (4.4, 3.6)), headings, rows), shown)
+    return group
+
+
+def sheet(expert: Expert, t: Trajectories) -> NDArray[np.uint8] | None:
+    """All pictures of a model as one, (2n · height, (N + 1) · width, 3): two rows a sample, x_t and x̂_0."""
+    guesses = torch.cat([t.x_0, t.x_t[:, -1:]], 1)  # (n, N + 1, *sample_shape): after the last step the guess is the sample
+    rows = []
+    for latents in torch.stack([t.x_t, guesses], 1).flatten(0, 1):  # a row at a time, to spare the memory of large decoders
+        pictures = expert.decode(latents.to(expert.device))
+        if pictures is None:
+            return None
+        rows.append(np.concatenate([shrunk(picture) for picture in pictures.numpy()], 1))
+    return np.concatenate(rows, 0)
+
+
+def shrunk(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """No side above LARGEST."""
+    height, width = picture.shape[:2]
+    if max(height, width) <= LARGEST:
+        return picture
+    scale = LARGEST / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+
+
+def ratio(sheet: NDArray[np.uint8], t: Trajectories) -> float:
+    """Width over height of a picture."""
+    return (sheet.shape[1] / t.x_t.shape[1]) / (sheet.shape[0] / (2 * len(t.x_t)))
+
+
+def data_uri(picture: NDArray[np.uint8]) -> str:
+    """A PNG of small pictures, grey where they are; a JPEG of photographs, which would be megabytes otherwise."""
+    grey = bool((picture == picture[..., :1]).all())
+    image, file = Image.fromarray(picture[..., 0] if grey else picture), io.BytesIO()
+    kind = "png" if grey or picture.size < 300_000 else "jpeg"
+    image.save(file, kind, optimize=True, **({"quality": 80} if kind == "jpeg" else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def cloud(expert: Expert) -> list[list[float]]:
+    """Data to see points against, where there are any."""
+    try:
+        return rounded(expert.sample_data(CLOUD, torch.Generator(expert.device).manual_seed(0))[0])
+    except NoDataError:
+        return []
+
+
+def finite(t: Trajectories) -> bool:
+    return bool(t.x_t.isfinite().all() and t.x_0.isfinite().all())
+
+
+def rounded(x: Tensor) -> Any:
+    """As nested lists of three digits, None where a number is not finite."""
+    values: list[Any] = [float(f"{value:.3g}") if math.isfinite(value) else None for value in x.flatten().tolist()]
+    for size in reversed(x.shape[1:]):
+        values = [values[i : i + size] for i in range(0, len(values), size)]
+    return values

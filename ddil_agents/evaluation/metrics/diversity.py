@@ -1,0 +1,112 @@
+"""Diversity of samples among themselves: per entry, or as the paper's LPIPS between pictures of one prompt."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddil_agents.evaluation.metrics.distances import CHUNK, as_matrix
+from ddil_agents.evaluation.metrics.pictures import check_pictures, load_pretrained, require
+
+LPIPS = "lpips_0.1_alex"  # what results call the default of `lpips_distance`
+TRUNKS = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}  # LPIPS's name → torchvision's
+
+
+def pairwise_distance(x: Tensor) -> float:
+    """Mean distance between two samples of a set, per entry: 0 for a collapsed sampler.
+
+        D = mean_{i<j} ‖xᵢ − xⱼ‖/√d
+
+    Args:
+        x: Samples, (n, *shape).
+
+    Raises:
+        ValueError: fewer than 2 samples, or non-finite values.
+    """
+    x = as_matrix(x)
+    n, d = x.shape
+    if n < 2:
+        raise ValueError(f"{n} samples make no pair: need at least 2")
+    x = x - x.mean(0)  # cdist multiplies matrices, and a far-off mean would take its digits
+    total = sum(float(torch.cdist(part, x).sum()) for part in x.split(max(1, CHUNK // n)))
+    return total / (n * (n - 1) * d**0.5)
+
+
+def group_diversity(groups: Iterable[Tensor], distance: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Mean distance between samples of one group, averaged in each group and then over the groups.
+
+        D = mean_g mean_{i<j} distance(x_gi, x_gj)
+
+    With `lpips_distance`, 10 seeds a prompt (45 pairs) and 50 prompts of COCO 2017: the LPIPS diversity of DDIL, Section 5.
+
+    Args:
+        groups: For each prompt its samples, (k, *shape) with k ≥ 2; taken one at a time, so a generator will do.
+        distance: (p, *shape) and (p, *shape) → (p,).
+
+    Raises:
+        ValueError: no group, a group of fewer than 2 samples, or a distance of another shape or not finite.
+    """
+    means = []
+    for g, group in enumerate(groups):
+        if len(group) < 2:
+            raise ValueError(f"group {g} has {len(group)} samples and no pair: need at least 2")
+        i, j = torch.triu_indices(len(group), len(group), 1)  # (k(k − 1)/2,) each
+        distances = distance(group[i], group[j])
+        bad = int((~torch.isfinite(distances)).sum())
+        if distances.shape != i.shape or bad:
+            raise ValueError(f"group {g} needs {len(i)} finite distances; got shape {tuple(distances.shape)}, {bad} of them not finite")
+        means.append(float(distances.double().mean()))
+    if not means:
+        raise ValueError("no groups: need at least 1")
+    return sum(means) / len(means)
+
+
+def lpips_distance(
+    weights_dir: Path | None = None, net: str = "alex", device: str | torch.device = "cpu", batch_size: int = 32
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS (Zhang et al. 2018, version 0.1), as the `lpips` package computes it.
+
+    Args:
+        weights_dir: Folder with torchvision's weights of the trunk, or the file itself: `alexnet-owt-7be5be79.pth`,
+            `vgg16-397923af.pth`, `squeezenet1_1-b8a52dc0.pth`, or either as safetensors; None downloads them. The linear
+            heads come with the package.
+        net: Trunk: `alex`, `vgg` or `squeeze`. Numbers of two trunks do not compare.
+        device: Where the network runs.
+        batch_size: Pairs a forward.
+
+    Returns:
+        Distances of uint8 pictures, (p, height, width, 3) and (p, height, width, 3) → (p,) float32 on the CPU.
+
+    Raises:
+        ImportError: without the `eval` extra.
+        ValueError: unknown trunk, or weights that are absent, unsafe or of another network.
+    """
+    if net not in TRUNKS:
+        raise ValueError(f"unknown trunk {net!r}; choose one of: {', '.join(TRUNKS)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision's, at an argument that lpips passes
+        network = require("lpips").LPIPS(net=net, pnet_rand=True, verbose=False)
+    url = getattr(require("torchvision.models"), TRUNKS[net]).IMAGENET1K_V1.url
+    load_pretrained(
+        network.net, weights_dir, url, source=lambda name: "features." + name.partition(".")[2]
+    )  # slice2.3.weight → features.3.…
+    network.eval().requires_grad_(False).to(device)
+
+    def scaled(pictures: Tensor) -> Tensor:
+        """uint8 (b, h, w, 3) → [−1, 1] (b, 3, h, w)"""
+        return pictures.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    @torch.no_grad()
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        check_pictures(a)
+        check_pictures(b)
+        if a.shape != b.shape:
+            raise ValueError(f"pictures of shapes {tuple(a.shape)} and {tuple(b.shape)}: LPIPS compares pairs of one size")
+        pairs = zip(a.split(batch_size), b.split(batch_size), strict=True)
+        return torch.cat([network(scaled(x), scaled(y)).flatten().cpu() for x, y in pairs])
+
+    return distance

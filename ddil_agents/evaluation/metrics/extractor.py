@@ -1,0 +1,60 @@
+"""What an extractor is, and the two that need no weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+FEATURES = 64
+BATCH = 1024  # samples a forward
+
+
+class Extractor(ABC):
+    """Maps samples (n, *sample_shape) to features (n, d) float32, on the samples' device and without gradient.
+
+    Attributes:
+        name: What results call it.
+        of_pictures: Whether it reads uint8 pictures (n, height, width, 3) in place of samples.
+    """
+
+    name: str
+    of_pictures: ClassVar[bool] = False
+
+    @abstractmethod
+    def features(self, samples: Tensor) -> Tensor:
+        """Features of samples (n, *sample_shape) → (n, d) float32."""
+
+    def classes(self, samples: Tensor) -> Tensor | None:
+        """Classes (n,) int64 of what `features` reads, or None where the extractor is no classifier."""
+        return None
+
+
+class Identity(Extractor):
+    """The samples themselves, flattened."""
+
+    name = "identity"
+
+    def features(self, samples: Tensor) -> Tensor:
+        features = samples.detach().flatten(1).float()
+        if features.shape[1] > 4096:  # a covariance of 4096 numbers takes 134 MB and a minute; longer samples are no features
+            raise ValueError(f"samples of {features.shape[1]} numbers are too long to be their own features; name another extractor")
+        return features
+
+
+class LatentPool(Extractor):
+    """Latents averaged over the cells of a grid, 64 · channels features: 64 of a sequence, 8×8 of a picture, 4×4×4 of a video."""
+
+    name = "latent_pool8"
+
+    def features(self, samples: Tensor) -> Tensor:
+        if not 3 <= samples.ndim <= 5:
+            raise ValueError(f"{self.name} reads latents (n, channels, *axes) of one to three axes; got {tuple(samples.shape)}")
+        latents = samples.detach().float()
+        if samples.ndim == 3:
+            return F.adaptive_avg_pool1d(latents, 64).flatten(1)
+        if samples.ndim == 5:
+            return F.adaptive_avg_pool3d(latents, 4).flatten(1)
+        return F.adaptive_avg_pool2d(latents, 8).flatten(1)

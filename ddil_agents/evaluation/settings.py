@@ -1,0 +1,121 @@
+"""Settings of an evaluation, and the extractor and scorers that they ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from ddil_agents.evaluation.metrics.extractor import Extractor
+from ddil_agents.evaluation.metrics.extractors import default_extractor, load_extractor
+from ddil_env import Expert
+
+Score = Literal["clip_score", "hpsv2"]
+
+
+class Scorer(Protocol):
+    """Scores pictures by their captions."""
+
+    name: str
+    """What results call it: the network and its weights."""
+
+    def score(self, pictures: Tensor, captions: list[str]) -> Tensor:
+        """Uint8 pictures (n, height, width, 3) and n captions → (n,)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Settings of an evaluation."""
+
+    n: int = 500
+    """Samples of each model, with the conditions of the training data in turn; held against as many held-out data, or what there are."""
+    seed: int = 0
+    """Of the noise that every model starts from."""
+    extractor: str | None = None
+    """Whose features are compared; null: the expert's own."""
+    n_paths: int = 500
+    """How many of the trajectories are kept and compared step by step."""
+    n_action: int = 200
+    """How many of those are labelled by the expert, for the action errors."""
+    also_steps: tuple[int, ...] = ()
+    """More numbers of steps at which the student's and the teacher's samples are judged."""
+    batch_size: int = 500
+    """Samples drawn at once."""
+    scores: tuple[Score, ...] = ()
+    """Of pictures and their captions: clip_score, hpsv2."""
+    lpips: bool = False
+    """Diversity among 10 pictures of each of 50 conditions, by LPIPS."""
+    weights_dir: str | None = None
+    """Folder of the weights that picture metrics need; null: each library's own download."""
+    store: str | None = None
+    """Folder in which the expert's samples are kept, for other evaluations of the same expert; null keeps none."""
+    images: str | None = None
+    """Folder of real pictures to compare with, for an extractor of pictures; null: the expert's own data."""
+    protocol: str | None = None
+    """Name of a published protocol, which results bear: it needs `images`, and a caption of its own for each sample."""
+
+    @property
+    def weights(self) -> Path | None:
+        """weights_dir as a path."""
+        return None if self.weights_dir is None else Path(self.weights_dir)
+
+    def __post_init__(self) -> None:
+        if self.n < 10:
+            raise ValueError(f"n={self.n}: the metrics need at least 10 samples")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: need a whole number from 0 to 2^63 − 1")
+        for name in ("n_action", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
+        if self.n_paths < 2:
+            raise ValueError(f"n_paths={self.n_paths}: need at least 2")
+        if not all(steps >= 1 for steps in self.also_steps):
+            raise ValueError(f"also_steps={self.also_steps}: need whole numbers ≥ 1")
+        if strange := set(self.scores) - set(get_args(Score)):
+            raise ValueError(f"unknown score {strange.pop()!r}; choose of: {', '.join(get_args(Score))}")
+        for name in ("weights_dir", "images"):
+            if (folder := getattr(self, name)) is not None and not Path(folder).is_dir():
+                raise ValueError(f"{name}={folder}: no such folder")
+        if self.protocol is not None and self.images is None:
+            raise ValueError(f"protocol={self.protocol}: needs images, the folder of its pictures; or protocol=null, for other numbers")
+
+
+def extractor_for(expert: Expert, settings: Evaluation) -> Extractor:
+    """The extractor of an evaluation, tried on one sample.
+
+    Raises:
+        ValueError: an unknown one, one that does not fit the samples, or pictures or captions asked of an expert that has none.
+    """
+    extractor = load_extractor(settings.extractor or default_extractor(expert), settings.weights, expert.device)
+    if settings.images is not None and not extractor.of_pictures:
+        raise ValueError(f"images={settings.images}: {extractor.name} does not read pictures; choose extractor=inception_v3_2015")
+    sample = torch.zeros(1, *expert.sample_shape, device=expert.device)
+    if (extractor.of_pictures or settings.scores or settings.lpips) and expert.decode(sample) is None:
+        raise ValueError(f"{type(expert).__name__} decodes no pictures, which {extractor.name}, scores and lpips read")
+    if settings.protocol is not None and (expert.num_conditions or 0) < settings.n:
+        raise ValueError(
+            f"protocol={settings.protocol}: {settings.n} samples have captions of their own, and {expert.num_conditions or 0} are given; "
+            "pass --captions the protocol's, or protocol=null for other numbers"
+        )
+    if not extractor.of_pictures:
+        extractor.features(sample)
+    if settings.scores:
+        expert.captions(torch.zeros(1, dtype=torch.int64))
+    return extractor
+
+
+def load_scorers(settings: Evaluation, device: torch.device) -> dict[str, Scorer]:
+    """The networks of an evaluation's scores, by the name of the score.
+
+    Raises:
+        ImportError: without the `eval` extra.
+        ValueError: weights that are absent or unsafe.
+    """
+    from ddil_agents.evaluation.metrics.clip_score import ClipScore
+    from ddil_agents.evaluation.metrics.hps import HPS
+
+    kinds = {"clip_score": ClipScore, "hpsv2": HPS}
+    return {name: kinds[name](settings.weights, device=device) for name in settings.scores}

@@ -1,0 +1,73 @@
+"""The rooms of the house: what is in one may use what is in those before it, and nothing after."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGES = Path(__file__).parent.parent
+ORDER = (  # packages, and the files that lie beside them; the algorithms and commands, one a file, are last
+    "devices",
+    "settings",
+    "states",
+    "config",
+    "training",
+    "agent",
+    "learner",
+    "evaluation",
+    "commands",
+    "comparison",
+)
+
+
+def modules(package: str) -> dict[str, Path]:
+    found = {}
+    for path in (PACKAGES / package).rglob("*.py"):
+        parts = path.relative_to(PACKAGES).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of `known` that a file imports when it runs: not those of its type hints alone."""
+    tree = ast.parse(path.read_text())
+    hints = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    skipped = {id(n) for hint in hints for n in ast.walk(hint)}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and id(node) not in skipped:
+            found |= {name if name in known else node.module for name in (f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import) and id(node) not in skipped:
+            found |= {alias.name for alias in node.names}
+    return found & known.keys()
+
+
+def room(module: str) -> int:
+    part = module.split(".")[1] if "." in module else ""
+    return ORDER.index(part) if part in ORDER else len(ORDER)
+
+
+def test_imports_between_rooms_run_one_way() -> None:
+    known = modules("ddil_agents")
+    against = [
+        f"{module} imports {other}"
+        for module, path in known.items()
+        for other in imports(path, known)
+        if other != "ddil_agents" and room(other) > room(module)
+    ]
+    assert against == []
+
+
+@pytest.mark.parametrize("package", ["ddil_agents", "ddil_env"])
+def test_no_files_import_each_other_in_a_circle(package: str) -> None:
+    known = modules(package)
+    graph = {module: imports(path, known) - {module, package} for module, path in known.items() if module != package}
+    while ends := [module for module in graph if not graph[module] & graph.keys() or not any(module in graph[other] for other in graph)]:
+        for module in ends:
+            del graph[module]
+    assert sorted(graph) == []
+
+
+def test_the_environment_knows_no_agents() -> None:
+    known = modules("ddil_agents")
+    assert [module for module, path in modules("ddil_env").items() if imports(path, known)] == []
