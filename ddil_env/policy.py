@@ -20,7 +20,7 @@ class DdimPolicy(TensorDictModuleBase):
     Reads `x_t`, `t`, `s` and, if conditional, `c` of a TensorDict and writes `action`.
 
     Args:
-        predict: The denoiser's predict(x_t, t, c, w), w None for its own guidance.
+        predict: The denoiser's predict(x_t, t, c, w), w None for its own guidance; a subclass has a method of that name instead.
         schedule: Of the times that it steps over.
         substeps: Denoiser steps in one action.
         support: Where its estimates of x_0 are projected.
@@ -35,7 +35,7 @@ class DdimPolicy(TensorDictModuleBase):
 
     def __init__(
         self,
-        predict: Predict,
+        predict: Predict | None,
         schedule: NoiseSchedule,
         *,
         substeps: int = 1,
@@ -48,12 +48,17 @@ class DdimPolicy(TensorDictModuleBase):
             raise ValueError(f"substeps={substeps}: an action takes at least one step of the denoiser")
         self.out_keys = ["action"]
         self.in_keys = ["x_t", "t", "s", "c"] if conditional else ["x_t", "t", "s"]
-        self.predict = predict
+        self._predict = predict
         self.schedule = schedule
         self.substeps = substeps
         self.support = Unbounded() if support is None else support
         self.max_batch = max_batch
         self.nfe_per_action = substeps
+
+    def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
+        """What the denoiser believes at (x_t, t)."""
+        assert self._predict is not None
+        return self._predict(x_t, t, c, w)
 
     @torch.no_grad()
     def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
@@ -108,12 +113,8 @@ class ExpertPolicy(DdimPolicy):
         schedule: NoiseSchedule | None = None,
     ) -> None:
         own = expert.guidance_scale if guidance_scale is None else expert.check_guidance(guidance_scale)
-
-        def predict(x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
-            return expert.guided(x_t, t, c, own if w is None else w)
-
         super().__init__(
-            predict,
+            None,
             expert.schedule if schedule is None else schedule,
             substeps=substeps,
             support=(expert.support if support is None else support) if project else None,
@@ -124,6 +125,9 @@ class ExpertPolicy(DdimPolicy):
         self.guidance_scale = own
         self.nfe_per_action = substeps * (1 if own == 1 else expert.guided_nfe)
         self.project = project
+
+    def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
+        return self.expert.guided(x_t, t, c, self.guidance_scale if w is None else w)
 
     def times(self, t: Tensor, s: Tensor) -> Tensor:
         return self.expert.times_between(t, s, self.substeps)
@@ -140,10 +144,11 @@ class StudentPolicy(DdimPolicy):
     """
 
     def __init__(self, student: Denoiser, expert: Expert, support: Support | None = None, guidance_scale: float | None = None) -> None:
-        def predict(x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
-            if guidance_scale is None:
-                return student.predict(x_t, t, c)
-            return student.predict(x_t, t, c, torch.full_like(t, guidance_scale) if w is None else w)
-
-        super().__init__(predict, expert.schedule, support=support, conditional=expert.num_conditions > 0, max_batch=expert.max_batch)
+        super().__init__(None, expert.schedule, support=support, conditional=expert.num_conditions > 0, max_batch=expert.max_batch)
         self.student = student
+        self.guidance_scale = guidance_scale
+
+    def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
+        if self.guidance_scale is None:
+            return self.student.predict(x_t, t, c)
+        return self.student.predict(x_t, t, c, torch.full_like(t, self.guidance_scale) if w is None else w)

@@ -62,7 +62,7 @@ CASES: dict[str, tuple[type[Learner], dict[str, Any]]] = {
     "dmd2": (DistributionMatching, {"beta": ALL, "critic_updates": 3}),
     "dmd2, accumulated, gan": (
         DistributionMatching,
-        {"beta": ALL, "critic_updates": 2, "gan_weight": 0.1, "gradient_accumulation": 2, "on_policy": False},
+        {"beta": ALL, "critic_updates": 2, "gan_weight": 0.1, "gradient_accumulation": 2, "on_policy": False, "num_updates": 18},
     ),
     "gail": (Gail, {"beta": ALL, "discriminator_width": 8}),
     "dmd2, adapters": (

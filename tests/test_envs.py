@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import pickle
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -24,10 +25,11 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from tiny_sd import write_tiny_sd
 from torch import Tensor
-from torchrl.collectors import Collector
+from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.envs.utils import check_env_specs
 
 import ddil_env
+from ddil_agents import Dagger, DaggerConfig, DistributionMatching, LatentConsistency, Learner
 from ddil_env import (
     DenoisingEnv,
     DenoisingGymEnv,
@@ -628,6 +630,34 @@ def test_torchrls_collector_runs_on_it() -> None:
     for batch in batches:  # two episodes of two steps a row: reset goes on by itself
         assert batch["t"].tolist() == [[999, 500, 999, 500]] * 4
         assert not torch.isclose(batch["x_t"][:, 0], batch["x_t"][:, 2]).any()
+
+
+def digits_env() -> DenoisingEnv:
+    return DenoisingEnv("digits8", 2, batch_size=[4])
+
+
+def test_torchrls_processes_take_environment_and_student_with_them() -> None:
+    agent = Dagger("digits8", DaggerConfig(num_steps=2))
+    collector = MultiSyncCollector([digits_env, digits_env], agent.student_policy, frames_per_batch=16, total_frames=16, cat_results=0)
+    (batch,) = list(collector)
+    collector.shutdown()
+    assert batch.shape == (8, 2)  # of two processes, four episodes each
+    x_t, t, s, c = (batch[key].flatten(0, 1) for key in ("x_t", "t", "s", "c"))
+    torch.testing.assert_close(batch["action"].flatten(0, 1), agent.student_policy.act(x_t, t, s, c), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("agent", [Dagger, LatentConsistency, DistributionMatching])
+def test_agents_policies_and_environments_can_be_pickled(agent: type[Learner]) -> None:
+    config = agent.Config(num_steps=2, batch_size=4, collect_size=8, student={"width": 8, "depth": 1})
+    learner = agent(mixture(), config)
+    x_t, t, s = torch.randn(3, 2), torch.full((3,), 999.0), torch.full((3,), 500.0)
+    again, env = pickle.loads(pickle.dumps((learner, DenoisingEnv(mixture(), 2, batch_size=[3]))))
+    for policy, copy in ((learner.student_policy, again.student_policy), (learner.reference, again.reference)):
+        assert torch.equal(copy.act(x_t, t, s), policy.act(x_t, t, s))
+    assert env.rollout(2, again.student_policy).shape == (3, 2)
+    learner.collect()
+    again.collect()
+    assert torch.equal(learner.draw()["x_t"], again.draw()["x_t"])  # its streams go with it
 
 
 def test_a_plain_module_is_a_policy() -> None:
