@@ -1,5 +1,7 @@
 """The reverse denoising process as a Markov decision process, with pretrained diffusion models as experts."""
 
+import logging
+
 from ddil_env.check import check_expert
 from ddil_env.denoising_env import DenoisingEnv
 from ddil_env.expert import Denoiser, Expert, NetworkDenoiser, NoDataError
@@ -13,6 +15,7 @@ from ddil_env.schedule import NoiseSchedule, Prediction, TimeGrid, ddim_step, in
 from ddil_env.support import Box, Support, Unbounded
 
 register_envs()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it where it is there: it warns of kernels not used here
 
 __all__ = [
     "Box",

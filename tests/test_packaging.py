@@ -44,6 +44,18 @@ def test_wheel_finds_presets_and_weights_from_any_directory(installed, tmp_path)
     assert shapes == "(1, 16, 16) (1, 8, 8)"
 
 
+def test_a_learner_prints_nothing_that_a_user_need_not_know(installed, tmp_path):
+    code = (
+        "from ddil_agents import Dagger, DaggerConfig;"
+        "learner = Dagger('digits8', DaggerConfig(num_updates=1, batch_size=4, collect_size=8));"
+        "learner.learn(progress=False)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
 def test_wheel_prints_the_config_of_a_preset(installed, tmp_path):
     code = "from ddil_agents.dagger import main; main(['--env', 'gaussian_mixture', '--config', 'demo', '--print_config'])"
     assert "num_updates: 400" in run(code, installed, tmp_path)
