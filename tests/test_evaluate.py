@@ -619,7 +619,7 @@ def test_runs_that_were_measured_differently_are_not_merged_and_both_ways_are_na
 def test_a_preset_reaches_the_judge(monkeypatch, capsys, tmp_path: Path):
     asked = []
     monkeypatch.setattr(evaluate, "evaluate_expert", lambda expert, steps, settings, *args: asked.append(settings) or {"models": {}})
-    monkeypatch.setattr("ddil_agents.evaluation.results.table", lambda result: "")
+    monkeypatch.setattr("ddil_agents.evaluate.table", lambda result: "")
     evaluate.main(["--env", "gaussian_mixture", "--config", "coco2017_5k", "--protocol", "null"])
     assert (asked[0].n, asked[0].scores, asked[0].lpips) == (5000, ("clip_score", "hpsv2"), True)
 
