@@ -306,7 +306,8 @@ def test_a_saved_learner_refuses_another_calibration_and_takes_its_own(tmp_path:
 ENV = f"expert: ddil_env.GaussianMixtureExpert\nmeans: {MEANS}\nstds: 0.05\n"  # in three dimensions: no picture to draw
 CLI = shlex.split(
     "--env env.yaml --num_updates 8 --teacher_steps 8 --batch_size 16 --collect_size 32 --updates_per_collect 3 --checkpoint_every 4 "
-    "--log_every 2 --student '{width: 16}' --evaluate.n 20 --evaluate.n_action 4 --beta.forward 0 --beta.teacher 1 --out run"
+    "--log_every 2 --student '{width: 16}' --evaluate.n 20 --evaluate.n_action 4 --beta.forward 0 --beta.teacher 1 "
+    "--states_per_rollout all --out run"  # so that its estimates are of each time equally often
 )
 
 

@@ -1,7 +1,7 @@
 """Collecting: states of each source, with the expert's action at every one of them.
 
     forward:  x_t = α_t x_0 + σ_t ε                  (x_0, c) ~ data,  t ~ U(grid)
-    teacher:  the expert unrolled from x_T ~ N(0, I); its label *is* its next step, so it costs nothing more
+    teacher:  the expert unrolled from x_T ~ N(0, I); its label *is* its next step
     student:  the student unrolled; with p_expert > 0 each step's actor is drawn, expert or student (mixed rollouts)
     label:    x_s, where k guided expert DDIM steps lead from (x_t, t) to s
 
