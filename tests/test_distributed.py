@@ -473,7 +473,7 @@ def test_a_launcher_makes_one_run_that_counts_both_processes(launcher: str, unbr
         words, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=SECONDS, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("dagger@4") == 1
+    assert done.stdout.count("| dagger@4 ") == 1  # one table
     assert sorted(path.name for path in tmp_path.iterdir()) == ["env.yaml", "run"]
     ours, theirs = outcome(tmp_path / "run"), outcome(unbroken)
     if launcher == "torchrun":

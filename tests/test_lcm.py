@@ -599,6 +599,8 @@ def test_a_run_of_the_command_says_what_it_measured(tmp_path: Path, monkeypatch:
     assert (result["agent"], result["env"], result["student"], result["num_updates"]) == ("lcm", "digits8", "lcm@4", 12)
     assert result["times"] == [999, 759, 499, 259, 0]
     models = result["models"]
+    latest = models.pop("lcm@4, last weights")
+    assert latest["frechet"] != models["lcm@4"]["frechet"]
     assert set(models) == {"teacher@8", "teacher@4", "teacher@2", "teacher@1", "lcm@4", "lcm@2", "lcm@1"}
     assert {name: model["nfe_per_sample"] for name, model in models.items()} == {name: int(name[-1]) for name in models}
     assert all(model["frechet"] > 0 for model in models.values())
