@@ -16,6 +16,8 @@ import yaml
 
 from ddil_agents import compare
 from ddil_agents.commands.load import load_run
+from ddil_agents.comparison import portraits, tables
+from ddil_agents.comparison import runs as runner
 from ddil_agents.comparison.arms import Comparison, Run, arms_of, merged, settings_of
 from ddil_agents.comparison.page.tables import supported
 from ddil_agents.comparison.portraits import weights_digest
@@ -306,16 +308,16 @@ def test_a_run_gets_a_gpu_that_is_free_of_those_that_are_visible(monkeypatch, tm
             assert others.wait(10)  # the longest run
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(compare.subprocess, "run", ran)
+    monkeypatch.setattr(runner.subprocess, "run", ran)
     runs = [Run("updates", "bc", seed, tmp_path / f"bc-s{seed}") for seed in range(4)]
     compare.train(runs, comparison(), tmp_path, None, jobs=2)
     assert used.keys() == {run.directory.name for run in runs}
     assert {used["bc-s0"], used["bc-s1"]} == {"3", "GPU-abc"}
     assert used["bc-s1"] == used["bc-s2"] == used["bc-s3"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert compare.visible_gpus() == ["0", "1"]
+    assert runner.visible_gpus() == ["0", "1"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert compare.visible_gpus() == []
+    assert runner.visible_gpus() == []
 
 
 def test_arms_with_dots_in_their_names_have_files_of_their_own(monkeypatch, tmp_path: Path):
@@ -326,7 +328,7 @@ def test_arms_with_dots_in_their_names_have_files_of_their_own(monkeypatch, tmp_
         given[path.name] = read_yaml(path)["beta"]["teacher"]
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(compare.subprocess, "run", ran)
+    monkeypatch.setattr(runner.subprocess, "run", ran)
     shares = {"teacher .1": 0.1, "teacher .25": 0.25, "teacher .5, quantile 0.9": 0.5, "teacher .5, quantile 0.99": 0.45}
     arms = {name: {"agent": "dagger", "beta": {"forward": 1 - x, "teacher": x, "student": 0.0}} for name, x in shares.items()}
     runs = [Run("updates", arm, seed, tmp_path / f"{arm}-s{seed}") for seed in (0, 1) for arm in arms]
@@ -369,7 +371,7 @@ def test_a_comparison_runs_whole_and_a_diverged_arm_is_a_result(whole):
     names = [name.partition(",")[0] for name in found["references"]]
     assert names == ["real halves", "teacher halves", "training data", "teacher@4", "teacher@2"]
     assert all(re.search(r", n = \d+$", name) for name in list(found["references"])[:3])
-    names = [line[0].partition(",")[0] for line in compare.table_rows(found, "updates")]
+    names = [line[0].partition(",")[0] for line in tables.table_rows(found, "updates")]
     assert names == [
         "model",
         "teacher halves",
@@ -413,14 +415,14 @@ def test_arms_of_a_seed_share_noise_data_and_initial_weights(whole):
 
 def test_arms_that_start_as_one_student_are_judged_once(whole, monkeypatch, tmp_path: Path):
     out, found = whole
-    judged, judge = [], compare.Judge.judge
-    monkeypatch.setattr(compare.Judge, "judge", lambda *args, **kwargs: judged.append(args) or judge(*args, **kwargs))
+    judged, judge = [], portraits.Judge.judge
+    monkeypatch.setattr(portraits.Judge, "judge", lambda *args, **kwargs: judged.append(args) or judge(*args, **kwargs))
     runs = [Run("updates", arm, 1, tmp_path / arm) for arm in ("bc", "again")]
     for run in runs:
         shutil.copytree(out / "out" / "runs" / "updates" / "bc-s1", run.directory)
         (run.directory / "untrained.json").unlink()
     comparison = Comparison(**yaml.safe_load((out / "given.yaml").read_text()))
-    rows = compare.portray(comparison, runs)
+    rows = portraits.portray(comparison, runs)
     assert len(judged) == 1
     assert rows["bc"][1] == rows["again"][1]
     assert rows["bc"][1]["endpoint_rmse"] == found["initial"]["bc"]["1"]["endpoint_rmse"]
@@ -436,7 +438,7 @@ def test_an_untrained_student_is_what_training_started_from(whole, tmp_path: Pat
     (run.directory / "config.yaml").write_text(yaml.safe_dump(started))
     given = Comparison(**yaml.safe_load((out / "given.yaml").read_text()))
     (own,) = (r for r in found["budgets"]["updates"]["runs"] if (r["arm"], r["seed"]) == ("bc", 1))
-    assert compare.portray(given, [run])["bc"][1]["endpoint_rmse"] == pytest.approx(own["endpoint_rmse"], rel=1e-5)
+    assert portraits.portray(given, [run])["bc"][1]["endpoint_rmse"] == pytest.approx(own["endpoint_rmse"], rel=1e-5)
 
 
 def test_an_arm_that_is_left_out_keeps_its_matched_steps(whole, tmp_path: Path, monkeypatch):
@@ -517,7 +519,7 @@ def test_ablations_that_are_run_later_leave_earlier_tables(whole, tmp_path, monk
 
 def test_a_second_run_trains_nothing_and_says_the_same(whole, monkeypatch):
     out, before = whole
-    monkeypatch.setattr(compare, "subprocess", None)
+    monkeypatch.setattr(runner, "subprocess", None)
     done = out / "out" / "runs" / "updates"
     compare.main(["--config", str(out / "given.yaml"), "--out", str(out / "out"), "--report_only", "true"])
     after = json.loads((out / "out" / "comparison.json").read_text())
@@ -528,7 +530,7 @@ def test_a_second_run_trains_nothing_and_says_the_same(whole, monkeypatch):
 def test_a_comparison_goes_on_from_another_working_directory(whole, monkeypatch):
     out, _ = whole
     monkeypatch.chdir(out)
-    monkeypatch.setattr(compare, "subprocess", None)
+    monkeypatch.setattr(runner, "subprocess", None)
     compare.main(["--config", "given.yaml", "--out", "out", "--report_only", "true"])
     stored = {path.name.rpartition("-")[0][:9] for path in (out / "out" / "expert" / "seed0").glob("*.safetensors")}
     assert stored == {"teacher@4", "teacher@2"}

@@ -14,6 +14,8 @@ from tiny_sd import write_tiny_sd
 from ddil_agents import dagger, dmd2, evaluate
 from ddil_agents.commands.parse import find_agent, with_preset
 from ddil_agents.commands.run import refuse_early
+from ddil_agents.evaluation import judge as judging
+from ddil_agents.evaluation import provenance, samples
 from ddil_agents.evaluation.judge import Judge
 from ddil_agents.evaluation.metrics import extractors
 from ddil_agents.evaluation.metrics.coverage import precision_recall_density_coverage
@@ -73,7 +75,7 @@ def test_the_noise_on_the_way_is_not_what_another_seed_or_batch_starts_from(monk
         on_the_way.append(torch.Generator().manual_seed(generator.initial_seed()))
         return unroll(*args, generator=generator, **kwargs)
 
-    monkeypatch.setattr(evaluate, "unroll", noting)
+    monkeypatch.setattr(samples, "unroll", noting)
     for judge in judges:
         judge._draw(judge.few_steps, judge.grid, "renoise")
     starts = [judge.noise(batch) for judge in judges for batch in range(3)]
@@ -199,13 +201,13 @@ def test_only_states_of_one_noise_are_compared_in_pairs():
     judge = judge_of(mixture())
     row, states = judge.judge(judge.few_steps), judge.expert_path[:, :4].transpose(0, 1)
     halves = judge.floors()["teacher_halves"]["mmd_shift_to_expert"]
-    for i, (x, width) in enumerate(zip(states, map(evaluate._width, states), strict=True)):
+    for i, (x, width) in enumerate(zip(states, map(judging._width, states), strict=True)):
         assert halves[i] == split_half(lambda a, b, h=width: mmd2(a, b, h), x)
         if i > 0:  # at the first, two of one index are the same
             assert row["mmd_shift_to_expert"][i] != 0
     for i, x in enumerate(judge.real_noised):
         states = judge._draw(judge.few_steps, judge.grid, "ddim").path[:, i]
-        assert row["mmd_shift"][i] == mmd2(states, x, evaluate._width(x), paired=True)
+        assert row["mmd_shift"][i] == mmd2(states, x, judging._width(x), paired=True)
 
 
 @pytest.mark.parametrize(("k", "labels"), [(1, None), (3, [0, 1, 2])])
@@ -260,7 +262,7 @@ def test_a_student_that_memorises_is_held_against_data_that_it_has_not_seen():
     assert {key: floor[key] for key in floor.keys() & row.keys() - {"shift"}} == {
         key: row[key] for key in floor.keys() & row.keys() - {"shift"}
     }
-    told = table({"settings": judge.describe(), "floors": {}, "models": {"memory@4": row}, **evaluate.provenance(expert.device)})
+    told = table({"settings": judge.describe(), "floors": {}, "models": {"memory@4": row}, **provenance.provenance(expert.device)})
     assert "n = 500, evaluation seed 0, against 440 held-out data, features" in told
     assert "coverage of training data ↑" in told
 
@@ -369,7 +371,7 @@ def test_pictures_are_compared_with_a_folder(tmp_path: Path, colour):
 
 
 def test_what_is_kept_of_one_folder_of_pictures_is_not_taken_for_another_s(tmp_path: Path, colour, monkeypatch):
-    monkeypatch.setattr(evaluate, "KEPT", 16)
+    monkeypatch.setattr(judging, "KEPT", 16)
     for name, low in (("a", 0), ("b", 128)):
         (tmp_path / name).mkdir()
         pictures = torch.randint(low, 255, (40, 20, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -384,11 +386,11 @@ def test_what_is_kept_of_one_folder_of_pictures_is_not_taken_for_another_s(tmp_p
 
 
 def test_reading_a_folder_of_pictures_goes_on_where_it_was_killed(tmp_path: Path, colour, monkeypatch):
-    monkeypatch.setattr(evaluate, "KEPT", 16)
+    monkeypatch.setattr(judging, "KEPT", 16)
     for i, picture in enumerate(torch.randint(0, 255, (40, 20, 30, 3), dtype=torch.uint8)):
         Image.fromarray(picture.numpy()).save(tmp_path / f"{i:03d}.png")
     expert, asked = load_expert("digits8"), {"n": 20, "n_paths": 10, "extractor": "colour", "images": str(tmp_path)}
-    read, load = [], evaluate.load_pictures
+    read, load = [], judging.load_pictures
 
     def killed(paths):
         if len(read) == 2:
@@ -396,10 +398,10 @@ def test_reading_a_folder_of_pictures_goes_on_where_it_was_killed(tmp_path: Path
         read.append(len(paths))
         return load(paths)
 
-    monkeypatch.setattr(evaluate, "load_pictures", killed)
+    monkeypatch.setattr(judging, "load_pictures", killed)
     with pytest.raises(KeyboardInterrupt):
         judge_of(expert, **asked, store=str(tmp_path / "store"))
-    monkeypatch.setattr(evaluate, "load_pictures", lambda paths: read.append(len(paths)) or load(paths))
+    monkeypatch.setattr(judging, "load_pictures", lambda paths: read.append(len(paths)) or load(paths))
     again = judge_of(expert, **asked, store=str(tmp_path / "store"))
     assert read == [16, 16, 8]
     assert torch.equal(again.real_features.values, judge_of(expert, **asked).real_features.values)
@@ -443,7 +445,7 @@ def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch, tmp_path: Pa
     monkeypatch.setattr(type(expert), "captions", lambda self, c: [str(int(i)) for i in c], raising=False)
     monkeypatch.setattr(Judge, "scorers", {"clip_score": Digit()})
     monkeypatch.setattr(
-        evaluate, "lpips_distance", lambda weights, device: lambda a, b: (a.float() - b.float()).abs().flatten(1).mean(1) / 255
+        samples, "lpips_distance", lambda weights, device: lambda a, b: (a.float() - b.float()).abs().flatten(1).mean(1) / 255
     )
     judge = judge_of(expert, tmp_path, n=20, n_paths=5, batch_size=8, scores=("clip_score",), lpips=True)
     row = judge.judge(judge.few_steps, judge.grid, name="few")
@@ -465,8 +467,8 @@ def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch, tmp_path: Pa
     assert described["lpips"] == "lpips_0.1_alex"
     assert len(described["captions"]) == 12
     next(tmp_path.glob("few-*-lpips-003.json")).unlink()  # as if a kill had come before it
-    drawn, draw = [], evaluate.group_diversity
-    monkeypatch.setattr(evaluate, "group_diversity", lambda groups, distance: drawn.append(len(groups)) or draw(groups, distance))
+    drawn, draw = [], samples.group_diversity
+    monkeypatch.setattr(samples, "group_diversity", lambda groups, distance: drawn.append(len(groups)) or draw(groups, distance))
     for _ in range(2):
         assert judge.judge(judge.few_steps, judge.grid, name="few") == row
     assert drawn == [1]

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from ddil_agents import compare
+from ddil_agents.comparison import runs as runner
 from ddil_agents.comparison.page import write_page
 from ddil_agents.comparison.page.figures import LOOKS, PLACEHOLDER, Line, inline_svg, line_figure, number
 from ddil_agents.comparison.page.plots import binned, counts_of, per_step, quality, steps_of, training
@@ -45,7 +46,7 @@ def in_process(command, stdout, **_):
 
 def compared(out, **settings):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare.subprocess, "run", in_process)
+        patch.setattr(runner.subprocess, "run", in_process)
         result = compare.compare(compare.Comparison(shared=SHORT | SMALL, **settings), out, jobs=1, command=f"compare {HOSTILE}")
     write_page(result, out)
     return result, out
@@ -415,7 +416,7 @@ def test_wheel_carries_the_template():
     from hatchling.builders.wheel import WheelBuilder
 
     packed = {file.distribution_path for file in WheelBuilder(str(Path(__file__).parent.parent)).recurse_included_files()}
-    assert {f"ddil_agents/page/page.{kind}" for kind in ("html", "css", "js")} <= packed
+    assert {f"ddil_agents/comparison/page/page.{kind}" for kind in ("html", "css", "js")} <= packed
 
 
 # In a browser

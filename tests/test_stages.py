@@ -613,9 +613,9 @@ def at_finish(number: int) -> Callable[[pytest.MonkeyPatch], None]:
     """A kill when the n-th stage has been trained and not yet judged."""
 
     def arrange(patch: pytest.MonkeyPatch) -> None:
-        from ddil_agents.commands import cli
+        from ddil_agents.commands import run as command
 
-        finish, calls = cli.finish, [0]
+        finish, calls = command.finish, [0]
 
         def killing(*args: Any) -> None:
             calls[0] += 1
@@ -623,7 +623,7 @@ def at_finish(number: int) -> Callable[[pytest.MonkeyPatch], None]:
                 raise Killed
             finish(*args)
 
-        patch.setattr(cli, "finish", killing)
+        patch.setattr(command, "finish", killing)
 
     return arrange
 
