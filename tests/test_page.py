@@ -417,6 +417,7 @@ def test_wheel_carries_the_template():
 
     packed = {file.distribution_path for file in WheelBuilder(str(Path(__file__).parent.parent)).recurse_included_files()}
     assert {f"ddil_agents/comparison/page/page.{kind}" for kind in ("html", "css", "js")} <= packed
+    assert {"ddil_agents/py.typed", "ddil_env/py.typed"} <= packed  # its annotations are for those who check theirs
 
 
 # In a browser

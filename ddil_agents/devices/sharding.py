@@ -1,5 +1,6 @@
-"""Fully sharded data parallelism (FSDP2): each rank holds its share of the weights, gradients and momenta of every network that learns,
-and of the average.
+"""Fully sharded data parallelism (FSDP2): a rank holds its share of every network that learns, and of the average.
+
+Of each its share of the weights, gradients and momenta:
 
     accelerate launch --config_file configs/accelerate/fsdp.yaml -m ddil_agents.dmd2 --env sdxl
 

@@ -97,7 +97,7 @@ def lpips_distance(
     network.eval().requires_grad_(False).to(device)
 
     def scaled(pictures: Tensor) -> Tensor:
-        """uint8 (b, h, w, 3) → [−1, 1] (b, 3, h, w)"""
+        """Uint8 (b, h, w, 3) → [−1, 1] (b, 3, h, w)."""
         return pictures.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     @torch.no_grad()
