@@ -261,6 +261,23 @@ def test_without_a_capacity_every_state_is_kept() -> None:
     assert len(learn(dagger(capacity=16, num_updates=40)).buffer) == 3 * 16
 
 
+@pytest.mark.parametrize("states_per_rollout", [1, "all"])
+def test_of_the_students_own_states_those_of_the_newest_collections_are_held(states_per_rollout: Any) -> None:
+    # 16 of 32 states of a collection are the student's; 4 a rollout where all are taken.
+    settings = {"beta": Beta(0.5, 0, 0.5), "num_updates": 40, "capacity": 1000, "states_per_rollout": states_per_rollout}
+    learner = learn(dagger(**settings, student_collections=3))
+    states = learner.buffer.replay[:]
+    held = states[states["x_t"].abs().sum(1) > 0]
+    by_source = [held["version"][held["source"] == i].unique().tolist() for i in (0, 2)]
+    assert by_source[1] == [28, 32, 36]  # of ten collections, one every 4 updates
+    assert by_source[0] == list(range(0, 40, 4))  # labels of data do not age
+    assert learner.buffer.counts == {"forward": 160, "teacher": 0, "student": 48}
+    everything = learn(dagger(**settings, student_collections=None))
+    assert everything.buffer.counts == {"forward": 160, "teacher": 0, "student": 160}
+    aggregate = learn(dagger(**settings | {"capacity": None}, student_collections=3))  # DAgger's aggregate forgets nothing
+    assert aggregate.buffer.counts["student"] == 160
+
+
 def test_without_a_capacity_more_updates_than_the_config_has_are_refused() -> None:
     learner = learn(dagger(capacity=None))
     with pytest.raises(ValueError, match=r"20 \+ 5 gradient steps: capacity=null"):
@@ -525,6 +542,7 @@ def test_a_manifest_says_what_was_saved(saved: Path) -> None:
         ({"ema": -0.1}, "ema=-0.1"),
         ({"warmup_updates": -1}, "warmup_updates=-1: need 0 or more"),
         ({"capacity": 0}, "capacity=0: need at least 1, or null"),
+        ({"student_collections": 0}, "student_collections=0: need at least 1, or null to hold as many as capacity"),
         ({"teacher_steps": 30}, "teacher_steps=30 is no multiple of num_steps=4"),
         ({"gradient_accumulation": 3}, "batch_size=16 does not divide into gradient_accumulation=3 parts"),
         ({"mixed_precision": "fp8"}, "unknown mixed_precision 'fp8'; choose one of: no, fp16, bf16"),
