@@ -8,10 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+
+from ddil_agents import Dagger, compare, evaluate, report
+from ddil_agents import __main__ as command_line
+from ddil_agents.commands.parse import find_agent, identify
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = ["--num_updates", "3", "--batch_size", "8", "--collect_size", "16", "--evaluate.n", "16", "--evaluate.n_paths", "4"]
@@ -71,5 +77,54 @@ def test_the_examples_denoiser_is_the_posterior_mean(monkeypatch: pytest.MonkeyP
 
 def test_the_readme_shows_what_the_package_says() -> None:
     readme = (EXAMPLES / "README.md").read_text()
-    (toml,) = re.findall(r"```toml\n(.*?)```", readme, re.S)
-    assert toml in (EXAMPLES / "my_expert" / "pyproject.toml").read_text()
+    for toml, package in zip(re.findall(r"```toml\n(.*?)```", readme, re.S), ("my_expert", "my_agent"), strict=True):
+        assert toml in (EXAMPLES / package / "pyproject.toml").read_text()
+
+
+@pytest.fixture(scope="module")
+def huber(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the example's learner, by its class path."""
+    folder = tmp_path_factory.mktemp("huber")
+    words = ["-m", "ddil_agents", "my_agent.HuberDagger", "--env", "gaussian_mixture", "--huber_h", ".2", *SMALL, "--out", "run"]
+    run(words, folder, EXAMPLES / "my_agent")
+    return folder
+
+
+def test_a_learner_of_ones_own_trains_and_is_recorded_by_its_class_path(huber: Path) -> None:
+    config = yaml.safe_load((huber / "run" / "config.yaml").read_text())
+    assert (config["agent"], config["huber_h"]) == ("my_agent.HuberDagger", 0.2)
+    result = json.loads((huber / "run" / "result.json").read_text())
+    assert (result["agent"], result["student"], result["num_updates"]) == ("huber_dagger", "huber_dagger@4", 3)
+
+
+def test_it_resumes_is_evaluated_compared_and_reported(huber: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "my_agent"))
+    monkeypatch.chdir(huber)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(EXAMPLES / "my_agent"), os.environ.get("PYTHONPATH")])))
+    before = (huber / "run" / "student" / "student.safetensors").read_bytes()
+    command_line.main(["my_agent.HuberDagger", "--resume", "run"])
+    assert (huber / "run" / "student" / "student.safetensors").read_bytes() == before
+    evaluate.main(["--run", "run", "--n", "16", "--n_paths", "4", "--out", "scores.json"])
+    assert "huber_dagger@4" in json.loads(Path("scores.json").read_text())[0]["models"]
+    report.main(["run", "--out", "page"])
+    assert "huber_dagger@4" in Path("page/report.md").read_text()
+    settings = {"num_updates": 2, "batch_size": 8, "collect_size": 16, "evaluate": {"n": 16, "n_paths": 4}}
+    arms = {name: {"agent": name} for name in ("dagger", "my_agent.HuberDagger")}
+    Path("two.yaml").write_text(yaml.safe_dump({"env": "gaussian_mixture", "arms": arms, "shared": settings, "seeds": 1}))
+    compare.main(["--config", "two.yaml", "--out", "two", "--jobs", "1"])
+    runs = json.loads(Path("two/comparison.json").read_text())["budgets"]["updates"]["runs"]
+    assert [(run["arm"], run["done"]) for run in runs] == [("dagger", True), ("my_agent.HuberDagger", True)]
+
+
+def test_an_agent_is_found_by_name_class_path_and_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "my_agent"))
+    from my_agent import HuberDagger
+
+    entered = EntryPoint(name="huber_dagger", value="my_agent:HuberDagger", group="ddil.agents")
+    monkeypatch.setattr("ddil_agents.commands.parse.entry_points", lambda group: [entered] if group == "ddil.agents" else [])
+    assert find_agent("dagger") is Dagger
+    assert find_agent("my_agent.HuberDagger") is find_agent("huber_dagger") is HuberDagger
+    assert (identify(Dagger), identify(HuberDagger)) == ("dagger", "my_agent.HuberDagger")
+    for unknown in ("nobody", "my_agent.Nobody", "nowhere.Agent", "my_agent.Tensor"):
+        with pytest.raises(ValueError, match=f"unknown agent '{unknown}': .* or the entry point of .*: huber_dagger"):
+            find_agent(unknown)

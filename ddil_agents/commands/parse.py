@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import shlex
 import sys
 from dataclasses import fields
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +27,44 @@ from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, 
 
 
 def find_agent(name: str) -> type[Agent]:
-    """The agent of ddil_agents/<name>.py: a new one is one file, entered nowhere else.
+    """An agent by the name of its file here, by its class path, or by the entry point of a package that is installed.
 
     Raises:
-        ValueError: no such module, or none of its classes bears that name, or it needs a package that is not installed.
+        ValueError: nothing there, or no agent, or it needs a package that is not installed.
     """
+    registered = {point.name: point for point in entry_points(group="ddil.agents")}
+    module, _, attribute = name.rpartition(".")
     try:
-        found = vars(importlib.import_module(f"ddil_agents.{name}")).values()
-    except ImportError as error:
-        if error.name is not None and not error.name.startswith("ddil_agents"):
+        if name in registered:
+            found = [registered[name].load()]
+        elif module:
+            found = [getattr(importlib.import_module(module), attribute)]
+        else:
+            here = vars(importlib.import_module(f"ddil_agents.{name}"))
+            found = [x for x in here.values() if isinstance(x, type) and vars(x).get("name") == name]
+    except (ImportError, AttributeError) as error:
+        missing = getattr(error, "name", None)
+        if missing is not None and isinstance(error, ImportError) and missing not in (module, f"ddil_agents.{name}"):
             raise ValueError(f"agent {name!r}: {error}; install it, or leave the agent out") from error
-        found = {}.values()
+        found = []
     for value in found:
-        if isinstance(value, type) and issubclass(value, Agent) and vars(value).get("name") == name:
+        if isinstance(value, type) and issubclass(value, Agent):
             return value
-    raise ValueError(f"unknown agent {name!r}: ddil_agents/{name}.py holds no learner of that name")
+    known = ", ".join(sorted(registered)) or "none"
+    raise ValueError(
+        f"unknown agent {name!r}: neither ddil_agents/{name}.py holds a learner of that name, nor is it the class path of one, such as "
+        f"my_pkg.MyAgent, or the entry point of a package that is installed: {known}"
+    )
+
+
+def identify(agent: type[Agent]) -> str:
+    """What `find_agent` finds an agent by: the name of one of ours, the class path of another."""
+    return agent.name if agent.__module__ in (f"ddil_agents.{agent.name}", "__main__") else f"{agent.__module__}.{agent.__qualname__}"
+
+
+def command_of(agent: str) -> list[str]:
+    """The words of the command that trains an agent of that name, after the interpreter's."""
+    return ["-m", "ddil_agents", agent] if "." in agent or find_spec(f"ddil_agents.{agent}") is None else ["-m", f"ddil_agents.{agent}"]
 
 
 def with_preset(group: str, argv: list[str]) -> list[str]:
@@ -98,7 +124,7 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     expert = expert_name or in_config.get("expert") or preset.get("expert") or "ddil_env.experts.digits.Digits"
 
     parser = ArgumentParser(
-        prog=f"python -m ddil_agents.{agent.name}",
+        prog=shlex.join(["python", *command_of(identify(agent))]),
         description=sys.modules[agent.__module__].__doc__,
         default_config_files=[str(path) for path in own_settings if path.is_file()],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -107,7 +133,9 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     parser.add_argument(
         "--config", action="config", help=f"settings that differ from the defaults, a YAML file or a preset of configs/{agent.name}"
     )
-    parser.add_argument("--agent", choices=[agent.name], default=agent.name, help="recorded, so that no other agent resumes the run")
+    parser.add_argument(
+        "--agent", choices=[identify(agent)], default=identify(agent), help="recorded, so that no other agent resumes the run"
+    )
     parser.add_argument("--out", type=str | None, default=None, help="new run directory (default: runs/AGENT-ENV-SEED-TIME)")
     parser.add_argument("--checkpoint_every", type=PositiveInt, default=500, help="gradient steps between checkpoints")
     parser.add_argument("--log_every", type=PositiveInt, default=10, help="gradient steps that a line of metrics.jsonl sums up")

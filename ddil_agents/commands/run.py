@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shlex
 import shutil
 import sys
 from contextlib import suppress
@@ -30,7 +31,7 @@ from ddil_agents.agent import Agent
 from ddil_agents.commands.card import complete_card
 from ddil_agents.commands.errors import clear_errors
 from ddil_agents.commands.hub import check_push, push
-from ddil_agents.commands.parse import _config, _take, expert_and_config, name_of_env, parse
+from ddil_agents.commands.parse import _config, _take, command_of, expert_and_config, identify, name_of_env, parse
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import ranks, sharding
 from ddil_agents.evaluation.judge import Judge, judge_student
@@ -53,7 +54,7 @@ OF_THE_MACHINE = MAY_DIFFER | {"env.device", "evaluate.batch_size", "push_to_hub
 def run(agent: type[Agent], argv: list[str] | None = None) -> None:
     """The main of a learner's file: parses, trains, evaluates and writes the run directory."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    outer = argparse.ArgumentParser(prog=f"python -m ddil_agents.{agent.name}")
+    outer = argparse.ArgumentParser(prog=shlex.join(["python", *command_of(identify(agent))]))
     ranks.choose_device()
     with clear_errors(outer):
         resume = _take(argv, "--resume")
@@ -67,8 +68,8 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
                 raise ValueError(f"nothing to resume in {resume}: no config.yaml there")
             if (other := read_yaml(saved).get("agent")) is None:
                 raise ValueError(f"{saved} is no run's config: it names no agent; restore it, or start a new run")
-            if other != agent.name:
-                raise ValueError(f"{resume} is of {other}; resume it with python -m ddil_agents.{other}")
+            if other != identify(agent):
+                raise ValueError(f"{resume} is of {other}; resume it with {shlex.join(['python', *command_of(str(other))])}")
             _, was = parse(agent, ["--config", str(saved)])
             parser, cfg = parse(agent, ["--config", str(saved), *argv])
             before = vars(was.as_flat())

@@ -17,6 +17,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from ddil_agents.commands.parse import command_of
 from ddil_agents.comparison.arms import Budget, Comparison, Run, given_settings, settings_of
 from ddil_agents.comparison.results import own_row
 from ddil_agents.training.checkpoint import write_atomically
@@ -59,7 +60,7 @@ def train(runs: list[Run], comparison: Comparison, out: Path, updates: dict[str,
         elif jobs > 1:
             environment["OMP_NUM_THREADS"] = "1"  # more threads a run than cores would fight
         with run.log.open("w") as file:
-            command = [sys.executable, "-m", f"ddil_agents.{agent}", *arguments]
+            command = [sys.executable, *command_of(agent), *arguments]
             failed = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode != 0
         bar.set_postfix_str(f"{run.arm}, seed {run.seed}{' failed' if failed else ''}")
         bar.update()

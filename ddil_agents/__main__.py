@@ -1,0 +1,29 @@
+"""Any agent's command: one of ours, or one of a package of your own.
+
+python -m ddil_agents dagger --env digits                  as python -m ddil_agents.dagger
+python -m ddil_agents my_pkg.MyAgent --env digits          a class path, or the name of an entry point of the group ddil.agents
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from ddil_agents.commands.errors import clear_errors
+from ddil_agents.commands.parse import find_agent
+from ddil_agents.commands.run import run
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m ddil_agents", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("agent", help="which; its own --help follows")
+    with clear_errors(parser):
+        agent = find_agent(parser.parse_args(argv[:1]).agent)
+    run(agent, argv[1:])
+
+
+if __name__ == "__main__":
+    main()
