@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddil_agents.aggrevate import Aggrevate, AggrevateConfig
     from ddil_agents.bc import BCConfig, BehaviourCloning
+    from ddil_agents.check import check_agent
     from ddil_agents.comparison.arms import Comparison
     from ddil_agents.config import LearnerConfig
     from ddil_agents.dagger import Dagger, DaggerConfig
@@ -35,6 +36,7 @@ _HOME = {
     "SourceBuffer": "states.buffer",
     "Collector": "states.collect",
     "Comparison": "comparison.arms",
+    "check_agent": "check",
     "Dagger": "dagger",
     "DaggerConfig": "dagger",
     "Dart": "dart",
@@ -83,6 +85,7 @@ __all__ = [
     "ScheduledSampling",
     "ScheduledSamplingConfig",
     "SourceBuffer",
+    "check_agent",
 ]
 
 

@@ -381,9 +381,10 @@ def test_the_teachers_own_states_are_not_gated() -> None:
     assert gated.expert.nfe == int(a["nfe"].sum()) == 40 * K * (N + 1) / 2
 
 
-@pytest.mark.parametrize("expert", [corners, labelled])
-@pytest.mark.parametrize("gate", [0.3, 1.0])
-@pytest.mark.parametrize("beta", [MIXTURE, Beta(0, 0, 1)])
+@pytest.mark.parametrize(
+    ("expert", "gate", "beta"),
+    [(corners, 0.3, MIXTURE), (labelled, 0.3, Beta(0, 0, 1)), (corners, 1.0, Beta(0, 0, 1)), (labelled, 1.0, MIXTURE)],
+)
 def test_a_budget_is_spent_and_never_exceeded(expert: Callable[[], GaussianMixtureExpert], gate: float, beta: Beta) -> None:
     endless = learn(make(SafeDagger, expert(), gate=gate, beta=beta, num_updates=32))
     for share in (0.5, 1.0):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from ddil_agents import Dagger, compare, evaluate, report
+from ddil_agents import Dagger, DistributionMatching, Gail, LatentConsistency, Learner, check_agent, compare, evaluate, report
 from ddil_agents import __main__ as command_line
 from ddil_agents.commands.parse import find_agent, identify
 
@@ -128,3 +128,79 @@ def test_an_agent_is_found_by_name_class_path_and_entry_point(monkeypatch: pytes
     for unknown in ("nobody", "my_agent.Nobody", "nowhere.Agent", "my_agent.Tensor"):
         with pytest.raises(ValueError, match=f"unknown agent '{unknown}': .* or the entry point of .*: huber_dagger"):
             find_agent(unknown)
+
+
+class OneNumber(Dagger):
+    """A loss that is a mean already."""
+
+    def loss(self, batch):
+        return super().loss(batch).mean()
+
+
+class Global(Dagger):
+    """Noise from torch's own generator."""
+
+    def loss(self, batch):
+        return super().loss(batch) + 1e-9 * torch.randn(len(batch))
+
+
+class Deaf(Dagger):
+    """Learns nothing."""
+
+    def loss(self, batch):
+        return 0 * super().loss(batch)
+
+
+class Uncounted(Dagger):
+    """Asks the teacher beside its collections, and does not say so."""
+
+    def loss(self, batch):
+        self.expert.predict(batch["x_t"], batch["t"])
+        return super().loss(batch)
+
+
+class Forgetful(Dagger):
+    """Has a state of its own that no checkpoint holds."""
+
+    calls = 0
+
+    def loss(self, batch):
+        self.calls += 1
+        return super().loss(batch) * (1 + self.calls)
+
+
+@pytest.mark.parametrize(
+    ("agent", "settings"),
+    [
+        (Dagger, {}),
+        (LatentConsistency, {}),
+        (Gail, {}),
+        (DistributionMatching, {"num_updates": 600, "learning_rate": 1e-3, "critic_learning_rate": 1e-2}),
+    ],
+)
+def test_our_own_learners_conform(agent: type[Learner], settings: dict[str, float]) -> None:
+    check_agent(agent, **settings)
+
+
+def test_the_examples_learner_conforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES / "my_agent"))
+    from my_agent import HuberDagger
+
+    check_agent(HuberDagger)
+    assert len((EXAMPLES / "my_agent" / "my_agent.py").read_text().splitlines()) <= 50
+
+
+@pytest.mark.parametrize(
+    ("agent", "told"),
+    [
+        (OneNumber, r"loss returns \(\) for a batch of 64 states; need \(64,\), the loss of each"),
+        (Global, "draws from torch's global generator"),
+        (Deaf, "after 150 updates its samples are .* from the teacher's"),
+        (Uncounted, "counted .* forwards of the teacher where it ran"),
+        (Forgetful, "resumed ended in other weights"),
+        (int, "is not a subclass of ddil_agents.Learner"),
+    ],
+)
+def test_what_breaks_the_contract_is_named(agent: type[Learner], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        check_agent(agent)
