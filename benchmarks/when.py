@@ -227,32 +227,44 @@ class Task(NamedTuple):
 
 
 def run(task: Task) -> None:
-    """Trains and judges the arms of a seed that have no record yet, and writes one for each."""
+    """Trains and judges the arms of a seed that have no record yet, and writes one for each.
+
+    A record of a machine on which the arms fork from other bits is made again: all arms of a seed start from the same weights.
+    """
     torch.set_num_threads(1)
     cell = next(cell for cell in cells() if cell.name == task.cell)
-    for arm in ("start", *cell.arms):
-        if task.place(arm).is_file() or (arm in cell.arms and task.seed >= FIRST_SEED + cell.arms[arm].seeds):
-            continue
-        record = {"cell": cell.name, "arm": arm, "seed": task.seed, "given": given(cell, arm)} | run_arm(cell, arm, task)
-        task.place(arm).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(task.place(arm), json.dumps(record | provenance(expert_of(cell.env).device)))
-
-
-def run_arm(cell: Cell, arm: str, task: Task) -> dict[str, Any]:
-    """What an arm's student does, and what it cost; of one whose loss or metrics are not finite, how it was lost."""
-    expert, (judge, floor), began = expert_of(cell.env), judge_of(cell.name, task.runs / "teachers"), time.monotonic()
+    arms = ["start", *(name for name, arm in cell.arms.items() if task.seed < FIRST_SEED + arm.seeds)]
+    if all(task.place(arm).is_file() for arm in arms):
+        return
+    lost, init, before = None, Path(), ""
     try:
         init = trained(cell.env, cell.before, task.seed, task.runs / "shared")
-        part = cell.chain(arm if arm in cell.arms else next(iter(cell.arms)))[-1]
-        learner = part.agent(expert, config_of(part, task.seed, init))
         before = hashlib.sha256((init / "student" / "student.safetensors").read_bytes()).hexdigest()[:12]
+    except FloatingPointError as error:
+        lost = {"lost": str(error)}
+    for arm in arms:
+        place = task.place(arm)
+        if place.is_file() and json.loads(place.read_text()).get("init", before) == before:
+            continue
+        record = {"cell": cell.name, "arm": arm, "seed": task.seed, "given": given(cell, arm), "init": before}
+        record |= lost or run_arm(cell, arm, task, init)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, json.dumps(record | provenance(expert_of(cell.env).device)))
+
+
+def run_arm(cell: Cell, arm: str, task: Task, init: Path) -> dict[str, Any]:
+    """What an arm's student does, and what it cost; of one whose loss or metrics are not finite, how it was lost."""
+    (judge, floor), began = judge_of(cell.name, task.runs / "teachers"), time.monotonic()
+    part = cell.chain(arm if arm in cell.arms else next(iter(cell.arms)))[-1]
+    learner = part.agent(expert_of(cell.env), config_of(part, task.seed, init))
+    try:
         if arm in cell.arms:
             learner.learn(progress=False)
         found = measure(learner, judge)
     except (FloatingPointError, torch.linalg.LinAlgError) as error:
         return {"lost": str(error)}
     cost = {"teacher_nfe": learner.teacher_nfe, "student_nfe": learner.student_nfe, "seconds": round(time.monotonic() - began, 1)}
-    return {"init": before, "floor": floor, "n": judge.n, **found, **cost}
+    return {"floor": floor, "n": judge.n, **found, **cost}
 
 
 def tasks(runs: Path, names: list[str], seeds: int | None) -> list[Task]:

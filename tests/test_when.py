@@ -187,6 +187,17 @@ def test_a_seeds_arms_fork_from_one_student_and_no_run_is_made_twice(small, tmp_
         when.check(records)
 
 
+def test_records_that_fork_from_other_weights_are_made_again(small, tmp_path):
+    when.run(task := when.Task("w 3, 4 steps", 400, tmp_path))
+    found = {arm: json.loads(task.place(arm).read_text()) for arm in ("start", "forward", "student")}
+    task.place("forward").write_text(json.dumps(found["forward"] | {"init": "another machine's"}))
+    task.place("student").unlink()
+    when.run(task)
+    again = {arm: json.loads(task.place(arm).read_text()) for arm in found}
+    assert {arm: record["init"] for arm, record in again.items()} == {arm: record["init"] for arm, record in found.items()}
+    assert again["student"]["average"] == found["student"]["average"]
+
+
 def test_a_loss_that_is_not_finite_is_told_and_the_other_arms_go_on(small, tmp_path, monkeypatch):
     learn = when.Dagger.learn
 
