@@ -4,7 +4,8 @@
     python benchmarks/digits.py --report_only            # from the runs that are there
 
 Both agents take the same gradient steps, batch size, collections and initial weights. A label costs the same teacher
-forwards whatever its source, so equal gradient steps are equal teacher NFE too; DAgger's rollouts add student forwards.
+forwards whatever its source, but for the tenth of DAgger's states that the teacher's own rollouts lead to; the student's add
+student forwards. Both are counted.
 The noise and conditions of an evaluation are shared by all models of a seed.
 """
 
