@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ddil_agents.aggrevate import Aggrevate, AggrevateConfig
     from ddil_agents.bc import BCConfig, BehaviourCloning
     from ddil_agents.check import check_agent
+    from ddil_agents.commands.load import load
     from ddil_agents.comparison.arms import Comparison
     from ddil_agents.config import LearnerConfig
     from ddil_agents.dagger import Dagger, DaggerConfig
@@ -37,6 +38,7 @@ _HOME = {
     "Collector": "states.collect",
     "Comparison": "comparison.arms",
     "check_agent": "check",
+    "load": "commands.load",
     "Dagger": "dagger",
     "DaggerConfig": "dagger",
     "Dart": "dart",
@@ -86,6 +88,7 @@ __all__ = [
     "ScheduledSamplingConfig",
     "SourceBuffer",
     "check_agent",
+    "load",
 ]
 
 

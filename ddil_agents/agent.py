@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor
 
 from ddil_agents.devices import ranks
 from ddil_agents.settings import check_types
 from ddil_agents.states.collect import stream_seed
-from ddil_env import Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, load_expert
+from ddil_env import DenoisingEnv, Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, load_expert, unroll
 from ddil_env.mdp import Kernel
 
 
@@ -100,6 +102,40 @@ class Agent(ABC):
         self.extend(more)
         self.train(directory, progress=progress)
         return self
+
+    def sample(self, n: int, c: Tensor | Sequence[int] | int | None = None, seed: int = 0) -> Tensor:
+        """Samples of the averaged student, by its own times and kernel, (n, *sample_shape); `expert.decode` shows them.
+
+        Args:
+            n: How many.
+            c: Condition ids, (n,), or one for all; default: drawn.
+            seed: Of the noise, and of the conditions.
+
+        Raises:
+            ValueError: conditions that are not n, do not exist, or are for an unconditional expert.
+        """
+        generator = torch.Generator(self.expert.device).manual_seed(stream_seed(seed, "sample"))
+        x_T = torch.randn(n, *self.expert.sample_shape, generator=generator, device=self.expert.device)
+        ids = self.expert.sample_condition(n, generator)
+        if c is not None:
+            ids, known = torch.as_tensor(c, device=self.expert.device), self.expert.num_conditions
+            if not known:
+                raise ValueError(f"c={ids.tolist()}: this expert is unconditional; leave c out")
+            if ids.shape not in ((), (n,)) or ids.dtype != torch.int64 or not bool(((ids >= 0) & (ids < known)).all()):
+                raise ValueError(f"c={ids.tolist()}: need {n} condition ids, or one for all, whole numbers from 0 to {known - 1}")
+            ids = ids.expand(n)
+        return unroll(self.student_policy, self.grid, x_T, ids, kernel=self.kernel, generator=generator)[:, -1]
+
+    def make_env(self, batch_size: Sequence[int] = (64,), **settings: Any) -> DenoisingEnv:
+        """The environment that its student acts in: its own times and kernel, the teacher's guidance and steps.
+
+        Args:
+            batch_size: Of the environment.
+            settings: Of `DenoisingEnv`, such as `reward`.
+        """
+        own = {"kernel": self.kernel, "grid": self.config.grid, "substeps": self.config.substeps}
+        scale = self.reference.guidance_scale
+        return DenoisingEnv(self.expert, self.config.num_steps, batch_size, **own | {"guidance_scale": scale} | settings)
 
     def make_student(self, **options: Any) -> NetworkDenoiser:
         """The network that learns, before its first step."""

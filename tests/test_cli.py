@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,10 +21,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_sd import write_tiny_sd
 
-from ddil_agents import bc, dagger, evaluate, report
+from ddil_agents import Dagger, DistributionMatching, LatentConsistency, Learner, bc, dagger, evaluate, load, report
 from ddil_agents.commands.load import load_run
 from ddil_agents.commands.parse import parse
+from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.loop import read_metrics
+from ddil_env import GaussianMixtureExpert, unroll
 from ddil_env.presets import preset_names
 
 SMALL = shlex.split(
@@ -423,3 +426,41 @@ def test_evaluate_prints_the_teachers_quality_by_steps(capsys: pytest.CaptureFix
 )
 def test_a_wrong_evaluation_is_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(evaluate.main, argv, capsys)
+
+
+def test_a_runs_agent_is_loaded_whether_it_has_finished_or_not(runs: dict[str, Path], tmp_path: Path) -> None:
+    finished = load(runs["dagger"])
+    saved = load_file(runs["dagger"] / "student" / "student.safetensors")
+    assert all(torch.equal(saved[key], value) for key, value in finished.average.state_dict().items())
+    half = shutil.copytree(runs["dagger"], tmp_path / "half")
+    (half / "result.json").unlink()
+    shutil.rmtree(half / "student")
+    learner = load(half)
+    assert learner.step == 12
+    assert torch.equal(learner.sample(8, seed=3), finished.sample(8, seed=3))
+    shutil.rmtree(half / "checkpoints")
+    with pytest.raises(ValueError, match="half has no checkpoint yet"):
+        load(half)
+    with pytest.raises(ValueError, match="nowhere holds no finished run"):
+        load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("agent", [Dagger, LatentConsistency, DistributionMatching])
+def test_an_agents_samples_and_environment_have_its_own_times_and_kernel(agent: type[Learner]) -> None:
+    expert = GaussianMixtureExpert([[-1.0, 0.0], [1.0, 0.0]], 0.2, labels=[0, 1])
+    learner = agent(expert, agent.Config(num_steps=4, student={"width": 8, "depth": 1}))
+    generator = torch.Generator().manual_seed(stream_seed(5, "sample"))
+    x_T = torch.randn(6, 2, generator=generator)
+    c = expert.sample_condition(6, generator)
+    own = unroll(learner.student_policy, learner.grid, x_T, c, kernel=learner.kernel, generator=generator)[:, -1]
+    assert torch.equal(learner.sample(6, seed=5), own)
+    assert torch.equal(learner.sample(6, c=1, seed=5), learner.sample(6, c=[1] * 6, seed=5))
+    env = learner.make_env([3], reward="expert_l2")
+    rollout = env.rollout(4, learner.student_policy)
+    assert rollout["t"][0].tolist() == learner.grid.times[:-1].tolist()
+    assert env.mdp.kernel == learner.kernel
+    for wrong in (2, [0, 1], -1, 0.5):
+        with pytest.raises(ValueError, match="need 6 condition ids, or one for all, whole numbers from 0 to 1"):
+            learner.sample(6, c=wrong)
+    with pytest.raises(ValueError, match="unconditional; leave c out"):
+        agent(GaussianMixtureExpert([[0.0, 0.0]], 1.0), learner.config).sample(2, c=0)

@@ -1,4 +1,4 @@
-"""A finished run's agent, loaded again."""
+"""The agent of a run, loaded again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddil_agents.commands.parse import expert_and_config, find_agent, parse
 from ddil_agents.evaluation.judge import Judge
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.training.checkpoint import read_support
-from ddil_agents.training.stages import judged, plan
+from ddil_agents.training.stages import judged, learners, plan
 from ddil_env.presets import read_yaml
 
 
@@ -50,6 +50,31 @@ def load_run(directory: Path, guidance_scale: float | None = None, **env: Any) -
     student = expert.load_student(directory / "student", **learner.student_options)
     learner.average.load_state_dict(student.state_dict())
     return learner
+
+
+def load(directory: str | Path) -> Agent:
+    """The agent of a run: with its saved student where it has finished, else as its last checkpoint has it, of the stage that it is in.
+
+    Args:
+        directory: The run's.
+
+    Raises:
+        ValueError: no run there, no checkpoint yet, or damaged files.
+    """
+    place = Path(directory)
+    if (place / "result.json").is_file() or not (place / "config.yaml").is_file():
+        return load_run(place)
+    agent = find_agent(str(read_yaml(place / "config.yaml").get("agent")))
+    parser, cfg = parse(agent, ["--config", str(place / "config.yaml")])
+    if "device" in vars(cfg.env):
+        cfg.env.device = "cuda" if torch.cuda.is_available() else "cpu"
+    expert, config = expert_and_config(agent, parser, cfg)
+    for stage, learner in learners(agent, expert, plan(config), place):
+        if not (place / stage.directory / "result.json").is_file():
+            if not learner.step:
+                raise ValueError(f"{place / stage.directory} has no checkpoint yet; wait for one, or see --checkpoint_every")
+            return learner
+    raise ValueError(f"{place} has finished but for its result.json; go on with --resume {place}")
 
 
 def judge_of(learner: Agent, **settings: Any) -> Judge:
