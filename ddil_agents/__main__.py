@@ -10,7 +10,7 @@ import argparse
 import sys
 
 from ddil_agents.commands.errors import clear_errors
-from ddil_agents.commands.parse import find_agent
+from ddil_agents.commands.parse import agent_names, find_agent
 from ddil_agents.commands.run import run
 
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ddil_agents", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("agent", help="which; its own --help follows")
+    parser.add_argument("agent", help=f"{', '.join(agent_names())}, or a class path; `AGENT --help` tells its settings")
     with clear_errors(parser):
         agent = find_agent(parser.parse_args(argv[:1]).agent)
     run(agent, argv[1:])

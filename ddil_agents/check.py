@@ -45,19 +45,20 @@ def check_agent(agent: type[Learner], num_updates: int = 150, **settings: Any) -
     if not (isinstance(agent, type) and issubclass(agent, Learner)):
         raise ValueError(f"{agent!r} is not a subclass of ddil_agents.Learner")
     for name in ("name", "Config"):
-        if not hasattr(agent, name):
-            raise ValueError(f"{agent.__name__} has no {name}; set it on the class")
+        if not hasattr(agent, name) or (name == "name" and name not in vars(agent)):
+            raise ValueError(f"{agent.__name__} has no {name} of its own, by which results tell it from others; set it on the class")
     _check_loss(_make(agent, num_updates, settings))
     with _global_generator(0):
         before, learner = torch.get_rng_state(), _make(agent, num_updates, settings)
-        untrained, spent = _distance(learner), (learner.expert.nfe, learner.student_nfe)
+        untrained, spent = _distance(learner), (learner.expert.nfe, learner.student_nfe, learner.teacher_nfe)
         learner.learn(progress=False)
         if not torch.equal(torch.get_rng_state(), before):
             raise ValueError(
                 f"{agent.__name__} draws from torch's global generator, so that its runs are not reproducible; draw from a stream of "
                 "self.collector.streams"
             )
-    _check_counts(learner, *(now - then for now, then in zip((learner.expert.nfe, learner.student_nfe), spent, strict=True)))
+    now = (learner.expert.nfe, learner.student_nfe, learner.teacher_nfe)
+    _check_counts(learner, *(b - a for a, b in zip(spent, now, strict=True)))
     if not (trained := _distance(learner)) < untrained:
         raise ValueError(
             f"{agent.__name__}: after {num_updates} updates its samples are {trained:.3f} from the teacher's, and were {untrained:.3f} "
@@ -99,11 +100,11 @@ def _check_loss(learner: Any) -> None:
         raise ValueError(f"{type(learner).__name__}.loss has no gradient; call self.student, and not the average or a detached copy")
 
 
-def _check_counts(learner: Any, teacher: int, student: int) -> None:
-    """Of the forwards of a training."""
-    if learner.teacher_nfe != teacher:
+def _check_counts(learner: Any, teacher: int, student: int, counted: int) -> None:
+    """Of the forwards of a training: those that the teacher ran, those of the student, and the teacher's that were counted."""
+    if counted != teacher:
         raise ValueError(
-            f"{type(learner).__name__} counted {learner.teacher_nfe} forwards of the teacher where it ran {teacher}; add those outside of "
+            f"{type(learner).__name__} counted {counted} forwards of the teacher where it ran {teacher}; add those outside of "
             "collect() to self.teacher_nfe"
         )
     if student < (least := learner.step * learner.config.batch_size):

@@ -126,12 +126,16 @@ def test_an_agent_is_found_by_name_class_path_and_entry_point(monkeypatch: pytes
     assert find_agent("my_agent.HuberDagger") is find_agent("huber_dagger") is HuberDagger
     assert (identify(Dagger), identify(HuberDagger)) == ("dagger", "my_agent.HuberDagger")
     for unknown in ("nobody", "my_agent.Nobody", "nowhere.Agent", "my_agent.Tensor"):
-        with pytest.raises(ValueError, match=f"unknown agent '{unknown}': .* or the entry point of .*: huber_dagger"):
+        with pytest.raises(
+            ValueError, match=f"unknown agent '{unknown}': choose one of aggrevate, bc, dagger, .*, huber_dagger, or the class"
+        ):
             find_agent(unknown)
 
 
 class OneNumber(Dagger):
     """A loss that is a mean already."""
+
+    name = "one_number"
 
     def loss(self, batch):
         return super().loss(batch).mean()
@@ -140,12 +144,16 @@ class OneNumber(Dagger):
 class Global(Dagger):
     """Noise from torch's own generator."""
 
+    name = "global"
+
     def loss(self, batch):
         return super().loss(batch) + 1e-9 * torch.randn(len(batch))
 
 
 class Deaf(Dagger):
     """Learns nothing."""
+
+    name = "deaf"
 
     def loss(self, batch):
         return 0 * super().loss(batch)
@@ -154,6 +162,8 @@ class Deaf(Dagger):
 class Uncounted(Dagger):
     """Asks the teacher beside its collections, and does not say so."""
 
+    name = "uncounted"
+
     def loss(self, batch):
         self.expert.predict(batch["x_t"], batch["t"])
         return super().loss(batch)
@@ -161,6 +171,8 @@ class Uncounted(Dagger):
 
 class Forgetful(Dagger):
     """Has a state of its own that no checkpoint holds."""
+
+    name = "forgetful"
 
     calls = 0
 
@@ -199,6 +211,7 @@ def test_the_examples_learner_conforms(monkeypatch: pytest.MonkeyPatch) -> None:
         (Uncounted, "counted .* forwards of the teacher where it ran"),
         (Forgetful, "resumed ended in other weights"),
         (int, "is not a subclass of ddil_agents.Learner"),
+        (type("Nameless", (Dagger,), {}), "has no name of its own, by which results tell it from others"),
     ],
 )
 def test_what_breaks_the_contract_is_named(agent: type[Learner], told: str) -> None:

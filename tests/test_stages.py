@@ -90,15 +90,21 @@ def test_teacher_steps_are_by_default_those_of_the_teacher() -> None:
             {"num_steps": 4, "expert": "same"},
             {"num_steps": 2},
             {"num_steps": 1, "expert": "last"},
-            {"num_steps": 1, "expert": "same", "teacher_steps": 6},
+            {"num_steps": 1, "expert": "same", "teacher_steps": 1},
             teacher_steps=32,
         )
     )
     assert [stage.teacher for stage in stages] == ["original", "last", "same", "original", "same", "last", "last", "same"]
-    assert [stage.config.teacher_steps for stage in stages] == [32, 16, 16, 32, 32, 4, 2, 6]
+    assert [stage.config.teacher_steps for stage in stages] == [32, 16, 16, 32, 32, 4, 2, 1]
     assert [stage.config.num_steps for stage in stages] == [16, 8, 8, 8, 4, 2, 1, 1]
     assert [stage.directory for stage in stages] == [f"stage_{n}" for n in range(1, 9)]
     assert all(stage.config.stages == () for stage in stages)
+
+
+def test_a_student_that_teaches_has_no_more_steps_than_its_own() -> None:
+    told = "stage 2 of 2: teacher_steps=16: its teacher is a student of 8 steps, which it was trained on alone; leave it out, or choose a divisor"
+    with pytest.raises(ValueError, match=told):
+        plan(cloning({"num_steps": 8}, {"num_steps": 4, "teacher_steps": 16}, teacher_steps=32))
 
 
 def test_a_stage_changes_what_it_names_and_keeps_the_rest() -> None:

@@ -26,6 +26,13 @@ from ddil_env import Expert
 from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
 
 
+def agent_names() -> list[str]:
+    """The agents of this package, a file each, and those of packages that are installed."""
+    here = Path(__file__).parent.parent
+    ours = [path.stem for path in sorted(here.glob("*.py")) if f'\n    name = "{path.stem}"\n' in path.read_text()]
+    return ours + sorted(point.name for point in entry_points(group="ddil.agents"))
+
+
 def find_agent(name: str) -> type[Agent]:
     """An agent by the name of its file here, by its class path, or by the entry point of a package that is installed.
 
@@ -34,32 +41,32 @@ def find_agent(name: str) -> type[Agent]:
     """
     registered = {point.name: point for point in entry_points(group="ddil.agents")}
     module, _, attribute = name.rpartition(".")
+    found: Any = None
     try:
         if name in registered:
-            found = [registered[name].load()]
-        elif module:
-            found = [getattr(importlib.import_module(module), attribute)]
+            found = registered[name].load()
         else:
-            here = vars(importlib.import_module(f"ddil_agents.{name}"))
-            found = [x for x in here.values() if isinstance(x, type) and vars(x).get("name") == name]
-    except (ImportError, AttributeError) as error:
-        missing = getattr(error, "name", None)
-        if missing is not None and isinstance(error, ImportError) and missing not in (module, f"ddil_agents.{name}"):
+            here = vars(importlib.import_module(module or f"ddil_agents.{name}"))
+            of_that_name = [x for x in here.values() if isinstance(x, type) and vars(x).get("name") == name]
+            found = here.get(attribute) if module else next(iter(of_that_name), None)
+    except ImportError as error:
+        if error.name is not None and error.name not in (module, module.partition(".")[0], f"ddil_agents.{name}"):
             raise ValueError(f"agent {name!r}: {error}; install it, or leave the agent out") from error
-        found = []
-    for value in found:
-        if isinstance(value, type) and issubclass(value, Agent):
-            return value
-    known = ", ".join(sorted(registered)) or "none"
+    if isinstance(found, type) and issubclass(found, Agent) and hasattr(found, "name") and hasattr(found, "Config"):
+        return found
     raise ValueError(
-        f"unknown agent {name!r}: neither ddil_agents/{name}.py holds a learner of that name, nor is it the class path of one, such as "
-        f"my_pkg.MyAgent, or the entry point of a package that is installed: {known}"
+        f"unknown agent {name!r}: choose one of {', '.join(agent_names())}, or the class path of your own, such as my_pkg.MyAgent, which "
+        "has a `name` and a `Config`"
     )
 
 
 def identify(agent: type[Agent]) -> str:
-    """What `find_agent` finds an agent by: the name of one of ours, the class path of another."""
-    return agent.name if agent.__module__ in (f"ddil_agents.{agent.name}", "__main__") else f"{agent.__module__}.{agent.__qualname__}"
+    """What `find_agent` finds an agent by: the name of one of ours, the class path of another, also where its file is the command."""
+    module = agent.__module__
+    if module == "__main__":
+        main = sys.modules["__main__"]
+        module = main.__spec__.name if main.__spec__ is not None else Path(str(main.__file__)).stem
+    return agent.name if module == f"ddil_agents.{agent.name}" else f"{module}.{agent.__qualname__}"
 
 
 def command_of(agent: str) -> list[str]:

@@ -43,7 +43,7 @@ from ddil_agents.evaluation.settings import Evaluation, extractor_for, load_scor
 from ddil_agents.learner import Learner
 from ddil_agents.training.checkpoint import MAY_DIFFER, folder_atomically, write_atomically
 from ddil_agents.training.loop import read_metrics
-from ddil_agents.training.stages import Stage, better_weights, judged, learners, plan
+from ddil_agents.training.stages import Stage, better_weights, in_eval_mode, judged, learners, plan
 from ddil_agents.training.tracking import check_tracker
 from ddil_env import Expert, ExpertPolicy, NoDataError, TimeGrid, check_expert
 from ddil_env.presets import read_yaml
@@ -170,7 +170,8 @@ def finish(
     weights: dict[str, Any] = {}
     if isinstance(learner, Learner) and not sharding.asked():  # the last weights of a sharded network are on many ranks
         latest = learner.policy(learner.trainables["student"].bare, learner.student_policy.support)
-        models[f"{name}, last weights"] = cost | seconds | judge.judge(latest, kernel=learner.kernel)
+        with in_eval_mode(learner.trainables["student"].bare):
+            models[f"{name}, last weights"] = cost | seconds | judge.judge(latest, kernel=learner.kernel)
         if learner.kernel == "ddim":
             weights["error_of_weights"] = better_weights(learner)[0]
     result = {

@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse import ArgumentParser
+from torch import nn
 
 from ddil_agents.devices import sharding
 from ddil_agents.states.collect import stream_seed
@@ -61,6 +63,7 @@ def plan(config: LearnerConfig) -> list[Stage]:
     if not config.stages:
         return [Stage(config, "original", ".")]
     stages: list[Stage] = []
+    taught = False  # whether the teacher is a student, which has been trained at its own times alone
     absorbed = False  # whether the teacher's guidance is built into its weights
     for number, changes in enumerate(config.stages, 1):
         changes = dict(changes)
@@ -73,6 +76,7 @@ def plan(config: LearnerConfig) -> list[Stage]:
                     raise ValueError(f"{key} cannot be set for one stage: {why}")
             last = stages[-1].config if stages else config
             steps = {"last": last.num_steps, "same": last.teacher_steps, "original": config.teacher_steps}[teacher]
+            taught = {"last": True, "same": taught, "original": False}[teacher]
             absorbed = {"last": last.guidance_range is None, "same": absorbed, "original": False}[teacher]
             own = {
                 "init": config.init if not stages else None,
@@ -86,6 +90,11 @@ def plan(config: LearnerConfig) -> list[Stage]:
                         f"{asked}: its teacher is a student with one guidance built in; use expert: original, or set both to null"
                     )
                 own |= {"guidance_scale": None, "guidance_range": None}
+            if taught and steps % own["teacher_steps"]:
+                raise ValueError(
+                    f"teacher_steps={own['teacher_steps']}: its teacher is a student of {steps} steps, which it was trained on alone; "
+                    f"leave it out, or choose a divisor of {steps}"
+                )
             made = _changed(config, own)
         except (ValueError, TypeError) as error:
             raise ValueError(f"stage {number} of {len(config.stages)}: {error}") from error
@@ -154,11 +163,23 @@ def learners(agent: type[Agent], expert: Expert, stages: list[Stage], out: Path 
         del learner
 
 
+@contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Inside, the network is as it will be used: without dropout, and with the statistics that it has."""
+    was = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was)
+
+
 @torch.no_grad()
-def better_weights(learner: Learner, n: int = 256) -> tuple[dict[str, float], NetworkDenoiser]:
+def better_weights(learner: Learner, n: int = 64) -> tuple[dict[str, float], NetworkDenoiser]:
     """The errors of the average and of the last weights, E (a − a*)² per entry, and the network with the lesser one.
 
-    On about n states at all times of the grid, the same for both: held-out data, diffused, or without any the teacher's own rollouts.
+    On n states at times of the grid, the same for both: held-out data, diffused, or without any the teacher's own rollouts. As an
+    evaluation's, its forwards of the teacher are not counted among those of training.
     """
     expert, grid, generator = learner.expert, learner.grid, torch.Generator(learner.expert.device)
     generator.manual_seed(stream_seed(learner.config.seed, "held out"))
@@ -176,7 +197,8 @@ def better_weights(learner: Learner, n: int = 256) -> tuple[dict[str, float], Ne
     target = learner.reference.act(x_t, t, s, c)
     networks = {"average": learner.average, "last": learner.trainables["student"].bare}
     for name, network in networks.items():
-        action = learner.policy(network, learner.student_policy.support).act(x_t, t, s, c)
+        with in_eval_mode(network):
+            action = learner.policy(network, learner.student_policy.support).act(x_t, t, s, c)
         errors[name] = float((action - target).square().mean())
     return errors, networks[min(errors, key=errors.__getitem__)]
 
