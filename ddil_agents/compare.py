@@ -35,7 +35,7 @@ from ddil_agents.commands.parse import find_agent, with_preset
 from ddil_agents.commands.run import refuse_early
 from ddil_agents.comparison.arms import BETAS, Budget, Comparison, Run, arms_of, given_settings, merged, settings_of
 from ddil_agents.comparison.gather import gather
-from ddil_agents.comparison.runs import FIXED, _done, fixed_by, fixed_updates, matched_updates, read_fixed, train
+from ddil_agents.comparison.runs import FIXED, fixed_by, fixed_updates, has_result, matched_updates, read_fixed, train
 from ddil_agents.comparison.tables import csv_table, latex_table, markdown
 from ddil_agents.evaluation.results import read_result
 from ddil_agents.settings import read_arguments
@@ -59,7 +59,7 @@ def compare(comparison: Comparison, out: Path, jobs: int, command: str = "", rep
         ]
         if budget != "updates":
             done = {
-                arm: [read_result(r.directory / "result.json") for r in tiers["updates"] if r.arm == arm and _done(r)]
+                arm: [read_result(r.directory / "result.json") for r in tiers["updates"] if r.arm == arm and has_result(r)]
                 for arm in comparison.arms
             }
             done = {arm: found for arm, found in done.items() if found}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from paper import Stochastic, plan, summary
 
-from ddil_agents.commands.parse import _config as settings_of
+from ddil_agents.commands.parse import build_config as settings_of
 from ddil_agents.commands.parse import find_agent, parse
 from ddil_agents.commands.run import refuse_early
 from ddil_agents.training.stages import plan as stages_of

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser, Namespace
 
 from ddil_agents.agent import Agent
 from ddil_agents.commands.parse import expert_and_config, find_agent, parse
@@ -15,6 +16,15 @@ from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.training.checkpoint import read_support
 from ddil_agents.training.stages import judged, learners, plan
 from ddil_env.presets import read_yaml
+
+
+def read_run(directory: Path) -> tuple[type[Agent], ArgumentParser, Namespace]:
+    """The agent that a run's config.yaml names, its parser and what it reads, for the device that is here."""
+    agent = find_agent(str(read_yaml(directory / "config.yaml").get("agent")))
+    parser, cfg = parse(agent, ["--config", str(directory / "config.yaml")])
+    if "device" in vars(cfg.env):
+        cfg.env.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return agent, parser, cfg
 
 
 def load_run(directory: Path, guidance_scale: float | None = None, **env: Any) -> Agent:
@@ -32,11 +42,7 @@ def load_run(directory: Path, guidance_scale: float | None = None, **env: Any) -
         raise ValueError(f"{directory} holds no finished run (no result.json); finish it with --resume {directory}")
     if not (directory / "config.yaml").is_file():
         raise ValueError(f"{directory} has no config.yaml; a stage of a run is loaded through the run's own directory, {directory.parent}")
-    agent = find_agent(str(read_yaml(directory / "config.yaml").get("agent")))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser, cfg = parse(agent, ["--config", str(directory / "config.yaml")])
-    if "device" in vars(cfg.env):
-        cfg.env.device = device
+    agent, parser, cfg = read_run(directory)
     if unknown := sorted(env.keys() - vars(cfg.env).keys()):
         raise ValueError(f"{cfg.env.expert}, the expert of {directory}, takes no {', '.join(unknown)}; leave it out")
     vars(cfg.env).update(env)
@@ -64,10 +70,7 @@ def load(directory: str | Path) -> Agent:
     place = Path(directory)
     if (place / "result.json").is_file() or not (place / "config.yaml").is_file():
         return load_run(place)
-    agent = find_agent(str(read_yaml(place / "config.yaml").get("agent")))
-    parser, cfg = parse(agent, ["--config", str(place / "config.yaml")])
-    if "device" in vars(cfg.env):
-        cfg.env.device = "cuda" if torch.cuda.is_available() else "cpu"
+    agent, parser, cfg = read_run(place)
     expert, config = expert_and_config(agent, parser, cfg)
     for stage, learner in learners(agent, expert, plan(config), place):
         if not (place / stage.directory / "result.json").is_file():

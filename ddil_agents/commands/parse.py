@@ -86,7 +86,7 @@ def with_preset(group: str, argv: list[str]) -> list[str]:
     return found
 
 
-def _take(argv: list[str], flag: str) -> str | None:
+def take_flag(argv: list[str], flag: str) -> str | None:
     """Removes `flag VALUE` or `flag=VALUE` from argv and returns the value."""
     value, i = None, 0
     while i < len(argv):
@@ -108,8 +108,8 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     for flag in ("--env", "--config", "--device", "--data", "--env.expert"):
         if sum(word == flag or word.startswith(f"{flag}=") for word in argv) > 1:
             raise ValueError(f"{flag} is given more than once")
-    env_name, config, device, data = (_take(argv, flag) for flag in ("--env", "--config", "--device", "--data"))
-    expert_name = _take(argv, "--env.expert")
+    env_name, config, device, data = (take_flag(argv, flag) for flag in ("--env", "--config", "--device", "--data"))
+    expert_name = take_flag(argv, "--env.expert")
     config_path = None if config is None else find_preset(agent.name, config)
     given = {} if config_path is None else read_yaml(config_path)
     in_config, from_config = given.get("env") or {}, [] if config_path is None else ["--config", str(config_path)]
@@ -177,12 +177,12 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
 
 def expert_and_config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> tuple[Expert, LearnerConfig]:
     """What a parsed command line describes."""
-    config = _config(agent, parser, cfg)
+    config = build_config(agent, parser, cfg)
     env = dict(vars(cfg.env))
     return make_expert(env.pop("expert"), **env), config
 
 
-def _config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> LearnerConfig:
+def build_config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> LearnerConfig:
     try:
         made = parser.instantiate(cfg)
     except ValueError as error:

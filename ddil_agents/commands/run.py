@@ -31,7 +31,7 @@ from ddil_agents.agent import Agent
 from ddil_agents.commands.card import complete_card
 from ddil_agents.commands.errors import clear_errors
 from ddil_agents.commands.hub import check_push, push
-from ddil_agents.commands.parse import _config, _take, command_of, expert_and_config, identify, name_of_env, parse
+from ddil_agents.commands.parse import build_config, command_of, expert_and_config, identify, name_of_env, parse, take_flag
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import ranks, sharding
 from ddil_agents.evaluation.judge import Judge, judge_student
@@ -57,11 +57,11 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
     outer = argparse.ArgumentParser(prog=shlex.join(["python", *command_of(identify(agent))]))
     ranks.choose_device()
     with clear_errors(outer):
-        resume = _take(argv, "--resume")
+        resume = take_flag(argv, "--resume")
         if resume is not None:
             if any(word == "--config" or word.startswith("--config=") for word in argv):
                 raise ValueError("--resume goes on with the run's own config.yaml; leave --config out")
-            if (other_env := _take(list(argv), "--env")) is not None:
+            if (other_env := take_flag(list(argv), "--env")) is not None:
                 raise ValueError(f"--resume goes on with the run's own env; leave --env {other_env} out")
             saved = Path(resume) / "config.yaml"
             if not saved.is_file():
@@ -241,7 +241,7 @@ def refuse_early(agent: type[Agent], arguments: list[str], expert: Expert | None
         expert, config = expert_and_config(agent, parser, cfg)
         check_expert(expert)
     else:
-        config = _config(agent, parser, cfg)
+        config = build_config(agent, parser, cfg)
     stages = plan(config)
     next(learners(agent, expert, stages))
     evaluation = Evaluation(**vars(cfg.evaluate))

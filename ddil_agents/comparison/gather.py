@@ -10,18 +10,18 @@ from typing import Any
 from ddil_agents.comparison.arms import Budget, Comparison, Run, settings_of
 from ddil_agents.comparison.portraits import portray
 from ddil_agents.comparison.results import Rows, flags_of, idle_arms, made, own_row, same_measure, shares_noise, statistics_of
-from ddil_agents.comparison.runs import _done, last_line
+from ddil_agents.comparison.runs import has_result, last_line
 from ddil_agents.evaluation.results import METRICS, called, read_result
 from ddil_agents.training.loop import read_metrics
 
 
 def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], command: str) -> dict[str, Any]:
     """All numbers of a comparison, from the runs that are there."""
-    results = {run.directory: read_result(run.directory / "result.json") for runs in tiers.values() for run in runs if _done(run)}
+    results = {run.directory: read_result(run.directory / "result.json") for runs in tiers.values() for run in runs if has_result(run)}
     if not results:
         raise ValueError(f"no run of {out} is finished; see the .log files in {out / 'runs'}")
     same_measure(results)
-    finished = [run for run in tiers["updates"] if _done(run)]
+    finished = [run for run in tiers["updates"] if has_result(run)]
     initial = portray(comparison, finished)
     references: dict[str, Rows] = {}
     for run in finished:  # the first arm's that has them: the teacher is the same for all, but for the times of its few steps
@@ -37,8 +37,8 @@ def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], co
         rows: dict[str, Rows] = {arm: {} for arm in comparison.arms}
         listed = []
         for run in runs:
-            listed.append({"arm": run.arm, "seed": run.seed, "directory": os.path.relpath(run.directory, out), "done": _done(run)})
-            if _done(run):
+            listed.append({"arm": run.arm, "seed": run.seed, "directory": os.path.relpath(run.directory, out), "done": has_result(run)})
+            if has_result(run):
                 row = rows[run.arm][run.seed] = own_row(results[run.directory])
                 listed[-1] |= {"num_updates": results[run.directory]["num_updates"], **row}
                 training = read_metrics(run.directory / "metrics.jsonl")

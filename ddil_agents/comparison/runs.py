@@ -35,7 +35,7 @@ def train(runs: list[Run], comparison: Comparison, out: Path, updates: dict[str,
         updates: Gradient steps by arm; default: as they are set.
         jobs: Runs at a time; one GPU each where there are GPUs, else one thread each.
     """
-    todo = [run for run in runs if not _done(run)]
+    todo = [run for run in runs if not has_result(run)]
     gpus, slots, worker = visible_gpus(), SimpleQueue[str](), threading.local()
     for i in range(jobs if gpus else 0):  # more runs at a time than GPUs share them evenly
         slots.put(gpus[i % len(gpus)])
@@ -141,5 +141,5 @@ def last_line(log: Path) -> str:
     return (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
 
 
-def _done(run: Run) -> bool:
+def has_result(run: Run) -> bool:
     return (run.directory / "result.json").is_file()
