@@ -177,6 +177,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     shown = {cell: {arm: own[PRIMARY] for arm, own in arms.items() if arm != "start"} for cell, arms in found.items()}
     arms = list(dict.fromkeys(arm for own in shown.values() for arm in own))
+    if not arms:  # of one seed there is no interval to draw
+        return
     figure = Figure(figsize=(10, 0.5 * len(shown) + 1.5), layout="constrained")
     axis = figure.subplots()
     for i, arm in enumerate(arms):
@@ -189,8 +191,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axis.set_yticks(range(len(shown)), list(shown))
     axis.invert_yaxis()
     axis.set(xlabel="Fréchet distance to the teacher's samples beside the arm compared with, %: below 0 it helps")
-    if arms:
-        axis.legend(fontsize=7)
+    axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 

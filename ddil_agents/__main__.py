@@ -1,7 +1,9 @@
 """Any agent's command: one of ours, or one of a package of your own.
 
-python -m ddil_agents dagger --env digits                  as python -m ddil_agents.dagger
-python -m ddil_agents my_pkg.MyAgent --env digits          a class path, or the name of an entry point of the group ddil.agents
+    python -m ddil_agents dagger --env digits
+    python -m ddil_agents my_pkg.MyAgent --env digits
+
+The first is python -m ddil_agents.dagger; the second a class path, or the name of an entry point of the group ddil.agents.
 """
 
 from __future__ import annotations

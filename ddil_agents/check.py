@@ -1,7 +1,9 @@
 """Whether a learner of one's own conforms: on a toy, in seconds.
 
-from ddil_agents import check_agent
-check_agent(MyAgent)
+    from ddil_agents import check_agent
+    check_agent(MyAgent)
+
+It trains, saves, resumes and compares; what is broken is named with its cure.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """DAgger with a robust loss: a learner for ddil in a package of its own.
 
-L = w_t (√(‖x̂_θ − x_tgt‖² + h²) − h)          the pseudo-Huber distance in the place of the square
+    L = w_t (√(‖x̂_θ − x_tgt‖² + h²) − h)
 
-python -m ddil_agents my_agent.HuberDagger --env digits8 --huber_h .1
+This is the pseudo-Huber distance in the place of the square.
+
+    python -m ddil_agents my_agent.HuberDagger --env digits8 --huber_h .1
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""The small classifiers of digits, whose features are compared; fitted on the `fit` split alone.
+"""The small classifiers of digits, whose features are compared.
 
-python -m ddil_agents.evaluation.metrics.digits_classifier --fit digits --out weights/
+    python -m ddil_agents.evaluation.metrics.digits_classifier --fit digits --out weights/
+
+They are fitted on the `fit` split alone.
 """
 
 from __future__ import annotations
