@@ -39,7 +39,7 @@ from ddil_agents.evaluation.provenance import provenance
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.checkpoint import write_atomically
-from ddil_agents.training.loop import read_metrics
+from ddil_agents.training.metrics import read_metrics
 from ddil_env import Expert, ExpertPolicy, StudentPolicy, TimeGrid, load_expert
 from ddil_env.schedule import GridKind
 
@@ -306,7 +306,7 @@ def main() -> None:
     if not args.report_only:
         for wave in (("pd", "lcm"), ("dmd2",)):  # the second starts from the first
             with ThreadPoolExecutor(args.jobs) as pool:
-                list(pool.map(lambda run: train(run, args.runs), [run for run in runs if run.method in wave]))
+                list(pool.map(lambda run: run.train(args.runs), [run for run in runs if run.method in wave]))
     by_seed = {seed: evaluate([r for r in runs if r.seed == seed], args.runs, seed, args.n) for seed in range(args.seeds)}
     result = summary(by_seed) | {"n": args.n, "extractor": load_expert("digits").extractor, **provenance(torch.device("cpu"))}
     args.out.parent.mkdir(parents=True, exist_ok=True)

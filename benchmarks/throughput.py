@@ -41,8 +41,8 @@ from peers import LEARNING_RATE, ConsistencyScript, DMD2Script
 from rollout import Way, bare_sd, interval, sd_expert, timed
 from torch import Tensor, nn
 
-from ddil_agents import Beta, DistributionMatching, DMD2Config, LatentConsistency, LCMConfig, Learner
-from ddil_agents.training.loop import MetricsLog
+from ddil_agents import Algorithm, Beta, DistributionMatching, DMD2Config, LatentConsistency, LCMConfig
+from ddil_agents.training.metrics import MetricsCallback
 from ddil_env import DenoisingEnv, ExpertPolicy, TimeGrid
 from ddil_env.rollout import unroll
 
@@ -100,17 +100,17 @@ class Case:
 class Loop:
     """A learner's steps as `train` takes them, with its metrics."""
 
-    def __init__(self, learner: Learner) -> None:
-        self.learner, self.log, self.steps = learner, MetricsLog(learner, None), 0
+    def __init__(self, learner: Algorithm) -> None:
+        self.learner, self.log, self.steps = learner, MetricsCallback(), 0
 
     def __call__(self, collect: bool = True) -> None:
         if collect:
-            self.learner.collect()
+            self.learner.trainer.collect()
         batch = self.learner.draw()
-        self.log.add(batch, self.learner.update(batch))
+        self.log.add(batch, self.learner.trainer.update(batch))
         self.steps += 1
         if self.steps % 10 == 0:
-            self.log.flush()
+            self.log.flush(self.learner)
 
 
 def weights(network: nn.Module) -> Tensor:
@@ -159,12 +159,12 @@ def rollout(case: Case) -> Same:
 def lcm(case: Case) -> Same:
     own = {"ema": 0.95, "guidance_range": (6, 16), "beta": Beta(1, 0, 0), "collect_size": case.batch_size, "capacity": case.batch_size}
     learner = LatentConsistency(case.expert, LCMConfig(**case.settings(**own)))
-    student, average = learner.trainables["student"].bare.network, learner.average.network
+    student, average = learner.networks["student"].network, learner.average.network
     script = ConsistencyScript(case.stock, copy.deepcopy(student.unet), getattr(torch, case.dtype))
     start, differences = weights(script.student), []
     for i in range(3):
-        states = learner.fresh_states()
-        measured = learner.update(states)
+        states = learner.trainer.collect()
+        measured = learner.trainer.update(states)
         index = (states["t"].long() + 1) // 20 - 1
         loss, norm = script.descend(script.loss(states["x_t"], index, states["w"].cpu() - 1, case.text, case.null))
         differences += [apart(measured["loss"].mean(), torch.tensor(loss)), apart(measured["grad_norm"], norm)]
@@ -179,7 +179,7 @@ def lcm(case: Case) -> Same:
         case.expert.network(*pair)
 
     def limit() -> None:  # of a step whose labels are there
-        with learner.accelerator.autocast():
+        with learner.trainer.accelerator.autocast():
             with torch.no_grad():
                 average(x_t, s, case.c, w)
             forward_backward(student, x_t, t, case.c, w)
@@ -197,20 +197,20 @@ def lcm(case: Case) -> Same:
 def dmd2(case: Case) -> Same:
     own = {"noise_level": 499, "guidance_scale": DMD2Script.guidance_scale, "critic_updates": 2, "max_grad_norm": 10.0}
     learner = DistributionMatching(case.expert, DMD2Config(**case.settings(critic_learning_rate=LEARNING_RATE, **own)))
-    student, critic = learner.trainables["student"].bare.network, learner.trainables["critic"].bare.denoiser.network
+    student, critic = learner.networks["student"].network, learner.networks["critic"].denoiser.network
     networks = copy.deepcopy(student.unet), copy.deepcopy(critic.unet)
     generator = torch.Generator(case.device)
     script = DMD2Script(case.stock, *networks, getattr(torch, case.dtype), generator)
     start, differences = weights(script.student), []
     for i in range(3):  # the student's turn, the critic's, the student's
         generator.set_state(learner.collector.streams["rollout"].get_state())
-        states = learner.collect()
+        states = learner.trainer.collect()
         x_T = script.randn(case.x_0)  # the collector then draws conditions
         case.expert.sample_condition(case.batch_size, generator)
         text = case.texts(states["c"])
         x_t, t = script.simulate(x_T, text, SIMULATED)
         generator.set_state(learner.collector.streams["loss"].get_state())
-        measured, expected = learner.update(states), script.update(x_t, t, text, case.null, students_turn=i != 1)
+        measured, expected = learner.trainer.update(states), script.update(x_t, t, text, case.null, students_turn=i != 1)
         differences += [apart(states["x_t"], x_t), *(apart(measured[name].mean(), value) for name, value in expected.items())]
     drift = max(moved_apart(*both, start) for both in zip((student.unet, critic.unet), networks, strict=True))
     loop, t = Loop(learner), states["t"]
@@ -221,7 +221,7 @@ def dmd2(case: Case) -> Same:
         loop()
 
     def limit(students: bool) -> None:
-        with learner.accelerator.autocast():
+        with learner.trainer.accelerator.autocast():
             with torch.no_grad():
                 for _ in range(SIMULATED if students else SIMULATED + 1):
                     student(x_t, t, case.c)

@@ -34,10 +34,10 @@ from filelock import FileLock
 from when_report import write_report
 
 from ddil_agents import Beta, Dagger, DistributionMatching, LatentConsistency
+from ddil_agents.algorithm import Algorithm
 from ddil_agents.evaluation.judge import Judge
 from ddil_agents.evaluation.provenance import provenance
 from ddil_agents.evaluation.settings import Evaluation
-from ddil_agents.learner import Learner
 from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.checkpoint import folder_atomically, write_atomically
 from ddil_env import Expert, load_expert
@@ -96,7 +96,7 @@ class Part(NamedTuple):
     """One run of a chain."""
 
     name: str
-    agent: type[Learner]
+    agent: type[Algorithm]
     settings: dict[str, Any]
 
 
@@ -197,10 +197,10 @@ def trained(env: str, chain: tuple[Part, ...], seed: int, out: Path) -> Path:
     return place
 
 
-def measure(learner: Learner, judge: Judge) -> dict[str, dict[str, Any]]:
+def measure(learner: Algorithm, judge: Judge) -> dict[str, dict[str, Any]]:
     """What a student does: its average in full, errors and shift by step; of its last weights the samples."""
     found: dict[str, dict[str, Any]] = {}
-    for name, network in zip(EITHER, (learner.average, learner.trainables["student"].bare), strict=True):
+    for name, network in zip(EITHER, (learner.average, learner.networks["student"]), strict=True):
         support = learner.thresholds["student"] if "student" in learner.config.thresholding.roles else None
         row = judge.judge(learner.policy(network, support), None if name == "average" else learner.grid, learner.kernel)
         found[name] = {key: row[key] for key in ("frechet_to_expert", "frechet", "recall", "coverage", "endpoint_rmse")}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddil_agents.aggrevate import Aggrevate, AggrevateConfig
+    from ddil_agents.algorithm import Algorithm
     from ddil_agents.bc import BCConfig, BehaviourCloning
     from ddil_agents.check import check_agent
     from ddil_agents.commands.load import load
@@ -20,16 +21,22 @@ if TYPE_CHECKING:
     from ddil_agents.evaluation.settings import Evaluation
     from ddil_agents.gail import Gail, GailConfig
     from ddil_agents.lcm import LatentConsistency, LCMConfig
-    from ddil_agents.learner import Learner
     from ddil_agents.safe_dagger import SafeDagger, SafeDaggerConfig
     from ddil_agents.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
+    from ddil_agents.states.batch import Batch
     from ddil_agents.states.beta import Beta
     from ddil_agents.states.buffer import SOURCES, SourceBuffer
     from ddil_agents.states.collect import Collector
+    from ddil_agents.training.callbacks import Callback
+    from ddil_agents.training.trainer import GradientStep
 
 _HOME = {
     "Aggrevate": "aggrevate",
     "AggrevateConfig": "aggrevate",
+    "Algorithm": "algorithm",
+    "Batch": "states.batch",
+    "Callback": "training.callbacks",
+    "GradientStep": "training.trainer",
     "BCConfig": "bc",
     "BehaviourCloning": "bc",
     "Beta": "states.beta",
@@ -51,7 +58,6 @@ _HOME = {
     "GailConfig": "gail",
     "LCMConfig": "lcm",
     "LatentConsistency": "lcm",
-    "Learner": "learner",
     "LearnerConfig": "config",
     "SafeDagger": "safe_dagger",
     "SafeDaggerConfig": "safe_dagger",
@@ -63,9 +69,12 @@ __all__ = [
     "SOURCES",
     "Aggrevate",
     "AggrevateConfig",
+    "Algorithm",
     "BCConfig",
+    "Batch",
     "BehaviourCloning",
     "Beta",
+    "Callback",
     "Collector",
     "Comparison",
     "DMD2Config",
@@ -77,10 +86,10 @@ __all__ = [
     "Evaluation",
     "Gail",
     "GailConfig",
+    "GradientStep",
     "Judge",
     "LCMConfig",
     "LatentConsistency",
-    "Learner",
     "LearnerConfig",
     "SafeDagger",
     "SafeDaggerConfig",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ddil_agents.settings import check_types
 from ddil_agents.states.collect import stream_seed
 from ddil_env import DenoisingEnv, Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, load_expert, unroll
 from ddil_env.mdp import Kernel
+
+if TYPE_CHECKING:
+    from ddil_agents.training.callbacks import Callback
 
 
 class Agent(ABC):
@@ -80,13 +83,16 @@ class Agent(ABC):
     def train(self, out: Path | None = None, *, progress: bool = True, **options: Any) -> None:
         """Trains to the horizon."""
 
-    def learn(self, num_updates: int | None = None, out: str | Path | None = None, progress: bool = True) -> Self:
+    def learn(
+        self, num_updates: int | None = None, out: str | Path | None = None, progress: bool = True, callbacks: Iterable[Callback] = ()
+    ) -> Self:
         """Trains for num_updates more gradient steps; learning rate and β run their course over what is then the whole.
 
         Args:
             num_updates: Gradient steps; default: the config's.
             out: An empty or new directory for metrics.jsonl, checkpoints/ and tensorboard/.
             progress: Whether to show a bar.
+            callbacks: Called beside the gradient steps (training/callbacks.py).
 
         Raises:
             ValueError: `out` exists and is not empty, num_updates is less than 1, or with `capacity` null more than the config's.
@@ -100,7 +106,7 @@ class Agent(ABC):
             if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
                 raise ValueError(f"{directory} exists and is not empty; choose another `out`")
         self.extend(more)
-        self.train(directory, progress=progress)
+        self.train(directory, progress=progress, callbacks=callbacks)
         return self
 
     def sample(self, n: int, c: Tensor | Sequence[int] | int | None = None, seed: int = 0) -> Tensor:
@@ -143,7 +149,7 @@ class Agent(ABC):
 
     def initial_student(self) -> NetworkDenoiser:
         """The student before its first step: with seeded weights, or with those of the run that `init` names."""
-        student = self._seeded_student()
+        student = self.seeded_student()
         if self.config.init is not None:
             saved = Path(self.config.init) / "student"
             if not saved.is_dir():
@@ -157,7 +163,7 @@ class Agent(ABC):
             student.load_state_dict(other.state_dict())
         return student
 
-    def _seeded_student(self) -> NetworkDenoiser:
+    def seeded_student(self) -> NetworkDenoiser:
         """A student whose random weights, if it has any, are seeded; the caller's generator is left alone."""
         options = self.student_options
         takes = inspect.signature(self.expert.make_student)

@@ -17,12 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-from tensordict import TensorDict
 from torch import Tensor
 
+from ddil_agents.algorithm import Algorithm
 from ddil_agents.commands.run import run
 from ddil_agents.config import LearnerConfig
-from ddil_agents.learner import Learner
+from ddil_agents.states.batch import Batch
 from ddil_env import Expert, Support, invert_ddim
 
 Weighting = Literal["truncated_snr", "snr_plus_one", "velocity"]
@@ -42,7 +42,7 @@ class BCConfig(LearnerConfig):
             raise ValueError(f"unknown weighting {self.weighting!r}; choose one of: {', '.join(get_args(Weighting))}")
 
 
-class BehaviourCloning(Learner):
+class BehaviourCloning(Algorithm):
     """Progressive distillation on forward-diffused data, or data-free on the teacher's trajectories.
 
     Raises:
@@ -59,10 +59,10 @@ class BehaviourCloning(Learner):
             raise ValueError(f"beta.student={config.beta.student}: behaviour cloning sees no student states; use ddil_agents.dagger")
         super().__init__(expert, config, support)
 
-    def loss(self, batch: TensorDict) -> Tensor:
-        x_t, t, x_s, s, c, w = (batch.get(key, None) for key in ("x_t", "t", "x_s", "s", "c", "w"))  # x_s: k teacher steps from x_t
-        x_tgt = invert_ddim(self.expert.schedule, x_t, t, x_s, s).projected(self.thresholds["target"]).x_0
-        x_hat = self.student(x_t, t, c, w).projected(self.thresholds["student"], straight_through=True).x_0
+    def loss(self, batch: Batch) -> Tensor:
+        x_t, t, s = batch.x_t, batch.t, batch.s
+        x_tgt = invert_ddim(self.expert.schedule, x_t, t, batch.expert_action, s).projected(self.thresholds["target"]).x_0
+        x_hat = self.student(x_t, t, batch.c, batch.w).projected(self.thresholds["student"], straight_through=True).x_0
         return self.weight(t).to(x_hat.dtype) * (x_hat - x_tgt).square().flatten(1).mean(1)  # ‖x̂_θ − x_tgt‖² per entry, (b,)
 
     def weight(self, t: Tensor) -> Tensor:

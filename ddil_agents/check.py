@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddil_agents.algorithm import Algorithm
 from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
-from ddil_agents.learner import Learner
+from ddil_agents.states.batch import Batch
 from ddil_env import GaussianMixtureExpert, unroll
 
 TOY: dict[str, Any] = {
@@ -32,7 +33,7 @@ TOY: dict[str, Any] = {
 }
 
 
-def check_agent(agent: type[Learner], num_updates: int = 150, **settings: Any) -> None:
+def check_agent(agent: type[Algorithm], num_updates: int = 150, **settings: Any) -> None:
     """Trains a learner on a mixture of four Gaussians in the plane, and checks what every command relies on.
 
     Args:
@@ -41,11 +42,11 @@ def check_agent(agent: type[Learner], num_updates: int = 150, **settings: Any) -
         settings: Of its config, over those of the toy.
 
     Raises:
-        ValueError: it is no subclass of Learner; its loss is not one number for each state; it learns nothing; it draws from torch's global
-            generator; its forwards are not counted; or a run that is saved and resumed ends in other weights. Names what to change.
+        ValueError: it is no subclass of Algorithm; its loss is not one number for each state; it learns nothing; it draws from torch's
+            global generator; its forwards are not counted; or a run that is saved and resumed ends in other weights. Names what to change.
     """
-    if not (isinstance(agent, type) and issubclass(agent, Learner)):
-        raise ValueError(f"{agent!r} is not a subclass of ddil_agents.Learner")
+    if not (isinstance(agent, type) and issubclass(agent, Algorithm)):
+        raise ValueError(f"{agent!r} is not a subclass of ddil_agents.Algorithm")
     for name in ("name", "Config"):
         if not hasattr(agent, name) or (name == "name" and name not in vars(agent)):
             raise ValueError(f"{agent.__name__} has no {name} of its own, by which results tell it from others; set it on the class")
@@ -69,7 +70,7 @@ def check_agent(agent: type[Learner], num_updates: int = 150, **settings: Any) -
     _check_resume(agent, settings)
 
 
-def _make(agent: type[Learner], num_updates: int, settings: dict[str, Any]) -> Any:
+def _make(agent: type[Algorithm], num_updates: int, settings: dict[str, Any]) -> Any:
     expert = GaussianMixtureExpert([[-0.8, -0.8], [-0.8, 0.8], [0.8, -0.8], [0.8, 0.8]], 0.25)
     return agent(expert, agent.Config(**TOY | {"num_updates": num_updates} | settings))
 
@@ -89,8 +90,8 @@ def _distance(learner: Any) -> float:
 
 
 def _check_loss(learner: Any) -> None:
-    learner.collect()
-    batch = learner.draw()
+    learner.trainer.collect()
+    batch = Batch(learner.draw())
     loss = learner.loss(batch)
     if not isinstance(loss, Tensor) or loss.shape != (len(batch),):
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -116,17 +117,17 @@ def _check_counts(learner: Any, teacher: int, student: int, counted: int) -> Non
         )
 
 
-def _check_resume(agent: type[Learner], settings: dict[str, Any]) -> None:
+def _check_resume(agent: type[Algorithm], settings: dict[str, Any]) -> None:
     def weights(learner: Any) -> Tensor:
-        return torch.cat([p.detach().flatten() for t in learner.trainables.values() for p in t.bare.parameters()])
+        return torch.cat([p.detach().flatten() for network in learner.networks.values() for p in network.parameters()])
 
     whole, first, second = (_make(agent, 12, settings) for _ in range(3))
     whole.learn(progress=False)
     with tempfile.TemporaryDirectory() as folder:
         while first.step < 6:
             if first.step % first.collect_every == 0:
-                first.collect()
-            first.update(first.draw())
+                first.trainer.collect()
+            first.trainer.update(first.draw())
         first.save(folder)
         second.load(folder)
     second.train(progress=False)

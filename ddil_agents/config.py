@@ -57,7 +57,7 @@ class AgentConfig:
         """Expert steps in one student step."""
         return self.teacher_steps // self.num_steps
 
-    def to_judge(self) -> Self:
+    def for_evaluation(self) -> Self:
         """These settings without what only training needs, for a student that is loaded."""
         return dataclasses.replace(self, init=None)
 
@@ -164,6 +164,20 @@ class LearnerConfig(AgentConfig):
         for name, known in (("mixed_precision", Precision), ("optimizer", Optimizer), ("lr_scheduler", RateSchedule)):
             if getattr(self, name) not in get_args(known):
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(get_args(known))}")
+
+    def capacities(self, collect_size: int, collect_every: int) -> list[int]:
+        """States of each source that the buffer holds; 1, the least that there can be, of a source that is never collected.
+
+        Args:
+            collect_size: States of a collection.
+            collect_every: Updates from one collection to the next.
+        """
+        capacity = self.capacity or -(-self.num_updates // collect_every) * (collect_size + max(self.units))
+        shares = [max(share) for share in zip(*(self.beta(i / 100) for i in range(101)), strict=True)]  # over the run
+        held = [capacity if share > 0 else 1 for share in shares]
+        if self.capacity is not None and self.student_collections is not None and shares[2] > 0:
+            held[2] = min(held[2], self.student_collections * max(math.ceil(collect_size * shares[2]), self.units[2]))
+        return held
 
     @property
     def units(self) -> tuple[int, int, int]:

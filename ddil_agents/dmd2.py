@@ -27,18 +27,20 @@ from typing import Any, ClassVar, Self
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from ddil_agents.algorithm import Algorithm
 from ddil_agents.commands.run import run
 from ddil_agents.config import LearnerConfig, RateSchedule
 from ddil_agents.devices import sharding
-from ddil_agents.learner import Learner
+from ddil_agents.states.batch import Batch
 from ddil_agents.states.beta import Beta
 from ddil_agents.states.collect import Collector, stream_seed
 from ddil_agents.states.simulation import BackwardSimulation
 from ddil_agents.training.critic import Critic
-from ddil_env import Expert, NetworkDenoiser, NoDataError, Prediction, StudentPolicy, Support
+from ddil_agents.training.trainer import GradientStep
+from ddil_env import NetworkDenoiser, NoDataError, Prediction, StudentPolicy
 from ddil_env.mdp import Kernel
 from ddil_env.schedule import GridKind, broadcast
 from ddil_env.support import Role, Thresholding
@@ -91,11 +93,11 @@ class DMD2Config(LearnerConfig):
         if self.prioritised:
             raise ValueError("prioritised=true: DMD2's loss says how large a step is, not how wrong a state; leave it false")
 
-    def to_judge(self) -> Self:
-        return replace(super().to_judge(), gan_weight=0.0)  # a discriminator needs data
+    def for_evaluation(self) -> Self:
+        return replace(super().for_evaluation(), gan_weight=0.0)  # a discriminator needs data
 
 
-class DistributionMatching(Learner):
+class DistributionMatching(Algorithm):
     """DMD2 on the β-mixture of states.
 
     Raises:
@@ -108,9 +110,8 @@ class DistributionMatching(Learner):
     kernel: ClassVar[Kernel] = "renoise"
     roles: ClassVar[tuple[Role, ...]] = ("teacher", "student", "critic")
 
-    def __init__(self, expert: Expert | str, config: DMD2Config | None = None, support: Support | None = None) -> None:
-        super().__init__(expert, config, support)
-        twin = self._seeded_student()  # of the expert's weights, whatever the student starts from
+    def make_networks(self) -> dict[str, nn.Module]:
+        twin = self.seeded_student()  # of the expert's weights, whatever the student starts from
         critic = Critic(twin)
         if self.config.gan_weight:
             try:
@@ -123,22 +124,23 @@ class DistributionMatching(Learner):
                 torch.manual_seed(stream_seed(self.config.seed, "head"))
                 critic.add_head(self.expert, self.grid.times[:1])
         twin.nfe = 0
-        self.trainables["critic"] = self.trainable("critic", critic, self.config.critic_learning_rate)
+        return {"critic": critic}
 
-    def start_from(self, student: NetworkDenoiser) -> None:
-        super().start_from(student)
-        denoiser = self.trainables["critic"].bare.denoiser
-        denoiser.load_state_dict(sharding.like(student.state_dict(), denoiser.state_dict()))
+    def gradient_steps(self) -> tuple[GradientStep, ...]:
+        c = self.config
+        return (
+            GradientStep("student", self.loss, c.learning_rate, every=c.critic_updates, frozen=("critic",)),
+            GradientStep("critic", self.critic_loss, c.critic_learning_rate),
+        )
 
-    def generate(self, batch: TensorDict) -> Tensor:
+    def generate(self, batch: Batch) -> Tensor:
         """x, the student's sample from each state, (b, *sample_shape)."""
-        pred = self.student(batch["x_t"], batch["t"], batch.get("c", None))
+        pred = self.student(batch.x_t, batch.t, batch.c)
         return pred.projected(self.thresholds["student"], straight_through=True).x_0
 
-    def loss(self, batch: TensorDict) -> Tensor:
-        c, schedule, critic = batch.get("c", None), self.expert.schedule, self.trainables["critic"].network
-        x = self.generate(batch)
-        batch["x"] = x.detach()
+    def loss(self, batch: Batch) -> Tensor:
+        c, schedule, critic = batch.c, self.expert.schedule, self.wrapped("critic")
+        x = batch.generated = self.generate(batch)
         with torch.no_grad():
             tau, eps = self.diffusion(x, max(1, int(0.02 * schedule.num_train_steps)), int(0.98 * schedule.num_train_steps))
             x_tau = schedule.add_noise(x, eps, tau)
@@ -153,9 +155,12 @@ class DistributionMatching(Learner):
         _, realness = critic(schedule.add_noise(x, eps, tau), tau, c)
         return matching + self.config.gan_weight * softplus(-realness)
 
-    def critic_loss(self, batch: TensorDict) -> Tensor:
+    def critic_loss(self, batch: Batch) -> Tensor:
         """‖ε̂_φ − ε‖² of each sample, in the critic's own prediction type, and the discriminator's loss, (b,)."""
-        x, c, schedule, critic = batch["x"], batch.get("c", None), self.expert.schedule, self.trainables["critic"].network
+        if (x := batch.generated) is None:  # an update without a step of the student's
+            with torch.no_grad():
+                x = batch.generated = self.generate(batch)
+        c, schedule, critic = batch.c, self.expert.schedule, self.wrapped("critic")
         tau, eps = self.diffusion(x, 1, schedule.t_max)
         x_tau = schedule.add_noise(x, eps, tau)
         if not self.config.gan_weight:
@@ -171,7 +176,7 @@ class DistributionMatching(Learner):
         return self._denoising_error(fake, x, eps) + self.config.discriminator_weight * (softplus(of_fake) + softplus(-of_real))
 
     def _denoising_error(self, pred: Prediction, x: Tensor, eps: Tensor) -> Tensor:
-        kind = self.trainables["critic"].bare.denoiser.prediction_type
+        kind = self.networks["critic"].denoiser.prediction_type
         truth = Prediction(x, eps, pred.t, self.expert.schedule)
         return (pred.output(kind) - truth.output(kind)).square().flatten(1).mean(1)
 
@@ -188,39 +193,25 @@ class DistributionMatching(Learner):
             tau = low + (high - low) * torch.rand(len(x), generator=stream, device=x.device)
         return tau, torch.randn(x.shape, generator=stream, device=x.device)
 
-    def update(self, batch: TensorDict) -> dict[str, Tensor]:
-        """The student's step where it is due, and the critic's on the same samples."""
-        before, parts, measured = self.expert.nfe, self.parts(batch), {}
-        student, critic = self.trainables["student"], self.trainables["critic"]
-        if self.step % self.config.critic_updates == 0:
-            with critic.frozen():
-                measured["loss"], measured["grad_norm"] = self.minimise("student", self.loss, parts)
-            self.ema.update_parameters(student.bare)
-        else:
-            with torch.no_grad():
-                for part in parts:
-                    part["x"] = self.generate(part)
-        measured["critic_loss"], measured["critic_grad_norm"] = self.minimise("critic", self.critic_loss, parts)
-        self.step += 1
-        self.teacher_nfe += self.expert.nfe - before
-        return measured
-
-    def collect(self) -> TensorDict:
-        self.fresh = self.fresh_states() if self.config.on_policy else super().collect()
-        return self.fresh
-
-    @property
-    def student_nfe(self) -> int:
-        return super().student_nfe + int(self.trainables["critic"].bare.denoiser.nfe)
-
-    def draw(self) -> TensorDict:
-        return self.fresh if self.config.on_policy else super().draw()
+    def start_from(self, student: NetworkDenoiser) -> None:
+        super().start_from(student)
+        denoiser = self.networks["critic"].denoiser
+        denoiser.load_state_dict(sharding.like(student.state_dict(), denoiser.state_dict()))
 
     def collection(self) -> tuple[int, int]:
         return (self.config.batch_size, 1) if self.config.on_policy else super().collection()
 
-    def turns(self, network: str, updates: int) -> int:
-        return -(-updates // self.config.critic_updates) if network == "student" else updates
+    def collect(self) -> TensorDict:
+        on_policy = self.config.on_policy
+        self.fresh = self.collector.collect(self.collect_size, self.beta(), self.step) if on_policy else super().collect()
+        return self.fresh
+
+    def draw(self) -> TensorDict:
+        return self.fresh if self.config.on_policy else super().draw()
+
+    @property
+    def student_nfe(self) -> int:
+        return super().student_nfe + int(self.networks["critic"].denoiser.nfe)
 
     def make_collector(self, student_policy: StudentPolicy, *args: Any, **own: Any) -> Collector:
         return super().make_collector(student_policy, BackwardSimulation, noise_level=self.config.noise_level)

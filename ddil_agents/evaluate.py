@@ -23,7 +23,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from ddil_agents.commands.errors import clear_errors
-from ddil_agents.commands.load import load_run
+from ddil_agents.commands.load import Checkpoint, load_run
 from ddil_agents.commands.parse import with_preset
 from ddil_agents.evaluation.judge import evaluate_expert, evaluate_run
 from ddil_agents.evaluation.results import table
@@ -49,6 +49,12 @@ def main(argv: list[str] | None = None) -> None:
     presets = ", ".join(preset_names("evaluate"))
     parser.add_argument("--config", action="config", help=f"settings as YAML: a file, or one of configs/evaluate: {presets}")
     parser.add_argument("--run", type=str | None, default=None, help="run directory whose student to judge; default: the expert itself")
+    parser.add_argument(
+        "--checkpoint",
+        type=Checkpoint,
+        default="last",
+        help="of --run: last (its saved student, or the newest checkpoint of an unfinished run), best (with --evaluate_every), or a step",
+    )
     parser.add_argument("--env", type=str | None, default=None, help="preset or YAML file of the expert (default: digits); not with --run")
     parser.add_argument("--steps", type=int, nargs="+", default=[], help="numbers of sampling steps (default: 32 8 4 2 1); not with --run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noise seeds")
@@ -85,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.captions is not None:  # an expert has prompts, or data with captions of their own
             own = _settings_of_expert(args.run, args.env or "digits")
             env |= dict.fromkeys(key for key in ("data", "images", "data_cache") if key in own)
-        learner = None if args.run is None else load_run(Path(args.run), args.guidance_scale, **env)
+        learner = None if args.run is None else load_run(Path(args.run), args.checkpoint, args.guidance_scale, **env)
         expert = load_expert(args.env or "digits", **env) if learner is None else learner.expert
         results = []
         for seed in args.seeds:

@@ -26,14 +26,16 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from ddil_agents.algorithm import Algorithm
 from ddil_agents.commands.run import run
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import sharding
-from ddil_agents.learner import Learner
+from ddil_agents.states.batch import Batch
 from ddil_agents.states.beta import Beta
 from ddil_agents.states.buffer import SOURCES
 from ddil_agents.states.collect import Collector, stream_seed
-from ddil_env import Expert, StudentPolicy, Support, invert_ddim
+from ddil_agents.training.trainer import GradientStep
+from ddil_env import Expert, StudentPolicy, invert_ddim
 from ddil_env.schedule import broadcast
 
 STUDENT = SOURCES.index("student")
@@ -127,73 +129,64 @@ class UnaskingCollector(Collector):
         return super().label(x_t, t, s, c, w) if self.asks else x_t
 
 
-class Gail(Learner):
+class Gail(Algorithm):
     """Adversarial imitation on the β-mixture of states."""
 
     name = "gail"
     Config: ClassVar[type[LearnerConfig]] = GailConfig
     config: GailConfig
 
-    def __init__(self, expert: Expert | str, config: GailConfig | None = None, support: Support | None = None) -> None:
-        super().__init__(expert, config, support)
+    def make_networks(self) -> dict[str, nn.Module]:
         if sharding.asked():
             raise ValueError("gail differentiates its discriminator twice, which sharded networks do not allow; leave fsdp out")
         with torch.random.fork_rng():  # seeded, and the caller's generator left alone
             torch.manual_seed(stream_seed(self.config.seed, "discriminator"))
-            discriminator = Discriminator(self.expert, self.config.discriminator_width).to(self.expert.device)
-        rate = self.config.discriminator_learning_rate
-        self.trainables["discriminator"] = self.trainable("discriminator", discriminator, rate)
+            return {"discriminator": Discriminator(self.expert, self.config.discriminator_width).to(self.expert.device)}
 
-    def loss(self, batch: TensorDict) -> Tensor:
-        x_hat = (
-            self.student(batch["x_t"], batch["t"], batch.get("c", None)).projected(self.thresholds["student"], straight_through=True).x_0
+    def gradient_steps(self) -> tuple[GradientStep, ...]:
+        c = self.config
+        return (
+            GradientStep("student", self.loss, c.learning_rate, frozen=("discriminator",)),
+            GradientStep("discriminator", self.discriminator_loss, c.discriminator_learning_rate),
         )
-        own = self.weighted(batch, x_hat)
-        batch["own"] = own.detach()
+
+    def loss(self, batch: Batch) -> Tensor:
+        x_hat = self.student(batch.x_t, batch.t, batch.c).projected(self.thresholds["student"], straight_through=True).x_0
+        own = batch.generated = self.weighted(batch, x_hat)
         _, of_student = self.shares(batch)
         return of_student * softplus(-self.realness(batch, own))
 
-    def discriminator_loss(self, batch: TensorDict) -> Tensor:
+    def discriminator_loss(self, batch: Batch) -> Tensor:
         """softplus(−D(a*)) + softplus(D(a_θ)) + γd/2 ‖∂D/∂a*‖², (b,)."""
-        x_t, t, x_s, s = (batch[key] for key in ("x_t", "t", "x_s", "s"))
-        x_0 = invert_ddim(self.expert.schedule, x_t, t, x_s, s).projected(self.thresholds["target"]).x_0
+        assert batch.generated is not None  # the student's step, which comes first in every update, leaves its actions there
+        x_0 = invert_ddim(self.expert.schedule, batch.x_t, batch.t, batch.expert_action, batch.s).projected(self.thresholds["target"]).x_0
         expert = self.weighted(batch, x_0).requires_grad_()
         real = self.realness(batch, expert)
         (slope,) = torch.autograd.grad(real.sum(), expert, create_graph=True)
         penalty = 0.5 * self.config.gradient_penalty * slope[0].numel() * slope.square().flatten(1).sum(1)
         of_expert, of_student = self.shares(batch)
-        return of_expert * (softplus(-real) + penalty) + of_student * softplus(self.realness(batch, batch["own"]))
+        return of_expert * (softplus(-real) + penalty) + of_student * softplus(self.realness(batch, batch.generated))
 
-    def realness(self, batch: TensorDict, action: Tensor) -> Tensor:
+    def realness(self, batch: Batch, action: Tensor) -> Tensor:
         """D(x_t, t, action), (b,)."""
-        return self.trainables["discriminator"].network(batch["x_t"], batch["t"], action, batch.get("c", None))
+        return self.wrapped("discriminator")(batch.x_t, batch.t, action, batch.c)
 
-    def weighted(self, batch: TensorDict, x_0: Tensor) -> Tensor:
+    def weighted(self, batch: Batch, x_0: Tensor) -> Tensor:
         """√w_t x_0, w_t = max(SNR, 1)."""
-        alpha, sigma = self.expert.schedule.coefficients(batch["t"])
+        alpha, sigma = self.expert.schedule.coefficients(batch.t)
         return broadcast((alpha / sigma).clamp(min=1).to(x_0.dtype), x_0) * x_0
 
-    def shares(self, batch: TensorDict) -> tuple[Tensor, Tensor]:
+    def shares(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Weight of each state among the expert's and among the student's, (b,) each, of mean 1."""
         if self.config.paired:
-            return (torch.ones_like(batch["t"]),) * 2
-        masks = (batch["source"] != STUDENT).float(), (batch["source"] == STUDENT).float()
+            return (torch.ones_like(batch.t),) * 2
+        masks = (batch.source != STUDENT).float(), (batch.source == STUDENT).float()
         of_expert, of_student = (mask / mask.mean().clamp(min=1 / len(mask)) for mask in masks)
         return of_expert, of_student
 
-    def update(self, batch: TensorDict) -> dict[str, Tensor]:
-        """The student's step, and the discriminator's on the same states and actions."""
-        parts, student, discriminator = self.parts(batch), self.trainables["student"], self.trainables["discriminator"]
-        with discriminator.frozen():
-            loss, norm = self.minimise("student", self.loss, parts)
-        self.ema.update_parameters(student.bare)
-        its_loss, its_norm = self.minimise("discriminator", self.discriminator_loss, parts)
-        self.step += 1
-        return {"loss": loss, "grad_norm": norm, "discriminator_loss": its_loss, "discriminator_grad_norm": its_norm}
-
     @property
     def student_nfe(self) -> int:
-        return super().student_nfe + int(self.trainables["discriminator"].bare.nfe)
+        return super().student_nfe + int(self.networks["discriminator"].nfe)
 
     def make_collector(self, student_policy: StudentPolicy, *args: Any, **own: Any) -> Collector:
         return super().make_collector(student_policy, Collector if self.config.paired else UnaskingCollector)

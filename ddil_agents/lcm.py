@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
+from ddil_agents.algorithm import Algorithm
 from ddil_agents.commands.run import run
 from ddil_agents.config import LearnerConfig
-from ddil_agents.learner import Learner
+from ddil_agents.states.batch import Batch
 from ddil_agents.states.collect import Collector
 from ddil_env import ExpertPolicy, NetworkDenoiser, Prediction, StudentPolicy, TimeGrid
 from ddil_env.mdp import Kernel
@@ -110,7 +110,7 @@ class LCMCollector(Collector):
         return self.grid.times if p_expert >= 1 else lcm_times(self.grid, self.n)
 
 
-class LatentConsistency(Learner):
+class LatentConsistency(Algorithm):
     """Consistency distillation on the β-mixture of states; β = (1, 0, 0) is LCM."""
 
     name = "lcm"
@@ -119,13 +119,14 @@ class LatentConsistency(Learner):
     kernel: ClassVar[Kernel] = "renoise"
     ema_warm_up: ClassVar[bool] = False  # the average is the target
 
-    def loss(self, batch: TensorDict) -> Tensor:
-        x_t, t, x_s, s, c, w = (batch.get(key, None) for key in ("x_t", "t", "x_s", "s", "c", "w"))
-        with torch.no_grad(), self.accelerator.autocast():  # the student's own is around it, the average has none
-            target = self.thresholds["target"].project(self.average(x_s, s, c, w).x_0)  # f_θ⁻(x̂_s, s, c, w)
-        self.trainables["student"].bare.nfe += len(x_s)  # the average's forwards are the student's cost
-        pred = self.student(x_t, t, c, w).projected(self.thresholds["student"], straight_through=True)
-        return self.distance(pred.x_0 - target).flatten(1).mean(1)  # d(f_θ(x_t, t, c, w), f_θ⁻), (b,)
+    def loss(self, batch: Batch) -> Tensor:
+        with torch.no_grad(), self.trainer.accelerator.autocast():  # the student's own is around it, the average has none
+            target = self.average(batch.expert_action, batch.s, batch.c, batch.w)  # f_θ⁻(x̂_s, s, c, w)
+            target_x_0 = self.thresholds["target"].project(target.x_0)
+        self.networks["student"].nfe += len(batch)  # the average's forwards are the student's cost
+        pred = self.student(batch.x_t, batch.t, batch.c, batch.w)  # f_θ(x_t, t, c, w)
+        x_0 = pred.projected(self.thresholds["student"], straight_through=True).x_0
+        return self.distance(x_0 - target_x_0).flatten(1).mean(1)  # d(f_θ, f_θ⁻), (b,)
 
     def distance(self, error: Tensor) -> Tensor:
         """d of each entry."""

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -42,8 +42,9 @@ from ddil_agents.config import AgentConfig
 from ddil_agents.devices import ranks
 from ddil_agents.states.beta import Beta
 from ddil_agents.states.collect import stream_seed
+from ddil_agents.training.callbacks import Callback, Stopwatch
 from ddil_agents.training.checkpoint import folder_atomically
-from ddil_agents.training.loop import RunFiles
+from ddil_agents.training.metrics import RunFiles
 from ddil_agents.training.tracking import Tracker
 from ddil_env import DenoisingVectorEnv, Expert, NetworkDenoiser, StudentPolicy, Support
 from ddil_env.sb3 import SB3VecEnv
@@ -264,13 +265,26 @@ class PPOAgent(Agent):
     def extend(self, num_updates: int) -> None:
         self.horizon = self.step + max(1, round(num_updates / self.config.updates)) * self.config.updates
 
-    def train(self, out: Path | None = None, *, progress: bool = True, track: Tracker = "none", **options: Any) -> None:
+    def train(
+        self,
+        out: Path | None = None,
+        *,
+        progress: bool = True,
+        track: Tracker = "none",
+        callbacks: Iterable[Callback] = (),
+        **options: Any,
+    ) -> None:
+        if list(callbacks):
+            raise ValueError("callbacks: PPO is trained by stable-baselines3, which has its own; leave them and --evaluate_every out")
         rollouts = (self.horizon - self.step) // self.config.updates
         if out is not None:
             shutil.rmtree(out / "evaluation", ignore_errors=True)  # of a run that is begun again
         bar = tqdm(total=self.horizon, initial=self.step, desc=self.name, unit="update", disable=not progress)
-        with RunFiles(self, out, track) as files, bar, seeded(stream_seed(self.config.seed, f"ppo{self.step}")):
-            log = RolloutLog(self, files, bar)
+        clock = Stopwatch()
+        files = RunFiles(clock, track)
+        files.on_start(self, out)
+        with closing(files), bar, seeded(stream_seed(self.config.seed, f"ppo{self.step}")):
+            log = RolloutLog(self, files, clock, bar)
             try:
                 self.model.learn(rollouts * self.config.rollout, log, log_interval=None, reset_num_timesteps=not self.step)
             except ValueError:  # torch's distributions, where they check, refuse what is not finite
@@ -310,9 +324,9 @@ class RolloutLog(BaseCallback):
     `loss` is −r, the squared distance of the sampled actions from the expert's; `action_std` the σ that they were drawn with, at the end.
     """
 
-    def __init__(self, agent: PPOAgent, files: RunFiles, bar: tqdm[Any]) -> None:
+    def __init__(self, agent: PPOAgent, files: RunFiles, clock: Stopwatch, bar: tqdm[Any]) -> None:
         super().__init__()
-        self.agent, self.files, self.bar = agent, files, bar
+        self.agent, self.files, self.clock, self.bar = agent, files, clock, bar
         self.loss: float | None = None  # of the rollout that is being learned from
 
     def _on_step(self) -> bool:
@@ -329,7 +343,7 @@ class RolloutLog(BaseCallback):
         agent.step += agent.config.updates
         agent.teacher_nfe += agent.config.rollout * agent.reference.nfe_per_action
         std = float(self.model.policy.log_std.detach().exp().mean())
-        self.files.lap()
+        self.clock.lap()
         row = {
             "step": agent.step,
             "timesteps": int(self.model.num_timesteps),
@@ -338,9 +352,9 @@ class RolloutLog(BaseCallback):
             **{name: x if math.isfinite(x := float(measured[f"train/{name}"])) else None for name in MEASURED},
             "teacher_nfe": agent.teacher_nfe,
             "student_nfe": agent.student_nfe,
-            "seconds": self.files.seconds,
+            "seconds": self.clock.seconds,
         }
-        self.files.write(row)
+        self.files.on_log(agent, row)
         self.bar.update(agent.config.updates)
         self.bar.set_postfix_str(f"−r={self.loss:.4f} σ={std:.3f}")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ddil_agents.commands.errors import clear_errors
 from ddil_agents.commands.load import judge_of, load_run
 from ddil_agents.training.checkpoint import write_atomically
-from ddil_agents.training.loop import read_metrics
+from ddil_agents.training.metrics import read_metrics
 
 if TYPE_CHECKING:
     pass

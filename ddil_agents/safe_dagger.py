@@ -60,8 +60,8 @@ class SafeDaggerConfig(DaggerConfig):
         if self.gate < 1 and not self.beta.forward + self.beta.student:
             raise ValueError(f"gate={self.gate}: the teacher's own states are not gated, and β has no others; set gate to 1")
 
-    def to_judge(self) -> Self:
-        return replace(super().to_judge(), gate=1.0, query_budget=None)  # nothing is asked
+    def for_evaluation(self) -> Self:
+        return replace(super().for_evaluation(), gate=1.0, query_budget=None)  # nothing is asked
 
 
 class GatedCollector(Collector):
@@ -162,10 +162,10 @@ class SafeDagger(Dagger):
         c = self.config
         return super().make_collector(student_policy, GatedCollector, gate=c.gate, glance_substeps=c.glance_substeps)
 
-    def fresh_states(self) -> TensorDict:
+    def collect(self) -> TensorDict:
         if self.config.query_budget is not None:
             self.collector.left = self.config.query_budget - self.teacher_nfe
-        return super().fresh_states()
+        return super().collect()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -70,9 +70,9 @@ class ScheduledSampling(Dagger):
         }
         return max(self.config.p_expert, falling[self.config.mixing])
 
-    def fresh_states(self) -> TensorDict:
+    def collect(self) -> TensorDict:
         self.collector.p_expert = self.p_expert()
-        return super().fresh_states()
+        return super().collect()
 
 
 def main(argv: list[str] | None = None) -> None:

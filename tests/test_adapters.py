@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from ddil_agents import (
+    Algorithm,
     BCConfig,
     BehaviourCloning,
     Beta,
@@ -28,7 +29,6 @@ from ddil_agents import (
     DistributionMatching,
     DMD2Config,
     LatentConsistency,
-    Learner,
     dagger,
 )
 from ddil_agents.commands.load import load_run
@@ -150,12 +150,12 @@ def test_a_half_precision_backbone_stays_and_its_adapters_are_in_float32(dtype: 
         (Dagger, {"beta": OWN, "mixed_precision": "bf16", "gradient_accumulation": 2, "student": {"gradient_checkpointing": True}}),
     ],
 )
-def test_training_moves_every_role_but_the_teacher(agent: type[Learner], settings: dict[str, Any], sd: Any) -> None:
+def test_training_moves_every_role_but_the_teacher(agent: type[Algorithm], settings: dict[str, Any], sd: Any) -> None:
     before = weights_of(sd.network)
     learner = agent(sd, agent.Config(**{**SMALL, **settings}))
-    start = {name: weights_of(trainable.bare) for name, trainable in learner.trainables.items()} | {"average": weights_of(learner.average)}
+    start = {name: weights_of(network) for name, network in learner.networks.items()} | {"average": weights_of(learner.average)}
     learner.learn(progress=False)
-    after = {name: weights_of(trainable.bare) for name, trainable in learner.trainables.items()} | {"average": weights_of(learner.average)}
+    after = {name: weights_of(network) for name, network in learner.networks.items()} | {"average": weights_of(learner.average)}
     for role, weights in start.items():
         moved = [not torch.equal(weights[name], after[role][name]) for name in weights]
         assert sum(moved) > 0.9 * len(moved), role  # B in the first step, A from the second on
@@ -173,13 +173,13 @@ def test_beta_1_0_0_is_behaviour_cloning_bit_for_bit() -> None:
 def test_a_gan_loss_reaches_a_lora_student_through_a_lora_critic_that_stays() -> None:
     expert = load_expert("digits8")
     learner = DistributionMatching(expert, DMD2Config(**SMALL, beta=OWN, gan_weight=1.0))
-    critic = learner.trainables["critic"].bare
+    critic = learner.networks["critic"]
     assert {name.split(".")[0] for name, _ in critic.named_parameters()} == {"head", "denoiser"}
     before = weights_of(critic)
-    learner.collect()
-    with learner.trainables["critic"].frozen():
-        learner.trainables["student"].accumulate(learner.loss, learner.parts(learner.draw()))
-    gradients = [p.grad for name, p in learner.trainables["student"].bare.named_parameters() if "lora_B" in name]
+    learner.trainer.collect()
+    with learner.trainer.trainables["critic"].frozen():
+        learner.trainer.trainables["student"].accumulate(learner.loss, learner.trainer.split(learner.draw()))
+    gradients = [p.grad for name, p in learner.networks["student"].named_parameters() if "lora_B" in name]
     assert all(g is not None and g.abs().sum() > 0 for g in gradients)
     assert all(p.grad is None for p in critic.parameters())
     assert_same(weights_of(critic), before)
@@ -197,8 +197,8 @@ def test_a_checkpoint_holds_adapters_alone_and_resumes_exactly(optimizer: str, t
     whole = DistributionMatching(load_expert("digits8"), config).learn(progress=False)
     learner = DistributionMatching(load_expert("digits8"), config)
     for _ in range(2):
-        learner.collect()
-        learner.update(learner.draw())
+        learner.trainer.collect()
+        learner.trainer.update(learner.draw())
     path = learner.save(tmp_path)
     state = torch.load(path / "state.pt", weights_only=True)
     assert all(".lora_" in name for name in state["trainables"]["student"]["network"])
@@ -208,8 +208,8 @@ def test_a_checkpoint_holds_adapters_alone_and_resumes_exactly(optimizer: str, t
     assert (torch.uint8 in momenta) == (optimizer == "adamw8bit")
     resumed = DistributionMatching(load_expert("digits8"), config).load(tmp_path)
     resumed.train(progress=False)
-    for name, trainable in whole.trainables.items():
-        assert_same(trainable.bare.state_dict(), resumed.trainables[name].bare.state_dict())
+    for name, trainable in whole.trainer.trainables.items():
+        assert_same(trainable.bare.state_dict(), resumed.networks[name].state_dict())
     assert_same(whole.average.state_dict(), resumed.average.state_dict())
 
 
@@ -218,9 +218,9 @@ def test_checkpointing_and_accumulation_change_memory_and_not_the_gradient(sd: A
     for checkpointing, parts, lora in itertools.product((False, True), (1, 2), (None, RANK_4)):
         given = {"gradient_accumulation": parts, "student": {"gradient_checkpointing": checkpointing}, "lora": lora, "learning_rate": 1e-3}
         learner = Dagger(sd, DaggerConfig(**{**SMALL, **given}, beta=OWN))
-        learner.collect()
-        learner.trainables["student"].accumulate(learner.loss, learner.parts(learner.draw()))
-        found.append((lora, [p.grad for p in learner.trainables["student"].bare.parameters()]))
+        learner.trainer.collect()
+        learner.trainer.trainables["student"].accumulate(learner.loss, learner.trainer.split(learner.draw()))
+        found.append((lora, [p.grad for p in learner.networks["student"].parameters()]))
     for lora in (None, RANK_4):
         first, *others = [gradient for of, gradient in found if of == lora]
         for other in others:
@@ -236,7 +236,7 @@ def test_stages_go_on_from_adapters_with_adapters_as_the_teacher() -> None:
     found = []
     for _, learner in learners(Dagger, expert, plan(config)):
         if found:
-            assert_same(learner.trainables["student"].bare.state_dict(), found[0])
+            assert_same(learner.networks["student"].state_dict(), found[0])
             x_t, t, c = states(expert)
             assert not torch.equal(learner.expert.predict(x_t, t, c).x_0, expert.predict(x_t, t, c).x_0)
         learner.train(progress=False)

@@ -21,7 +21,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ddil_agents import BehaviourCloning, Beta, Dagger, Evaluation, Judge, Learner
+from ddil_agents import Algorithm, BehaviourCloning, Beta, Dagger, Evaluation, Judge
 from ddil_agents import aggrevate as aggrevate_module
 from ddil_agents import dart as dart_module
 from ddil_agents import gail as gail_module
@@ -36,8 +36,8 @@ from ddil_agents.evaluation.trajectories import Trajectories, record
 from ddil_agents.gail import Discriminator, Gail, GailConfig
 from ddil_agents.safe_dagger import GatedCollector, SafeDagger, SafeDaggerConfig
 from ddil_agents.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
+from ddil_agents.states.batch import Batch
 from ddil_agents.states.collect import stream_seed
-from ddil_agents.training.loop import train
 from ddil_env import (
     DdimPolicy,
     DenoisingEnv,
@@ -85,7 +85,7 @@ def settings(**changed: Any) -> dict[str, Any]:
     return {**small, "warmup_updates": 3, "student": {"width": 16, "depth": 2}, **changed}
 
 
-def make(agent: type[Learner], expert: GaussianMixtureExpert | None = None, **changed: Any) -> Any:
+def make(agent: type[Algorithm], expert: GaussianMixtureExpert | None = None, **changed: Any) -> Any:
     return agent(expert or corners(), agent.Config(**settings(**changed)))
 
 
@@ -123,7 +123,7 @@ def fields(states: TensorDict) -> tuple[Any, ...]:
 
 # What all of them promise
 
-BASELINES: list[tuple[type[Learner], dict[str, Any]]] = [
+BASELINES: list[tuple[type[Algorithm], dict[str, Any]]] = [
     (ScheduledSampling, {}),
     (Dart, {"beta": Beta(0.6, 0.4, 0)}),
     (SafeDagger, {"gate": 0.3, "query_budget": 200, "beta": MIXTURE}),
@@ -137,17 +137,17 @@ every = pytest.mark.parametrize(("agent", "changed"), BASELINES, ids=NAMES)
 
 @every
 def test_a_resumed_learner_ends_bit_for_bit_where_the_unbroken_one_does(
-    tmp_path: Path, agent: type[Learner], changed: dict[str, Any]
+    tmp_path: Path, agent: type[Algorithm], changed: dict[str, Any]
 ) -> None:
     whole = make(agent, **changed)
-    train(whole, tmp_path, progress=False, checkpoint_every=9)
-    train(resumed := make(agent, **changed).load(tmp_path / "checkpoints" / "step_00000018"), progress=False)
+    whole.train(tmp_path, progress=False, checkpoint_every=9)
+    (resumed := make(agent, **changed).load(tmp_path / "checkpoints" / "step_00000018")).train(progress=False)
     first = make(agent, **changed)
-    train(first, tmp_path / "again", progress=False, checkpoint_every=11)
-    train(early := make(agent, **changed).load(tmp_path / "again" / "checkpoints" / "step_00000011"), progress=False)
-    a = whole.state_dict()
+    first.train(tmp_path / "again", progress=False, checkpoint_every=11)
+    (early := make(agent, **changed).load(tmp_path / "again" / "checkpoints" / "step_00000011")).train(progress=False)
+    a = whole.trainer.state_dict()
     for other in (resumed, early):
-        b = other.state_dict()
+        b = other.trainer.state_dict()
         for key in a.keys() | b.keys():
             assert same(a[key], b[key]), key
     assert whole.step == 20
@@ -155,22 +155,22 @@ def test_a_resumed_learner_ends_bit_for_bit_where_the_unbroken_one_does(
 
 @every
 def test_a_learner_that_has_trained_takes_over_the_counts_of_the_one_that_it_loads(
-    tmp_path: Path, agent: type[Learner], changed: dict[str, Any]
+    tmp_path: Path, agent: type[Algorithm], changed: dict[str, Any]
 ) -> None:
-    train(saved := make(agent, **changed), tmp_path, progress=False, checkpoint_every=20)
+    (saved := make(agent, **changed)).train(tmp_path, progress=False, checkpoint_every=20)
     trained = learn(make(agent, **changed)).load(tmp_path / "checkpoints" / "step_00000020")
     assert (trained.student_nfe, trained.teacher_nfe) == (saved.student_nfe, saved.teacher_nfe)
 
 
 @every
-def test_every_forward_of_the_teacher_is_counted(agent: type[Learner], changed: dict[str, Any]) -> None:
+def test_every_forward_of_the_teacher_is_counted(agent: type[Algorithm], changed: dict[str, Any]) -> None:
     for expert in (corners(), labelled()):
         learner = learn(make(agent, expert, **changed))
         assert learner.teacher_nfe == expert.nfe > 0
 
 
 @every
-def test_it_trains_on_conditions_and_on_any_shape(agent: type[Learner], changed: dict[str, Any]) -> None:
+def test_it_trains_on_conditions_and_on_any_shape(agent: type[Algorithm], changed: dict[str, Any]) -> None:
     video = GaussianMixtureExpert(torch.randn(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), 0.2, schedule="cosine")
     for expert in (labelled(), video, GaussianMixtureExpert(CORNERS, 0.25, schedule="flow")):
         learner = make(agent, expert, num_updates=6, **changed)
@@ -184,7 +184,7 @@ FAST = {"batch_size": 256, "collect_size": 1024, "updates_per_collect": 16, "cap
 FAST |= {"num_updates": 400, "learning_rate": 1e-2, "ema": 0.97, "student": {"width": 64}}
 ADVERSARIAL = {"learning_rate": 3e-3, "discriminator_learning_rate": 1e-2, "batch_size": 128, "num_updates": 600}
 # Seeds 0 … 2 at equal updates: behaviour cloning .033 – .048, DAgger .033 – .049.
-TOYS: list[tuple[type[Learner], dict[str, Any], float]] = [
+TOYS: list[tuple[type[Algorithm], dict[str, Any], float]] = [
     (Dagger, {"beta": Beta(0, 0, 1)}, 0.08),  # Imagine Flash's states: .032 – .034
     (ScheduledSampling, {}, 0.08),  # .032 – .034, as exponential and inverse_sigmoid
     (Dart, {}, 0.08),  # .034 – .048
@@ -197,7 +197,7 @@ TOYS: list[tuple[type[Learner], dict[str, Any], float]] = [
 
 
 @pytest.mark.parametrize(("agent", "changed", "within"), TOYS)
-def test_a_4_step_student_comes_near_the_32_step_teacher(agent: type[Learner], changed: dict[str, Any], within: float) -> None:
+def test_a_4_step_student_comes_near_the_32_step_teacher(agent: type[Algorithm], changed: dict[str, Any], within: float) -> None:
     learner = make(agent, **{**FAST, **changed})
     x_T = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
     teacher = unroll(ExpertPolicy(learner.expert, 8), learner.grid, x_T)[:, -1]
@@ -266,7 +266,7 @@ def test_rollouts_begin_as_the_experts_and_end_as_the_students() -> None:
     shares = []
     for step in range(11):
         learner.step = step
-        states = learner.fresh_states()
+        states = learner.trainer.collect()
         steps = int((learner.grid.times > states["t"][:, None]).sum())
         assert steps == 400 * (N - 1) / 2
         shares.append(int(states["actors"].sum()) / steps)
@@ -410,7 +410,7 @@ def test_the_price_of_a_collection_is_known_before_it_is_paid(changed: dict[str,
     collector.price = lambda counts: told.append(price(counts)) or told[-1]  # type: ignore[method-assign, func-returns-value]
     for _ in range(7):
         before = learner.expert.nfe
-        learner.fresh_states()
+        learner.trainer.collect()
         assert learner.expert.nfe - before == told[-1]
 
 
@@ -435,7 +435,7 @@ def test_a_budget_holds_where_states_have_a_guidance_of_their_own() -> None:
 
 
 def test_a_student_that_is_judged_asks_nothing() -> None:
-    judged = SafeDaggerConfig(**settings(gate=0.3, query_budget=10)).to_judge()
+    judged = SafeDaggerConfig(**settings(gate=0.3, query_budget=10)).for_evaluation()
     assert (judged.gate, judged.query_budget, judged.init) == (1.0, None, None)
     assert replace(judged, teacher_steps=judged.num_steps).substeps == 1  # as where stages end in steps that do not divide the teacher's
 
@@ -466,10 +466,10 @@ def test_a_completion_is_where_the_teacher_ends(expert: GaussianMixtureExpert, s
 
 def test_aggrevates_loss_is_the_distance_to_the_completion() -> None:
     learner = make(Aggrevate, beta=MIXTURE)
-    batch = learner.collect()
+    batch = learner.trainer.collect()
     x_hat = learner.student(batch["x_t"], batch["t"]).x_0
     expected = learner.weight(batch["t"]).float() * (x_hat - batch["x_s"]).square().mean(1)
-    torch.testing.assert_close(learner.loss(batch), expected)
+    torch.testing.assert_close(learner.loss(Batch(batch)), expected)
 
 
 class EndOfTheOde(GaussianMixtureExpert):
@@ -520,22 +520,22 @@ def test_aggrevate_refuses_mixed_rollouts() -> None:
 def played(**changed: Any) -> tuple[Any, TensorDict]:
     """A learner, and a batch whose student actions are known."""
     learner = make(Gail, labelled(), **changed)
-    learner.collect()
+    learner.trainer.collect()
     batch = learner.draw()
     return learner, batch
 
 
 def test_gails_losses_are_softplus_of_what_the_discriminator_says() -> None:
     learner, batch = played(gradient_penalty=2.0)
-    network = learner.trainables["discriminator"].bare
-    loss = learner.loss(batch)
+    network = learner.networks["discriminator"]
+    loss = learner.loss(Batch(batch))
     x_t, t, s, c, _, x_s = fields(batch)
     alpha, sigma = (a[:, None].float() for a in learner.expert.schedule.coefficients(t))
     weight = (alpha / sigma).clamp(min=1)
     own = weight * learner.student(x_t, t, c).x_0.detach()
     torch.testing.assert_close(loss, softplus(-network(x_t, t, own, c)))
     expert = weight * invert_ddim(learner.expert.schedule, x_t, t, x_s, s).x_0
-    of_discriminator = learner.discriminator_loss(batch)
+    of_discriminator = learner.discriminator_loss(Batch(batch))
     for i in range(len(batch)):
         row = slice(i, i + 1)
         a = expert[row].clone().requires_grad_()
@@ -548,17 +548,17 @@ def test_gails_losses_are_softplus_of_what_the_discriminator_says() -> None:
 
 def test_each_player_moves_only_itself_and_the_student_through_its_action() -> None:
     learner, batch = played()
-    student, other = learner.trainables["student"].bare, learner.trainables["discriminator"].bare
-    learner.loss(batch).mean().backward()
+    student, other = learner.networks["student"], learner.networks["discriminator"]
+    learner.loss(Batch(batch)).mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in student.network.layers.parameters())
     student.zero_grad(set_to_none=True)
     other.zero_grad(set_to_none=True)
-    learner.discriminator_loss(batch).mean().backward()
+    learner.discriminator_loss(Batch(batch)).mean().backward()
     assert all(p.grad is None for p in student.parameters())
     assert all(p.grad is not None for p in other.parameters())
     before = weights(other)
-    learner.trainables["discriminator"].step = lambda: torch.zeros(())
-    learner.update(batch)
+    learner.trainer.trainables["discriminator"].step = lambda: torch.zeros(())
+    learner.trainer.update(batch)
     assert torch.equal(weights(other), before)
 
 
@@ -566,16 +566,16 @@ def test_unpaired_gail_asks_nothing_of_the_students_states() -> None:
     paired, unpaired = (make(Gail, paired=p, collect_size=64) for p in (True, False))
     led = 32 * (N - 1) // 2  # the teacher's steps to its own states
     for learner, price in ((paired, (64 + led) * K), (unpaired, (32 + led) * K)):
-        states = learner.collect()
+        states = learner.trainer.collect()
         assert learner.teacher_nfe == learner.expert.nfe == int(states["nfe"].sum()) == price
         asked = (states["source"] == 1) | (learner is paired)
         assert torch.equal(states["nfe"], K * (asked + states["actors"].sum(1)))
     batch = unpaired.draw()
-    of_expert, of_student = unpaired.shares(batch)
+    of_expert, of_student = unpaired.shares(Batch(batch))
     assert torch.equal(of_expert > 0, batch["source"] == 1)
     assert torch.equal(of_student > 0, batch["source"] == 2)
     assert (float(of_expert.mean()), float(of_student.mean())) == pytest.approx((1, 1))
-    assert all(float(share.sum()) == 0 for share in (unpaired.shares(batch[batch["source"] == 1])[1],))
+    assert all(float(share.sum()) == 0 for share in (unpaired.shares(Batch(batch[batch["source"] == 1]))[1],))
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 7), (1, 8, 8), (2, 1, 4, 4)])
@@ -602,7 +602,7 @@ def test_gail_counts_its_discriminators_forwards() -> None:
 def test_gails_accumulated_gradients_give_the_weights_of_the_whole_batch() -> None:
     whole, accumulated = (learn(make(Gail, gradient_accumulation=parts)) for parts in (1, 4))
     for name in ("student", "discriminator"):
-        torch.testing.assert_close(weights(accumulated.trainables[name].bare), weights(whole.trainables[name].bare), atol=1e-4, rtol=0)
+        torch.testing.assert_close(weights(accumulated.networks[name]), weights(whole.networks[name]), atol=1e-4, rtol=0)
 
 
 # Bad settings

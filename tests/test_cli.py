@@ -21,11 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_sd import write_tiny_sd
 
-from ddil_agents import Dagger, DistributionMatching, LatentConsistency, Learner, bc, dagger, evaluate, load, report
+from ddil_agents import Algorithm, Dagger, DistributionMatching, LatentConsistency, bc, dagger, evaluate, load, report
 from ddil_agents.commands.load import load_run
 from ddil_agents.commands.parse import parse
 from ddil_agents.states.collect import stream_seed
-from ddil_agents.training.loop import read_metrics
+from ddil_agents.training.metrics import read_metrics
 from ddil_env import GaussianMixtureExpert, unroll
 from ddil_env.presets import preset_names
 
@@ -136,7 +136,7 @@ def test_a_run_loads_as_a_learner(runs: dict[str, Path]) -> None:
 
 
 def test_a_student_that_is_told_the_guidance_is_judged_at_any_of_its_range(runs: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=r"guidance_scale=2: the student of .* is not told it, but has that of its training"):
+    with pytest.raises(ValueError, match=r"guidance_scale=2: the student of .* is not conditioned on it, but has that of its training"):
         load_run(runs["dagger"], guidance_scale=2.0)
     bc.main([*ENV, *SMALL, "--guidance_range", "[1, 3]", "--out", "told"])
     learner = load_run(Path("told"), guidance_scale=2.5)
@@ -441,12 +441,12 @@ def test_a_runs_agent_is_loaded_whether_it_has_finished_or_not(runs: dict[str, P
     shutil.rmtree(half / "checkpoints")
     with pytest.raises(ValueError, match="half has no checkpoint yet"):
         load(half)
-    with pytest.raises(ValueError, match="nowhere holds no finished run"):
+    with pytest.raises(ValueError, match="nowhere holds no run"):
         load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("agent", [Dagger, LatentConsistency, DistributionMatching])
-def test_an_agents_samples_and_environment_have_its_own_times_and_kernel(agent: type[Learner]) -> None:
+def test_an_agents_samples_and_environment_have_its_own_times_and_kernel(agent: type[Algorithm]) -> None:
     expert = GaussianMixtureExpert([[-1.0, 0.0], [1.0, 0.0]], 0.2, labels=[0, 1])
     learner = agent(expert, agent.Config(num_steps=4, student={"width": 8, "depth": 1}))
     generator = torch.Generator().manual_seed(stream_seed(5, "sample"))

@@ -16,9 +16,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from ddil_agents import Beta, Dagger, DaggerConfig, LatentConsistency, LCMConfig, Learner
+from ddil_agents import Algorithm, Beta, Dagger, DaggerConfig, LatentConsistency, LCMConfig
 from ddil_agents.bc import Weighting
 from ddil_agents.lcm import Distance
+from ddil_agents.states.batch import Batch
 from ddil_env import ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, NoiseSchedule, TimeGrid, invert_ddim, unroll
 from ddil_env.experts.digits import Digits
 from ddil_env.schedule import GridKind, Kind
@@ -112,7 +113,7 @@ def seeds(kind: Kind, grid: GridKind = "linspace") -> int:
     return 17 * KINDS.index(kind) + GRIDS.index(grid)
 
 
-def knowing(learner: Learner, x_0: ClosedForm) -> None:
+def knowing(learner: Algorithm, x_0: ClosedForm) -> None:
     """Tells the learner's students a closed form."""
     learner.expert.x_0 = x_0  # type: ignore[attr-defined]
 
@@ -123,17 +124,17 @@ def offset(denoiser: NetworkDenoiser) -> nn.Parameter:
     return denoiser.network.offset
 
 
-def gradient(learner: Learner, batch: TensorDict) -> tuple[Tensor, float]:
+def gradient(learner: Algorithm, batch: TensorDict) -> tuple[Tensor, float]:
     """The loss of each state (b,), and the norm of the mean's gradient."""
     learner.student.zero_grad()
-    loss = learner.loss(batch)
+    loss = learner.loss(Batch(batch))
     loss.mean().backward()
     slope = offset(learner.student).grad
     assert slope is not None
     return loss.detach(), float(slope.norm())
 
 
-def in_double(learner: Learner, batch: TensorDict) -> TensorDict:
+def in_double(learner: Algorithm, batch: TensorDict) -> TensorDict:
     """The states in float64, with the labels that they have there."""
     x_t, t, s, c, w = (batch.get(key, None) for key in ("x_t", "t", "s", "c", "w"))
     x_s = learner.expert_policy.act(x_t.double(), t, s, c, w)
@@ -340,7 +341,7 @@ def test_guidance_w_is_1_plus_the_omega_of_papers_on_both_estimates(kind: Kind, 
 # Labels
 
 
-def relabelled(learner: Learner, batch: TensorDict, k: int, last: tuple[float, float] = (1.0, 0.0), bound: float | None = None) -> Tensor:
+def relabelled(learner: Algorithm, batch: TensorDict, k: int, last: tuple[float, float] = (1.0, 0.0), bound: float | None = None) -> Tensor:
     """The expert's action at each state, one state at a time in plain numbers: k guided DDIM steps, t = 0 at level `last`."""
     expert, labels = learner.expert, []
     for state in batch:
@@ -357,10 +358,10 @@ def relabelled(learner: Learner, batch: TensorDict, k: int, last: tuple[float, f
     return torch.stack(labels)
 
 
-def stored(learner: Learner, collections: int = 3) -> TensorDict:
+def stored(learner: Algorithm, collections: int = 3) -> TensorDict:
     """What the buffer holds after some collections, a draw of it."""
     for _ in range(collections):
-        learner.collect()
+        learner.trainer.collect()
     return learner.draw()
 
 
@@ -422,7 +423,7 @@ def test_a_stored_consistency_label_is_one_solver_step_recomputed(kind: Kind, gu
 
 @pytest.mark.parametrize("w", [1.0, 2.0, 7.5, 15.0])
 @pytest.mark.parametrize("agent", [Dagger, LatentConsistency])
-def test_a_told_digits_student_starts_as_its_teacher_for_every_scale(agent: type[Learner], w: float) -> None:
+def test_a_told_digits_student_starts_as_its_teacher_for_every_scale(agent: type[Algorithm], w: float) -> None:
     learner = agent(expert := Digits("digits8"), agent.Config(guidance_range=(1.0, 15.0)))
     generator = torch.Generator().manual_seed(0)
     x_t, t = torch.randn(4, 1, 8, 8, generator=generator), torch.tensor([19.0, 339.0, 679.0, 999.0])
@@ -489,10 +490,10 @@ def test_mixed_rollouts_of_a_student_that_is_its_teacher_are_the_teachers(digits
 
 
 @pytest.mark.parametrize("make", [Dagger, LatentConsistency])
-def test_states_hold_no_graph_and_stay_while_the_student_changes(make: type[Learner]) -> None:
+def test_states_hold_no_graph_and_stay_while_the_student_changes(make: type[Algorithm]) -> None:
     config = make.Config(beta=Beta(1, 1, 1), collect_size=300, batch_size=300, student={"width": 8})
     learner = make(GaussianMixtureExpert(MEANS, 0.3), config)
-    states = learner.collect()
+    states = learner.trainer.collect()
     assert states["source"].unique().tolist() == [0, 1, 2]
     for key, value in states.items():
         assert not value.requires_grad, key
@@ -505,19 +506,19 @@ def test_states_hold_no_graph_and_stay_while_the_student_changes(make: type[Lear
     assert all(torch.equal(states[key], value) for key, value in before.items())
     now = learner.buffer.replay.storage[:]
     assert all(torch.equal(now[key], held[key]) for key in held.keys())  # noqa: SIM118
-    learner.loss(learner.draw()).mean().backward()  # and the loss still reaches the student
+    learner.loss(Batch(learner.draw())).mean().backward()  # and the loss still reaches the student
     assert all(p.grad is not None for p in learner.student.parameters())
 
 
 def test_the_gradient_is_that_of_the_states_as_given() -> None:
     learner = Dagger(GaussianMixtureExpert(MEANS, 0.3), DaggerConfig(beta=Beta(0, 0, 1), collect_size=32, student={"width": 8}))
-    learner.collect()
+    learner.trainer.collect()
     batch = learner.draw()
-    learner.loss(batch).mean().backward()
+    learner.loss(Batch(batch)).mean().backward()
     own = [p.grad.clone() for p in learner.student.parameters() if p.grad is not None]
     learner.student.zero_grad()
     copies = TensorDict({key: torch.tensor(batch[key].tolist()) for key in ("x_t", "t", "x_s", "s")}, batch_size=batch.batch_size)
-    learner.loss(copies).mean().backward()
+    learner.loss(Batch(copies)).mean().backward()
     assert own
     for p, expected in zip(learner.student.parameters(), own, strict=True):
         assert p.grad is not None

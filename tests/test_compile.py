@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddil_agents import DistributionMatching, DMD2Config, Learner
+from ddil_agents import Algorithm, DistributionMatching, DMD2Config
 from ddil_env import GaussianMixtureExpert, load_expert
 
 SMALL: dict[str, Any] = {"num_updates": 6, "batch_size": 4, "critic_updates": 2, "student": {"width": 8, "depth": 1}}
@@ -31,14 +31,14 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     torch._dynamo.reset()
 
 
-def weights(learner: Learner) -> Tensor:
+def weights(learner: Algorithm) -> Tensor:
     return torch.cat([p.detach().flatten() for p in learner.average.parameters()])
 
 
-def step(learner: Learner) -> None:
+def step(learner: Algorithm) -> None:
     if learner.step % learner.collect_every == 0:
-        learner.collect()
-    learner.update(learner.draw())
+        learner.trainer.collect()
+    learner.trainer.update(learner.draw())
 
 
 def test_a_compiled_learner_learns_the_same_and_compiles_nothing_anew(graphs: list[object]) -> None:
@@ -53,7 +53,7 @@ def test_a_compiled_learner_learns_the_same_and_compiles_nothing_anew(graphs: li
         step(compiled)
     assert len(graphs) == settled > 0
     torch.testing.assert_close(weights(compiled), weights(plain), atol=1e-5, rtol=0)
-    networks = [compiled.average.network, compiled.student.network, compiled.trainables["critic"].bare.denoiser.network]
+    networks = [compiled.average.network, compiled.student.network, compiled.networks["critic"].denoiser.network]
     assert all(network._compiled_call_impl is not None for network in networks)
 
 

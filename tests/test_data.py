@@ -27,7 +27,7 @@ from tiny_sd import write_tiny_sd
 from ddil_agents import dagger
 from ddil_agents.commands.parse import find_agent, parse
 from ddil_agents.commands.run import refuse_early
-from ddil_agents.training.loop import read_metrics
+from ddil_agents.training.metrics import read_metrics
 from ddil_env import NoDataError, check_expert, load_expert
 from ddil_env.data.pairs import Pairs, load_picture
 from ddil_env.data.sources import read_pairs
@@ -440,10 +440,10 @@ def test_a_run_without_held_out_data_has_no_floor(folders: dict[str, Path], coco
 
 
 def command(argv: list[str], fatal_update: int | None) -> None:
-    from ddil_agents.learner import Learner
+    from ddil_agents.training.trainer import Trainer
 
     torch.set_num_threads(1)
-    updates, update = [0], Learner.update
+    updates, update = [0], Trainer.update
 
     def counted(self: Any, *args: Any) -> Any:
         updates[0] += 1
@@ -451,7 +451,7 @@ def command(argv: list[str], fatal_update: int | None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return update(self, *args)
 
-    Learner.update = counted  # type: ignore[method-assign]
+    Trainer.update = counted  # type: ignore[method-assign]
     with open(os.devnull, "w") as sys.stderr, open(os.devnull, "w") as sys.stdout:
         dagger.main(argv)
 

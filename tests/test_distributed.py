@@ -28,11 +28,11 @@ from test_resume import ARGV, ENV, after, before, is_checkpoint, outcome, patch,
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ddil_agents import Beta, Dagger, DistributionMatching, Gail, LatentConsistency, Learner
+from ddil_agents import Algorithm, Beta, Dagger, DistributionMatching, Gail, LatentConsistency
 from ddil_agents.devices import ranks as ranks_module
 from ddil_agents.devices import sharding
 from ddil_agents.states.collect import STREAMS, own_seed, stream_seed
-from ddil_agents.training.loop import read_metrics
+from ddil_agents.training.metrics import read_metrics
 from ddil_env import GaussianMixtureExpert, load_expert
 from ddil_env.adapters import LoRA
 
@@ -55,7 +55,7 @@ SMALL: dict[str, Any] = {
     "student": {"width": 16, "depth": 2},
 }
 ALL = Beta(0.5, 0.2, 0.3)
-CASES: dict[str, tuple[type[Learner], dict[str, Any]]] = {
+CASES: dict[str, tuple[type[Algorithm], dict[str, Any]]] = {
     "dagger": (Dagger, {"beta": ALL, "p_expert": 0.3}),
     "dagger, accumulated, bf16": (Dagger, {"beta": ALL, "gradient_accumulation": 2, "mixed_precision": "bf16"}),
     "lcm": (LatentConsistency, {"beta": ALL, "teacher_steps": 4, "collect_size": 120, "capacity": 200, "solver_steps": 50}),
@@ -77,7 +77,7 @@ def expert() -> GaussianMixtureExpert:
     return GaussianMixtureExpert(MEANS, 0.2, [1, 2, 3], labels=[0, 1, 1])
 
 
-def build(case: str, **changed: Any) -> Learner:
+def build(case: str, **changed: Any) -> Algorithm:
     agent, settings = CASES[case]
     return agent(load_expert("digits8") if "lora" in settings else expert(), agent.Config(**{**SMALL, **settings, **changed}))
 
@@ -123,9 +123,9 @@ def as_rank(rank: int) -> Iterator[None]:
         yield
 
 
-def networks(learner: Learner) -> dict[str, Tensor]:
+def networks(learner: Algorithm) -> dict[str, Tensor]:
     """All weights: of each network that learns, and of the average."""
-    found = {name: trainable.bare for name, trainable in learner.trainables.items()} | {"average": learner.average}
+    found = {name: trainable.bare for name, trainable in learner.trainer.trainables.items()} | {"average": learner.average}
     return {name: torch.cat([flat(p.detach()) for p in network.parameters()]) for name, network in found.items()}
 
 
@@ -162,7 +162,7 @@ def learn_all(out: Path, environment: dict[str, str]) -> None:
         sent.clear()
         learner.learn(progress=False)
         learning = sum(sent)
-        student = learner.trainables["student"]
+        student = learner.trainer.trainables["student"]
         momenta = [state["exp_avg"] for state in student.optimizer.state_dict()["state"].values()]
         held = [[local(p).numel() for p in tensors] for tensors in (student.bare.parameters(), momenta)]
         ended[case] = {
@@ -211,7 +211,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return learned(tmp_path_factory.mktemp("sharded"), SHARDED)
 
 
-def in_one(case: str) -> tuple[Learner, list[Learner]]:
+def in_one(case: str) -> tuple[Algorithm, list[Algorithm]]:
     """A single process that takes the concatenation of both ranks' batches, and the two that draw them."""
     whole, halves = build(case, batch_size=2 * SMALL["batch_size"]), []
     for rank in range(2):
@@ -230,11 +230,11 @@ def in_one(case: str) -> tuple[Learner, list[Learner]]:
     while whole.step < whole.horizon:
         for half in halves:
             half.step = whole.step
-            half.trainables["student"].bare.load_state_dict(whole.trainables["student"].bare.state_dict())
+            half.networks["student"].load_state_dict(whole.networks["student"].state_dict())
             if whole.step % whole.collect_every == 0:
                 half.collect()
         parts = zip(*(half.parts(half.draw()) for half in halves), strict=True)
-        whole.update(torch.cat([part for pair in parts for part in pair]))
+        whole.trainer.update(torch.cat([part for pair in parts for part in pair]))
     return whole, halves
 
 
@@ -304,7 +304,7 @@ def test_ranks_start_from_the_same_weights_and_draw_other_states() -> None:
         other = build("dagger")
     assert all(torch.equal(weights, networks(other)[name]) for name, weights in networks(one).items())
     for learner in (one, again, other):
-        learner.collect()
+        learner.trainer.collect()
     x, same, different = (learner.draw()["x_t"] for learner in (one, again, other))
     assert torch.equal(x, same)
     assert not torch.isin(x, different).any()
@@ -347,9 +347,9 @@ def command(directory: Path, argv: list[str], fault: str | None, environment: di
 
 def faulty(fault: str) -> None:
     """Arranges for that fault in this rank."""
-    from ddil_agents.learner import Learner
     from ddil_agents.states.buffer import SourceBuffer
     from ddil_agents.training import checkpoint
+    from ddil_agents.training.trainer import Trainer
 
     def not_finite(original: Callable[..., Any], *args: Any) -> Any:
         batch = original(*args)
@@ -360,7 +360,7 @@ def faulty(fault: str) -> None:
         raise OSError(28, "No space left on device")
 
     faults: dict[tuple[str, int], Callable[[], None]] = {
-        ("rank 1 is killed in a gradient step", 1): lambda: patch(Learner, "update", 17, after),
+        ("rank 1 is killed in a gradient step", 1): lambda: patch(Trainer, "update", 17, after),
         ("rank 1 is killed in saving", 1): lambda: patch(torch, "save", 3, after),
         ("rank 0 is killed before the renaming", 0): lambda: patch(checkpoint.os, "replace", 2, before, is_checkpoint),
         ("a label of rank 1 is not finite", 1): lambda: patch(SourceBuffer, "sample", 5, not_finite),

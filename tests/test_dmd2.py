@@ -22,9 +22,11 @@ from torch.nn.functional import softplus
 
 from ddil_agents import Beta, DistributionMatching, DMD2Config, dmd2
 from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
+from ddil_agents.states.batch import Batch
 from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.critic import Critic
-from ddil_agents.training.loop import read_metrics, train
+from ddil_agents.training.metrics import read_metrics
+from ddil_agents.training.trainer import Trainer
 from ddil_env import Expert, GaussianMixtureExpert, NetworkDenoiser, NoDataError, TimeGrid, load_expert, unroll
 from ddil_env.experts.digits import Digits
 
@@ -87,7 +89,7 @@ def learn(learner: DistributionMatching) -> DistributionMatching:
 
 
 def critic(learner: DistributionMatching) -> Critic:
-    found: Critic = learner.trainables["critic"].bare
+    found: Critic = learner.networks["critic"]
     return found
 
 
@@ -153,10 +155,10 @@ def diffusion(schedule: Any, b: int, d: int) -> tuple[Tensor, Tensor, Tensor, Te
 
 def loss_and_gradient(learner: DistributionMatching) -> tuple[Tensor, Tensor, Tensor]:
     """x, the loss of each state (b,), and its gradient in x (b, d)."""
-    batch = learner.collect()
-    x = learner.generate(batch).detach().requires_grad_()
+    batch = learner.trainer.collect()
+    x = learner.generate(Batch(batch)).detach().requires_grad_()
     learner.generate = lambda batch: x  # type: ignore[method-assign]
-    loss = learner.loss(batch)
+    loss = learner.loss(Batch(batch))
     return x.detach().double(), loss.detach().double(), torch.autograd.grad(loss.sum(), x)[0].double()
 
 
@@ -180,7 +182,7 @@ def test_the_gradient_is_the_difference_of_the_scores_over_the_mean_distance(shi
 def test_descent_moves_the_student_toward_the_teacher() -> None:
     for shift, scale in ((-0.8, 0.4), (1.5, 0.4), (0.6, 0.9), (0.6, 0.1)):  # the teacher's are 0.6 and 0.4
         learner = with_exact_critic(shift, scale, batch_size=512)
-        learner.loss(learner.collect()).mean().backward()
+        learner.loss(Batch(learner.trainer.collect())).mean().backward()
         network = learner.student.network
         assert isinstance(network, Affine)
         for gradient, error in ((network.shift.grad, shift - 0.6), (network.scale.grad, scale - 0.4)):
@@ -202,12 +204,12 @@ def test_guidance_steers_the_real_score_and_its_normaliser() -> None:
     expert = GaussianMixtureExpert([[0.5, -0.2], [-0.7, 0.4]], [0.3, 0.5], [1, 3], labels=[0, 1])
     learner = matching(expert, guidance_scale=3.5, beta=STUDENT, noise_level=999.0)
     before = expert.nfe
-    batch = learner.collect()
+    batch = learner.trainer.collect()
     c = batch["c"]
     critic(learner).denoiser = NetworkDenoiser(PosteriorMean(0.1, 0.6, 2), expert.schedule, "x_0")
-    x = learner.generate(batch).detach().requires_grad_()
+    x = learner.generate(Batch(batch)).detach().requires_grad_()
     learner.generate = lambda batch: x  # type: ignore[method-assign]
-    gradient = torch.autograd.grad(learner.loss(batch).sum(), x)[0].double()
+    gradient = torch.autograd.grad(learner.loss(Batch(batch)).sum(), x)[0].double()
     assert expert.nfe - before == 2 * len(x)
 
     _, eps, alpha, sigma = diffusion(expert.schedule, len(x), 2)
@@ -246,7 +248,7 @@ def test_times_of_the_loss_are_whole_inside_the_chain_and_as_wide_as_asked() -> 
 @pytest.mark.parametrize("beta", [FORWARD, TEACHER, STUDENT], ids=["forward", "teacher", "student"])
 def test_the_first_steps_state_is_pure_noise_whatever_the_source(make: Callable[[], Expert], beta: Beta) -> None:
     learner = matching(make(), beta=beta, noise_level=1000.0, batch_size=5)
-    states = learner.collect()
+    states = learner.trainer.collect()
     drawn = torch.randn(5, *learner.expert.sample_shape, generator=stream("noise" if beta.forward else "rollout"))
     assert torch.equal(states["x_t"], drawn)
     assert (states["t"] == learner.expert.schedule.t_max).all()
@@ -268,7 +270,7 @@ def test_forward_states_are_independent_of_the_data_at_the_first_step_alone() ->
 @pytest.mark.parametrize("n", [4, 7])  # as many as the latent is wide, and not
 def test_forward_states_are_data_diffused_to_the_step(make: Callable[[], Expert], n: int) -> None:
     learner = matching(make(), beta=FORWARD, noise_level=500.0, batch_size=n)
-    expert, states = learner.expert, learner.collect()
+    expert, states = learner.expert, learner.trainer.collect()
     x_0, c = expert.sample_data(n, stream("data"))
     eps = torch.randn(x_0.shape, generator=stream("noise"))
     assert torch.equal(states["x_t"], expert.schedule.add_noise(x_0, eps, states["t"]))
@@ -303,7 +305,7 @@ def by_hand(learner: DistributionMatching, n: int, j: int, p_expert: float) -> t
 @pytest.mark.parametrize(("beta", "p_expert"), [(STUDENT, 0.0), (STUDENT, 0.5), (TEACHER, 0.0)], ids=["student", "mixed", "teacher"])
 def test_backward_simulation_by_hand(make: Callable[[], Expert], n: int, j: int, beta: Beta, p_expert: float) -> None:
     learner = matching(make(), beta=beta, p_expert=p_expert, noise_level=999 - 250.0 * j, batch_size=n)
-    states, spent = learner.collect(), learner.expert.nfe
+    states, spent = learner.trainer.collect(), learner.expert.nfe
     x, c, by_expert = by_hand(learner, n, j, 1.0 if beta.teacher else p_expert)
     torch.testing.assert_close(states["x_t"], x, atol=2e-4, rtol=1e-4)  # the student's x̂_0 is read back from its action
     assert torch.equal(states["t"], learner.grid.times[j].expand(n))
@@ -319,7 +321,7 @@ def test_backward_simulation_by_hand(make: Callable[[], Expert], n: int, j: int,
 def test_a_noise_level_is_the_grids_nearest_time_in_every_collection(level: float, time: float) -> None:
     learner = matching(noise_level=float(level), beta=ALL)
     for _ in range(3):
-        assert (learner.collect()["t"] == time).all()
+        assert (learner.trainer.collect()["t"] == time).all()
 
 
 def test_one_step_is_drawn_for_each_collection_and_all_are_as_likely() -> None:
@@ -337,7 +339,7 @@ def test_each_collection_is_one_batch_and_its_shares_are_those_of_beta() -> None
     learner = matching(beta=ALL, batch_size=10, noise_level=999.0)
     counts = torch.zeros(3)
     for _ in range(100):
-        states = learner.collect()
+        states = learner.trainer.collect()
         assert len(states) == 10
         counts += torch.bincount(states["source"].long(), minlength=3)
         assert torch.equal(learner.draw()["x_t"], states["x_t"])
@@ -350,14 +352,14 @@ def test_each_collection_is_one_batch_and_its_shares_are_those_of_beta() -> None
 def test_states_are_replayed_unless_on_policy(on_policy: bool) -> None:
     learner = matching(on_policy=on_policy, beta=ALL, num_updates=8)
     versions: list[set[int]] = []
-    update = learner.update
+    update = learner.trainer.update
 
     def seen(batch: TensorDict) -> dict[str, Tensor]:
         assert len(batch) == 8
         versions.append(set(batch["version"].tolist()))
         return update(batch)
 
-    learner.update = seen  # type: ignore[method-assign]
+    learner.trainer.update = seen  # type: ignore[method-assign]
     learn(learner)
     if on_policy:
         assert versions == [{i} for i in range(8)]
@@ -372,7 +374,7 @@ def test_states_are_replayed_unless_on_policy(on_policy: bool) -> None:
 @pytest.mark.parametrize("gan_weight", [0.0, 0.5])
 def test_gradient_flows_through_the_last_step_alone(gan_weight: float) -> None:
     learner = matching(noise_level=249.0, gan_weight=gan_weight)
-    batch = learner.collect()
+    batch = learner.trainer.collect()
     student = learner.student
     given: dict[str, Tensor] = {}
     generate = learner.generate
@@ -383,14 +385,14 @@ def test_gradient_flows_through_the_last_step_alone(gan_weight: float) -> None:
         return given["x"]
 
     learner.generate = kept  # type: ignore[method-assign]
-    learner.loss(batch).mean().backward()
+    learner.loss(Batch(batch)).mean().backward()
     assert given["x"].grad is not None
     x = student.predict(batch["x_t"].detach(), batch["t"]).x_0  # one step, from the state as a constant
     expected = torch.autograd.grad(x, list(student.parameters()), given["x"].grad)
     for p, gradient in zip(student.parameters(), expected, strict=True):
         assert p.grad is not None
         torch.testing.assert_close(p.grad, gradient)
-    assert not batch["x"].requires_grad
+    assert not batch["generated"].requires_grad
 
 
 @pytest.mark.parametrize("gan_weight", [0.0, 0.5])
@@ -400,7 +402,7 @@ def test_neither_network_gets_a_gradient_in_the_others_turn(gan_weight: float, p
     own, its = list(learner.student.parameters()), list(critic(learner).parameters())
     seen: dict[str, list[bool]] = {"student": [], "critic": []}
     for name, mine, others in (("student", own, its), ("critic", its, own)):
-        optimizer = learner.trainables[name].optimizer
+        optimizer = learner.trainer.trainables[name].optimizer
         original = optimizer.step
 
         def step(original: Any = original, name: str = name, mine: list[nn.Parameter] = mine, others: list[nn.Parameter] = others) -> None:
@@ -409,10 +411,10 @@ def test_neither_network_gets_a_gradient_in_the_others_turn(gan_weight: float, p
             original()
 
         optimizer.step = step
-    learner.collect()
-    learner.update(learner.draw())
-    learner.collect()
-    learner.update(learner.draw())  # the first gradient of an untrained twin of a shared start may be 0
+    learner.trainer.collect()
+    learner.trainer.update(learner.draw())
+    learner.trainer.collect()
+    learner.trainer.update(learner.draw())  # the first gradient of an untrained twin of a shared start may be 0
     assert len(seen["student"]) == len(seen["critic"]) == 2
     assert all(seen["critic"])
     assert seen["student"][1]
@@ -425,8 +427,8 @@ def test_the_student_steps_in_every_rth_update_and_the_critic_in_all(ratio: int)
     due = [i % ratio == 0 for i in range(7)]
     for turn in due:
         before = [weights(network).clone() for network in (learner.student, critic(learner), learner.average)]
-        learner.collect()
-        measured = learner.update(learner.draw())
+        learner.trainer.collect()
+        measured = learner.trainer.update(learner.draw())
         moved = [not torch.equal(weights(n), b) for n, b in zip((learner.student, critic(learner), learner.average), before, strict=True)]
         assert moved == [turn, True, turn]
         assert ("loss" in measured, "grad_norm" in measured) == (turn, turn)
@@ -438,12 +440,12 @@ def test_the_students_rate_runs_its_course_over_its_own_steps() -> None:
     learner = matching(
         critic_updates=3, num_updates=8, warmup_updates=0, lr_scheduler="linear", learning_rate=3e-3, critic_learning_rate=8e-3
     )
-    student, other = learner.trainables["student"], learner.trainables["critic"]
+    student, other = learner.trainer.trainables["student"], learner.trainer.trainables["critic"]
     assert (student.horizon, other.horizon) == (3, 8)  # ⌈8/3⌉
     rates = []
     for _ in range(8):
-        learner.collect()
-        learner.update(learner.draw())
+        learner.trainer.collect()
+        learner.trainer.update(learner.draw())
         rates.append((student.last_learning_rate, other.last_learning_rate))
     assert [a for a, _ in rates] == pytest.approx([3e-3] * 3 + [2e-3] * 3 + [1e-3] * 2)
     assert [b for _, b in rates] == pytest.approx([1e-3 * n for n in range(8, 0, -1)])
@@ -455,8 +457,8 @@ def test_the_average_moves_with_the_students_steps_alone() -> None:
     learner = matching(critic_updates=2, ema=0.2, learning_rate=1e-2)
     expected = None
     for i in range(8):
-        learner.collect()
-        learner.update(learner.draw())
+        learner.trainer.collect()
+        learner.trainer.update(learner.draw())
         if i % 2 == 0:
             now, d = weights(learner.student), min(0.2, (1 + i // 2) / (10 + i // 2))
             expected = now if expected is None else d * expected + (1 - d) * now
@@ -596,13 +598,13 @@ def test_every_prediction_type_runs_and_its_critic_learns(schedule: Any, kind: A
         """On the same samples, times and noise at every call."""
         learner.diffusion = lambda x, low, high: stranger_diffusion  # type: ignore[method-assign]
         with torch.no_grad():
-            loss = learner.critic_loss(batch)
+            loss = learner.critic_loss(Batch(batch))
         del learner.diffusion
         return float(loss.mean())
 
     with torch.no_grad():
-        batch["x"] = stranger.generate(batch)
-    stranger_diffusion = stranger.diffusion(batch["x"], 1, int(expert.schedule.t_max))
+        batch["generated"] = stranger.generate(Batch(batch))
+    stranger_diffusion = stranger.diffusion(batch["generated"], 1, int(expert.schedule.t_max))
     before = error()
     learn(learner)
     assert torch.isfinite(weights(learner.student)).all()
@@ -615,7 +617,7 @@ def test_the_critics_loss_is_the_plain_error_of_its_own_prediction_type(schedule
     expert = GaussianMixtureExpert(MEANS, 0.2, schedule=schedule)
     learner = matching(expert, student={"width": 16, "depth": 2, "prediction_type": kind})
     x = torch.randn(5, 3)
-    loss = learner.critic_loss(TensorDict({"x": x, "t": torch.zeros(5)}, [5]))
+    loss = learner.critic_loss(Batch(TensorDict({"generated": x, "t": torch.zeros(5)}, [5])))
     generator = stream("loss")
     u = torch.randint(1, 1000, (5,), generator=generator) if expert.schedule.discrete else torch.rand(5, generator=generator)
     tau = u.float() if expert.schedule.discrete else 1 + 999 * u
@@ -714,8 +716,8 @@ def adversaries(num_updates: int, **changed: Any) -> DistributionMatching:
 def test_the_discriminator_tells_data_from_samples_and_its_gradient_points_to_the_data() -> None:
     learner = adversaries(150, seed=1)
     network, schedule = critic(learner), learner.expert.schedule
-    learner.collect()
-    fake = learner.generate(learner.draw()).detach()
+    learner.trainer.collect()
+    fake = learner.generate(Batch(learner.draw())).detach()
     real, _ = learner.expert.sample_data(64, stream("other"))
     assert float((fake - real).norm(dim=1).min()) > 0.5
     t = torch.full((64,), 200.0)
@@ -730,7 +732,7 @@ def test_the_discriminator_tells_data_from_samples_and_its_gradient_points_to_th
     learner.generate = lambda batch: x  # type: ignore[method-assign]
     learner.diffusion = lambda x, low, high: (t, noise)  # type: ignore[method-assign]
     x = fake.clone().requires_grad_()
-    loss = learner.loss(learner.draw())
+    loss = learner.loss(Batch(learner.draw()))
     torch.testing.assert_close(loss.detach(), softplus(-of_fake))
     (gradient,) = torch.autograd.grad(loss.sum(), x)
     toward = torch.tensor([2.0, 2.0]) - fake
@@ -743,7 +745,7 @@ def test_the_discriminators_loss_joins_the_critics() -> None:
     plain, weighted = adversaries(1, discriminator_weight=0.0), adversaries(1, discriminator_weight=0.25)
     critic(weighted).load_state_dict(critic(plain).state_dict())
     x = torch.randn(6, 2)
-    losses = [learner.critic_loss(TensorDict({"x": x, "t": torch.zeros(6)}, [6])).detach() for learner in (plain, weighted)]
+    losses = [learner.critic_loss(Batch(TensorDict({"generated": x, "t": torch.zeros(6)}, [6]))).detach() for learner in (plain, weighted)]
     network, schedule, generator, of_real = critic(plain), plain.expert.schedule, stream("loss"), stream("real")
     torch.randint(1, 1000, (6,), generator=generator), torch.randn(6, 2, generator=generator)  # the denoising loss's own
     real, _ = plain.expert.sample_data(6, of_real)
@@ -757,9 +759,9 @@ def test_a_labelled_discriminator_sees_the_datas_own_classes() -> None:
     learner = matching(labelled(), gan_weight=0.1, beta=ALL)
     seen: list[Tensor] = []
     critic(learner).register_forward_pre_hook(lambda module, args: seen.append(args[2]))
-    states = learner.collect()
-    batch = TensorDict({"x": torch.randn(8, 3), "c": states["c"], "t": states["t"]}, [8])
-    learner.critic_loss(batch)
+    states = learner.trainer.collect()
+    batch = TensorDict({"generated": torch.randn(8, 3), "c": states["c"], "t": states["t"]}, [8])
+    learner.critic_loss(Batch(batch))
     _, c_real = learner.expert.sample_data(8, stream("real"))
     assert c_real is not None
     assert torch.equal(seen[0], torch.cat([states["c"], states["c"], c_real]))
@@ -816,10 +818,10 @@ def test_a_seed_gives_the_same_weights_and_another_seed_others() -> None:
 )
 def test_a_resumed_learner_ends_bit_for_bit_where_the_unbroken_one_does(tmp_path: Path, changed: dict[str, Any]) -> None:
     whole = matching(**changed, num_updates=8)
-    train(whole, tmp_path, progress=False, checkpoint_every=5)
+    whole.train(tmp_path, progress=False, checkpoint_every=5)
     resumed = matching(**changed, num_updates=8).load(tmp_path / "checkpoints" / "step_00000005")
-    train(resumed, progress=False)
-    ours, theirs = resumed.state_dict(), whole.state_dict()
+    resumed.train(progress=False)
+    ours, theirs = resumed.trainer.state_dict(), whole.trainer.state_dict()
     for name in ("student", "critic"):
         a, b = (state["trainables"][name]["network"] for state in (ours, theirs))
         assert a.keys() == b.keys()
@@ -833,7 +835,7 @@ def test_a_resumed_learner_ends_bit_for_bit_where_the_unbroken_one_does(tmp_path
 def test_a_poisoned_network_stops_the_run_at_its_step(network: str) -> None:
     learner = matching()
     with torch.no_grad():
-        next(learner.trainables[network].bare.parameters()).fill_(math.nan)
+        next(learner.networks[network].parameters()).fill_(math.nan)
     with pytest.raises(FloatingPointError, match=r"loss is not finite at step 1, on states of: student \(8 states\)"):
         learn(learner)
 
@@ -881,15 +883,15 @@ def test_a_command_killed_halfway_resumes_to_the_same_student_and_critic(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    update = DistributionMatching.update
+    update = Trainer.update
 
-    def killed_at_5(learner: DistributionMatching, batch: TensorDict) -> dict[str, Tensor]:
-        if learner.step == 5:
+    def killed_at_5(trainer: Trainer, batch: TensorDict) -> dict[str, Tensor]:
+        if trainer.algorithm.step == 5:
             raise Killed
-        return update(learner, batch)
+        return update(trainer, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DistributionMatching, "update", killed_at_5)
+        patch.setattr(Trainer, "update", killed_at_5)
         with pytest.raises(Killed):
             dmd2.main(["--config", str(run / "config.yaml"), "--out", "run"])
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step_00000003"]
@@ -988,6 +990,6 @@ def test_a_student_can_start_from_another_runs_and_the_critic_from_the_expert(tm
     learner = DistributionMatching(expert, DMD2Config(init=str(tmp_path)))
     assert torch.equal(weights(learner.student), weights(other))
     assert torch.equal(weights(learner.average), weights(other))
-    assert torch.equal(weights(learner.trainables["critic"].bare), weights(expert.make_student()))
+    assert torch.equal(weights(learner.networks["critic"]), weights(expert.make_student()))
     with pytest.raises(ValueError, match="student"):
         DistributionMatching(expert, DMD2Config(init=str(tmp_path / "nowhere")))

@@ -34,7 +34,7 @@ def asked(learner: DistributionMatching) -> tuple[list[tuple[Tensor, Tensor]], l
     """One update; the inputs and times of the critic, forward by forward, and of the teacher."""
     critic: list[tuple[Tensor, Tensor]] = []
     teacher: list[tuple[Tensor, Tensor]] = []
-    network = learner.trainables["critic"].bare
+    network = learner.networks["critic"]
     hook = network.register_forward_pre_hook(lambda module, args: critic.append((args[0].detach(), args[1])))
     guided = learner.expert.guided
 
@@ -43,8 +43,8 @@ def asked(learner: DistributionMatching) -> tuple[list[tuple[Tensor, Tensor]], l
         return guided(x_t, t, *args)
 
     learner.expert.guided = spy  # type: ignore[method-assign]
-    learner.collect()
-    learner.update(learner.draw())
+    learner.trainer.collect()
+    learner.trainer.update(learner.draw())
     hook.remove()
     learner.expert.guided = guided  # type: ignore[method-assign]
     return critic, teacher
@@ -125,7 +125,7 @@ def test_a_clean_sample_can_be_judged(kind: str) -> None:
     diffusion = learner.diffusion
     learner.diffusion = lambda x, low, high: diffusion(x, low, high if low else 0)  # type: ignore[method-assign]  # all at 0
     learner.learn(progress=False)
-    for trainable in learner.trainables.values():
+    for trainable in learner.trainer.trainables.values():
         assert all(p.isfinite().all() for p in trainable.weights)
 
 
@@ -133,11 +133,11 @@ def rates(learner: DistributionMatching, updates: int) -> tuple[list[float], lis
     """Of the student and of the critic, step by step of each."""
     found: tuple[list[float], list[float]] = [], []
     for i in range(updates):
-        learner.collect()
-        learner.update(learner.draw())
+        learner.trainer.collect()
+        learner.trainer.update(learner.draw())
         if i % learner.config.critic_updates == 0:
-            found[0].append(learner.trainables["student"].last_learning_rate)
-        found[1].append(learner.trainables["critic"].last_learning_rate)
+            found[0].append(learner.trainer.trainables["student"].last_learning_rate)
+        found[1].append(learner.trainer.trainables["critic"].last_learning_rate)
     return found
 
 

@@ -29,7 +29,7 @@ from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.envs.utils import check_env_specs
 
 import ddil_env
-from ddil_agents import Dagger, DaggerConfig, DistributionMatching, LatentConsistency, Learner
+from ddil_agents import Algorithm, Dagger, DaggerConfig, DistributionMatching, LatentConsistency
 from ddil_env import (
     DenoisingEnv,
     DenoisingGymEnv,
@@ -647,7 +647,7 @@ def test_torchrls_processes_take_environment_and_student_with_them() -> None:
 
 
 @pytest.mark.parametrize("agent", [Dagger, LatentConsistency, DistributionMatching])
-def test_agents_policies_and_environments_can_be_pickled(agent: type[Learner]) -> None:
+def test_agents_policies_and_environments_can_be_pickled(agent: type[Algorithm]) -> None:
     config = agent.Config(num_steps=2, batch_size=4, collect_size=8, student={"width": 8, "depth": 1})
     learner = agent(mixture(), config)
     x_t, t, s = torch.randn(3, 2), torch.full((3,), 999.0), torch.full((3,), 500.0)
@@ -655,8 +655,8 @@ def test_agents_policies_and_environments_can_be_pickled(agent: type[Learner]) -
     for policy, copy in ((learner.student_policy, again.student_policy), (learner.reference, again.reference)):
         assert torch.equal(copy.act(x_t, t, s), policy.act(x_t, t, s))
     assert env.rollout(2, again.student_policy).shape == (3, 2)
-    learner.collect()
-    again.collect()
+    learner.trainer.collect()
+    again.trainer.collect()
     assert torch.equal(learner.draw()["x_t"], again.draw()["x_t"])  # its streams go with it
 
 

@@ -634,7 +634,7 @@ def test_the_expert_is_sampled_once_in_each_number_of_steps(monkeypatch):
 
 def test_the_command_names_what_is_wrong(tmp_path: Path, capsys):
     for flags, message in (
-        (["--run", str(tmp_path)], "holds no finished run"),
+        (["--run", str(tmp_path)], "holds no run"),
         (
             ["--config", "coco2017_5k"],
             "--protocol coco2017_5k: its samples are of its own captions, not of the expert's prompts; pass them as",

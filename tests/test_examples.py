@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from ddil_agents import Dagger, DistributionMatching, Gail, LatentConsistency, Learner, check_agent, compare, evaluate, report
+from ddil_agents import Algorithm, Dagger, DistributionMatching, Gail, LatentConsistency, check_agent, compare, evaluate, report
 from ddil_agents import __main__ as command_line
 from ddil_agents.commands.parse import find_agent, identify
 
@@ -160,13 +160,14 @@ class Deaf(Dagger):
 
 
 class Uncounted(Dagger):
-    """Asks the teacher beside its collections, and does not say so."""
+    """Asks the teacher beside its collections and updates, and does not say so."""
 
     name = "uncounted"
 
-    def loss(self, batch):
+    def draw(self):
+        batch = super().draw()
         self.expert.predict(batch["x_t"], batch["t"])
-        return super().loss(batch)
+        return batch
 
 
 class Forgetful(Dagger):
@@ -190,7 +191,7 @@ class Forgetful(Dagger):
         (DistributionMatching, {"num_updates": 600, "learning_rate": 1e-3, "critic_learning_rate": 1e-2}),
     ],
 )
-def test_our_own_learners_conform(agent: type[Learner], settings: dict[str, float]) -> None:
+def test_our_own_learners_conform(agent: type[Algorithm], settings: dict[str, float]) -> None:
     check_agent(agent, **settings)
 
 
@@ -210,10 +211,10 @@ def test_the_examples_learner_conforms(monkeypatch: pytest.MonkeyPatch) -> None:
         (Deaf, "after 150 updates its samples are .* from the teacher's"),
         (Uncounted, "counted .* forwards of the teacher where it ran"),
         (Forgetful, "resumed ended in other weights"),
-        (int, "is not a subclass of ddil_agents.Learner"),
+        (int, "is not a subclass of ddil_agents.Algorithm"),
         (type("Nameless", (Dagger,), {}), "has no name of its own, by which results tell it from others"),
     ],
 )
-def test_what_breaks_the_contract_is_named(agent: type[Learner], told: str) -> None:
+def test_what_breaks_the_contract_is_named(agent: type[Algorithm], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         check_agent(agent)

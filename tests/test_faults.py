@@ -11,7 +11,7 @@ import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from test_learners import _callers_generator, bc, dagger, learn, weights  # noqa
 from tiny_sd import write_tiny_sd
 from torch import nn
 
-from ddil_agents import Learner
+from ddil_agents import Algorithm
 from ddil_agents import dagger as dagger_module
 from ddil_agents.evaluation.judge import Judge
 from ddil_agents.evaluation.pictures import save_samples
+from ddil_agents.training.callbacks import Stopwatch
 from ddil_agents.training.checkpoint import folder_atomically, save_checkpoint, write_atomically
-from ddil_agents.training.loop import RunFiles, read_metrics, train
+from ddil_agents.training.metrics import RunFiles, read_metrics
 from ddil_env import load_expert
 from ddil_env.weights import load_weights
 
@@ -63,7 +64,7 @@ def cpu() -> None:
     torch.empty(2**60, dtype=torch.uint8)
 
 
-def short_of_memory(learner: Learner, most: int, network: str = "student", run_out: Callable[[], None] = cpu) -> Learner:
+def short_of_memory(learner: Algorithm, most: int, network: str = "student", run_out: Callable[[], None] = cpu) -> Algorithm:
     """A learner whose network cannot take more states than `most` at a time with gradient; the second such batch is the first refused."""
     met = [0]
 
@@ -73,21 +74,21 @@ def short_of_memory(learner: Learner, most: int, network: str = "student", run_o
             if met[0] > 1:
                 run_out()
 
-    learner.trainables[network].bare.register_forward_pre_hook(check)
+    learner.networks[network].register_forward_pre_hook(check)
     return learner
 
 
-def cut_in_two(learner: Learner, network: str, step: int, times: int) -> Learner:
+def cut_in_two(learner: Algorithm, network: str, step: int, times: int) -> Algorithm:
     """A learner that no memory runs out of, and whose parts are halved so often in that network's gradient step."""
-    minimise = learner.minimise
+    minimise = learner.trainer.minimise
 
     def cutting(name: str, loss: Any, parts: list[Any]) -> Any:
         for _ in range(times if (name, learner.step) == (network, step) else 0):
             parts[:] = [half for part in parts for half in part.chunk(2)]
-            learner.gradient_accumulation *= 2
+            learner.trainer.gradient_accumulation *= 2
         return minimise(name, loss, parts)
 
-    learner.minimise = cutting  # type: ignore[method-assign]
+    learner.trainer.minimise = cutting  # type: ignore[method-assign]
     return learner
 
 
@@ -114,7 +115,7 @@ def test_dmd2_halves_for_either_network_and_draws_the_same_noise_again(network: 
     twin = learn(cut_in_two(matching(**options), network, step, times=1))
     assert halved.gradient_accumulation == 2
     for name in ("student", "critic"):
-        assert torch.equal(*(weights(each.trainables[name].bare) for each in (halved, twin)))
+        assert torch.equal(*(weights(each.networks[name]) for each in (halved, twin)))
 
 
 def test_batches_that_do_not_divide_are_halved_too() -> None:
@@ -125,7 +126,7 @@ def test_batches_that_do_not_divide_are_halved_too() -> None:
 
 def test_the_halving_is_told_recorded_and_kept_by_a_resumed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     halved = short_of_memory(dagger(halve_batch_on_oom=True), 4)
-    train(halved, tmp_path, progress=False, log_every=1, checkpoint_every=10)
+    halved.train(tmp_path, progress=False, log_every=1, checkpoint_every=10)
     told = capsys.readouterr().err
     assert (
         "out of memory at step 2, in the gradient of 16 of batch_size=16 states at a time; from here on gradient_accumulation is 2" in told
@@ -208,11 +209,13 @@ def test_a_pipeline_that_cannot_be_saved_in_whole_leaves_the_one_that_is_there(t
 
 
 def test_a_line_of_metrics_on_a_full_disk_names_its_file(tmp_path: Path) -> None:
-    with RunFiles(dagger(), tmp_path) as files:
+    agent, files = dagger(), RunFiles(Stopwatch())
+    files.on_start(agent, tmp_path)
+    with closing(files):
         (tmp_path / "metrics.jsonl").unlink()
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")  # every write to it finds no space left
         with pytest.raises(OSError, match=f"cannot write {tmp_path}/metrics.jsonl: No space left on device; make room") as error:
-            files.write({"step": 1, "loss": 0.5})
+            files.on_log(agent, {"step": 1, "loss": 0.5})
     assert error.value.errno == errno.ENOSPC
 
 
@@ -259,7 +262,7 @@ def without_a_setting(checkpoint: Path) -> None:
 def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     with torch.random.fork_rng():
-        train(bc(), out, progress=False, checkpoint_every=10)
+        bc().train(out, progress=False, checkpoint_every=10)
     return out / "checkpoints"
 
 

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from ddil_agents import Beta, LatentConsistency, LCMConfig, SourceBuffer, lcm
 from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
 from ddil_agents.lcm import ConsistencyDenoiser, LCMCollector
+from ddil_agents.states.batch import Batch
 from ddil_agents.states.collect import STREAMS, stream_seed
-from ddil_agents.training.loop import read_metrics
+from ddil_agents.training.metrics import clipped_shares, read_metrics
+from ddil_agents.training.trainer import Trainer
 from ddil_env import ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, NoiseSchedule, TimeGrid, unroll
 from ddil_env.schedule import PredictionType
 from ddil_env.support import Thresholding
@@ -141,7 +143,7 @@ def test_the_student_samples_as_diffusers_scheduler_does(kind: PredictionType, t
 def test_the_solvers_times_are_20_apart_and_end_at_0() -> None:
     learner = agent(beta=Beta(1, 1, 0), collect_size=4000, capacity=4000)
     assert collector(learner).grid.times.tolist() == SOLVER
-    states = learner.collect()
+    states = learner.trainer.collect()
     assert torch.equal(states["s"], (states["t"] - 20).clamp(min=0))
     for source in (0, 1):
         assert states["t"][states["source"] == source].unique().tolist() == SOLVER[-2::-1]
@@ -300,8 +302,8 @@ def test_the_target_is_computed_in_the_students_precision() -> None:
     for denoiser in (learner.student, learner.average):
         last = [layer for layer in denoiser.modules() if isinstance(layer, nn.Linear)][-1]
         last.register_forward_hook(lambda layer, given, output: seen.append(output.dtype))
-    learner.collect()
-    learner.update(learner.draw())
+    learner.trainer.collect()
+    learner.trainer.update(learner.draw())
     assert seen == [torch.bfloat16] * 2
 
 
@@ -341,8 +343,8 @@ def test_the_average_decays_by_95_per_cent_a_step() -> None:
     assert LCMConfig().ema == 0.95
     for step in range(6):
         before = weights(learner.average)
-        learner.collect()
-        learner.update(learner.draw())
+        learner.trainer.collect()
+        learner.trainer.update(learner.draw())
         if step:  # the first step's average is its student
             torch.testing.assert_close(weights(learner.average), 0.95 * before + 0.05 * weights(learner.student), atol=1e-6, rtol=0)
             assert not torch.allclose(weights(learner.average), weights(learner.student), atol=1e-3)
@@ -361,8 +363,8 @@ def shaken(learner: LatentConsistency) -> LatentConsistency:
 @pytest.mark.parametrize("n", [2, 16])  # as many states as the latent is wide, and more
 def test_the_loss_is_the_distance_to_what_the_average_says_one_step_on(distance: Any, n: int) -> None:
     learner = shaken(agent(distance=distance, huber_h=0.01))
-    batch = learner.collect()[:n]
-    loss = learner.loss(batch)
+    batch = learner.trainer.collect()[:n]
+    loss = learner.loss(Batch(batch))
     assert loss.shape == (n,)
     for i in range(n):
         state = batch[i : i + 1]
@@ -374,7 +376,7 @@ def test_the_loss_is_the_distance_to_what_the_average_says_one_step_on(distance:
 
 def test_no_gradient_reaches_the_average() -> None:
     learner = shaken(agent())
-    learner.loss(learner.collect()).mean().backward()
+    learner.loss(Batch(learner.trainer.collect())).mean().backward()
     assert all(p.grad is None for p in learner.average.parameters())
     assert all(p.grad is not None for p in learner.student.parameters())
     assert not learner.average.training
@@ -382,13 +384,13 @@ def test_no_gradient_reaches_the_average() -> None:
 
 def test_a_thresholded_target_lies_in_the_box() -> None:
     learner = shaken(agent(distance="l2", thresholding=Thresholding(kind="static", bound=0.3, roles=("target",))))
-    batch = learner.collect()
+    batch = learner.trainer.collect()
     with torch.no_grad():
         x_0, target = learner.student(batch["x_t"], batch["t"]).x_0, learner.average(batch["x_s"], batch["s"]).x_0
     assert (target.abs() > 0.3).any()
-    torch.testing.assert_close(learner.loss(batch), (x_0 - target.clamp(-0.3, 0.3)).square().mean(1))
-    assert not torch.allclose(learner.loss(batch), (x_0 - target).square().mean(1), atol=1e-2)
-    assert 0 < float(learner.clipped()["target"]) < 1
+    torch.testing.assert_close(learner.loss(Batch(batch)), (x_0 - target.clamp(-0.3, 0.3)).square().mean(1))
+    assert not torch.allclose(learner.loss(Batch(batch)), (x_0 - target).square().mean(1), atol=1e-2)
+    assert 0 < float(clipped_shares(learner)["target"]) < 1
 
 
 def test_a_thresholded_student_feels_a_gradient_outside_the_box() -> None:
@@ -401,7 +403,7 @@ def test_a_thresholded_student_feels_a_gradient_outside_the_box() -> None:
     with torch.no_grad():
         x_0, target = learner.student(batch["x_t"], batch["t"]).x_0, learner.average(batch["x_s"], batch["s"]).x_0
     assert x_0.min() > 1
-    loss = learner.loss(batch)
+    loss = learner.loss(Batch(batch))
     torch.testing.assert_close(loss, (0.3 - target).square().mean(1))  # the values are those of the projection
     loss.mean().backward()
     sigma = learner.expert.schedule.coefficients(batch["t"])[1][:, None].float()
@@ -424,7 +426,7 @@ class Overheard:
 def test_with_a_guidance_range_each_state_has_its_scale_and_both_networks_are_told_it() -> None:
     learner = agent(labelled(), guidance_range=(1.0, 5.0), beta=Beta(0.4, 0.3, 0.3), collect_size=200, batch_size=64)
     student, average = Overheard(learner.student), Overheard(learner.average)
-    states = learner.collect()
+    states = learner.trainer.collect()
     w = states["w"]
     assert 1 <= float(w.min()) < 1.5
     assert 4.5 < float(w.max()) <= 5
@@ -434,13 +436,13 @@ def test_with_a_guidance_range_each_state_has_its_scale_and_both_networks_are_to
         assert torch.equal(told.sort().values, own["w"][own["t"] < t].sort().values)
     student.told.clear()
     batch = learner.draw()
-    learner.loss(batch)
+    learner.loss(Batch(batch))
     assert [torch.equal(told, batch["w"]) for told in (*student.told, *average.told)] == [True, True]
 
 
 def test_labels_use_the_scale_of_their_state() -> None:
     learner = agent(labelled(), guidance_range=(1.0, 5.0), beta=Beta(0.4, 0.3, 0.3), collect_size=200)
-    states = learner.collect()
+    states = learner.trainer.collect()
     x_t, t, s, c, w = (states[key] for key in ("x_t", "t", "s", "c", "w"))
     cond, uncond = learner.expert.predict(x_t, t, c), learner.expert.predict(x_t, t, torch.full_like(c, 2))
     alpha, sigma = (a[:, None].float() for a in learner.expert.schedule.ending_at_alpha_0().coefficients(s))
@@ -623,15 +625,15 @@ def test_a_run_cut_short_and_resumed_ends_in_the_weights_of_the_unbroken_one(tmp
     Path("env.yaml").write_text(MIXTURE)
     argv = ["--env", "env.yaml", *SMALL, *shlex.split("--beta.teacher .5 --collect_size 170 --prioritised true --student '{width: 16}'")]
     run([*argv, "--out", "whole"])
-    update = LatentConsistency.update
+    update = Trainer.update
 
-    def fatal(self: LatentConsistency, batch: TensorDict) -> dict[str, Tensor]:
-        if self.step == 9:
+    def fatal(self: Trainer, batch: TensorDict) -> dict[str, Tensor]:
+        if self.algorithm.step == 9:
             raise Killed
         return update(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LatentConsistency, "update", fatal)
+        patch.setattr(Trainer, "update", fatal)
         with pytest.raises(Killed):
             run([*argv, "--out", "broken"])
     assert not Path("broken/result.json").exists()

@@ -13,10 +13,11 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from ddil_agents import BCConfig, BehaviourCloning, Beta, Dagger, DaggerConfig, Learner
+from ddil_agents import Algorithm, BCConfig, BehaviourCloning, Beta, Dagger, DaggerConfig
 from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
+from ddil_agents.states.batch import Batch
 from ddil_agents.training.checkpoint import checkpoints
-from ddil_agents.training.loop import read_metrics, train
+from ddil_agents.training.metrics import read_metrics
 from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, Prediction, TimeGrid, invert_ddim, unroll
 
 MIXTURE = Beta(0.5, 0.1, 0.4)
@@ -52,7 +53,7 @@ def dagger(**changed: Any) -> Dagger:
     return Dagger(corners(), DaggerConfig(**settings(**{"beta": MIXTURE, **changed})))
 
 
-def learn(learner: Learner, num_updates: int | None = None, **where: Any) -> Learner:
+def learn(learner: Algorithm, num_updates: int | None = None, **where: Any) -> Algorithm:
     return learner.learn(num_updates, progress=False, **where)
 
 
@@ -75,7 +76,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize(("agent", "beta"), [(BehaviourCloning, Beta()), (Dagger, MIXTURE), (Dagger, Beta(0, 0, 1))])
-def test_a_4_step_student_comes_within_a_tenth_of_the_32_step_teacher(agent: type[Learner], beta: Beta) -> None:
+def test_a_4_step_student_comes_within_a_tenth_of_the_32_step_teacher(agent: type[Algorithm], beta: Beta) -> None:
     fast = {"batch_size": 256, "collect_size": 1024, "updates_per_collect": 16, "capacity": 4096, "warmup_updates": 50}
     config = settings(**fast, num_updates=400, teacher_steps=32, learning_rate=1e-2, ema=0.97, beta=beta, student={"width": 64})
     learner = agent(corners(), agent.Config(**config))
@@ -130,7 +131,7 @@ class WithExactStudent(GaussianMixtureExpert):
         return NetworkDenoiser(PlusOffset(offset), self.schedule, "x_0")
 
 
-def collected(learner: Learner) -> TensorDict:
+def collected(learner: Algorithm) -> TensorDict:
     """16 labelled states of each source."""
     return learner.collector.collect(48, (1 / 3, 1 / 3, 1 / 3), 0)
 
@@ -141,7 +142,7 @@ def test_the_loss_and_its_gradient_vanish_where_the_student_is_the_target(weight
     for offset in (0.0, 0.1):
         config = BCConfig(**settings(teacher_steps=4, weighting=weighting, student={"offset": offset}))  # one expert step a student step
         learner = BehaviourCloning(WithExactStudent(), config)
-        loss = learner.loss(collected(learner)).mean()
+        loss = learner.loss(Batch(collected(learner))).mean()
         loss.backward()
         values[offset] = loss.item(), float(learner.student.network.offset.grad.norm())
     assert values[0.0] == pytest.approx((0, 0), abs=1e-5)
@@ -149,7 +150,7 @@ def test_the_loss_and_its_gradient_vanish_where_the_student_is_the_target(weight
     assert values[0.1][1] > 0.1
 
 
-def target(learner: Learner, batch: TensorDict) -> Tensor:
+def target(learner: Algorithm, batch: TensorDict) -> Tensor:
     """Progressive distillation's x_tgt, (b, *sample_shape)."""
     return invert_ddim(learner.expert.schedule, batch["x_t"], batch["t"], batch["x_s"], batch["s"]).x_0
 
@@ -158,7 +159,7 @@ def target(learner: Learner, batch: TensorDict) -> Tensor:
 def test_the_loss_is_one_number_a_state(n: int) -> None:
     learner = bc()
     batch = collected(learner)[:n]
-    loss = learner.loss(batch)
+    loss = learner.loss(Batch(batch))
     x_0 = learner.student(batch["x_t"], batch["t"], None).x_0
     assert loss.shape == (n,)
     for i in range(n):
@@ -176,7 +177,7 @@ def test_snr_plus_one_is_the_plain_error_in_v() -> None:
     v_tgt = alpha * (x_t - alpha * x_tgt) / sigma - sigma * x_tgt
     with torch.no_grad():
         plain = (learner.student.network(x_t, t.double(), None) - v_tgt).square().mean(1)  # this student predicts v
-        loss = learner.loss(batch.set("t", t.double()).set("s", batch["s"].double()))
+        loss = learner.loss(Batch(batch.set("t", t.double()).set("s", batch["s"].double())))
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
 
 
@@ -237,14 +238,14 @@ def test_guidance_doubles_the_teachers_cost(guidance_scale: float, pair: int) ->
 def test_priorities_are_the_last_losses() -> None:
     learner = dagger(prioritised=True, num_updates=9)
     losses = []
-    update = learner.update
+    update = learner.trainer.update
 
     def recorded(batch: TensorDict) -> dict[str, Tensor]:
         measured = update(batch)
         losses.append((batch["index"], measured["loss"]))
         return measured
 
-    learner.update = recorded  # type: ignore[method-assign]
+    learner.trainer.update = recorded  # type: ignore[method-assign]
     learn(learner)
     index, loss = losses[-1]
     last = {i: max(float(x) for j, x in zip(index.tolist(), loss.tolist(), strict=True) if j == i) for i in index.tolist()}
@@ -312,8 +313,8 @@ def test_the_average_is_exponential(decay: float) -> None:
     learner = bc(ema=decay)
     expected = None
     for n in range(12):
-        learner.collect()
-        learner.update(learner.buffer.sample(16, (1, 0, 0)))
+        learner.trainer.collect()
+        learner.trainer.update(learner.buffer.sample(16, (1, 0, 0)))
         now, d = weights(learner.student), min(decay, (1 + n) / (10 + n))  # .5 from n = 8 on
         expected = now if expected is None else d * expected + (1 - d) * now
         torch.testing.assert_close(weights(learner.average), expected, atol=1e-6, rtol=0)
@@ -321,7 +322,7 @@ def test_the_average_is_exponential(decay: float) -> None:
 
 def test_the_rate_warms_up_and_falls_to_0() -> None:
     learner = bc(num_updates=10, warmup_updates=3, learning_rate=1.0)
-    rates = [learner.trainables["student"]._share_of_rate(step) for step in range(11)]
+    rates = [learner.trainer.trainables["student"]._share_of_rate(step) for step in range(11)]
     assert rates[:3] == pytest.approx([0.25, 0.5, 0.75])
     assert rates[3:] == pytest.approx([0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
 
@@ -379,7 +380,7 @@ def test_poisoned_labels_stop_the_run_with_step_and_source(tmp_path: Path) -> No
     # 32 states of 2 forwards a collection: the third one, before step 9, is poisoned, and all held states are replaced by it
     learner = BehaviourCloning(PoisonedFrom(2 * 64), BCConfig(**settings(capacity=32)))
     with pytest.raises(FloatingPointError, match=r"not finite at step 9, on states of: forward \(16 states\)\. "):
-        train(learner, tmp_path, progress=False, checkpoint_every=4, log_every=100)
+        learner.train(tmp_path, progress=False, checkpoint_every=4, log_every=100)
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step_00000004", "step_00000008"]
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [4, 8]
     restored = BehaviourCloning(corners(), learner.config).load(tmp_path / "checkpoints")
@@ -397,7 +398,7 @@ def test_a_poisoned_student_stops_the_run_at_its_first_step(tmp_path: Path) -> N
 
 def test_a_single_poisoned_source_is_named_alone() -> None:
     learner = dagger()
-    learner.collect()
+    learner.trainer.collect()
     states = collected(learner)
     states["x_s"][states["source"] == 1] = torch.inf
     learner.buffer.extend(states)
@@ -411,11 +412,11 @@ def test_a_single_poisoned_source_is_named_alone() -> None:
 # Saving and loading
 
 
-def halfway(directory: Path, make: Any, **changed: Any) -> tuple[Learner, Learner]:
+def halfway(directory: Path, make: Any, **changed: Any) -> tuple[Algorithm, Algorithm]:
     """A learner that learned without a break, and another that took up its checkpoint of step 11 of 20."""
     whole = make(**changed)
-    train(whole, directory, progress=False, checkpoint_every=11)
-    train(resumed := make(**changed).load(directory / "checkpoints" / "step_00000011"), progress=False)
+    whole.train(directory, progress=False, checkpoint_every=11)
+    (resumed := make(**changed).load(directory / "checkpoints" / "step_00000011")).train(progress=False)
     return whole, resumed
 
 
@@ -432,7 +433,7 @@ def halfway(directory: Path, make: Any, **changed: Any) -> tuple[Learner, Learne
 )
 def test_a_resumed_learner_ends_bit_for_bit_where_the_unbroken_one_does(tmp_path: Path, changed: dict[str, Any]) -> None:
     whole, resumed = halfway(tmp_path, dagger, **changed)
-    a, b = whole.state_dict(), resumed.state_dict()
+    a, b = whole.trainer.state_dict(), resumed.trainer.state_dict()
     for key in a.keys() | b.keys():
         assert same(a[key], b[key]), key
     assert whole.step == 20
@@ -459,14 +460,14 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 def test_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
-    train(bc(), tmp_path, progress=False, checkpoint_every=3)
+    bc().train(tmp_path, progress=False, checkpoint_every=3)
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step_00000018", "step_00000020"]
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """checkpoints of steps 18 and 20."""
-    train(dagger(), tmp_path, progress=False, checkpoint_every=18)
+    dagger().train(tmp_path, progress=False, checkpoint_every=18)
     return tmp_path / "checkpoints"
 
 
@@ -582,7 +583,7 @@ def test_the_first_step_of_a_second_learn_has_a_learning_rate() -> None:
     before = agent.step
     agent.learn(1, progress=False)
     assert agent.step == before + 1
-    assert agent.trainables["student"].last_learning_rate > 0
+    assert agent.trainer.trainables["student"].last_learning_rate > 0
 
 
 def test_the_averaged_student_is_in_eval_mode() -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel
 
 from ddil_agents import Beta, Dagger, DaggerConfig, DistributionMatching, DMD2Config
+from ddil_agents.training.callbacks import Callback
 from ddil_env import check_expert, load_expert
 from ddil_env.adapters import LoRA
 
@@ -44,11 +45,11 @@ def test_the_account_is_what_a_learners_update_allocates(lora: LoRA | None, chec
     config = DMD2Config(**{**SMALL, "batch_size": 16, "critic_updates": 1}, lora=lora, student=student)
     learner = DistributionMatching(expert, config)
     for _ in range(2):  # the first makes the momenta
-        learner.collect()
+        learner.trainer.collect()
         batch = learner.draw()
         meter = Meter()
         with meter:
-            learner.update(batch)
+            learner.trainer.update(batch)
     core = expert.network.core
 
     def inputs(n: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -64,10 +65,10 @@ def test_the_account_is_what_a_learners_update_allocates(lora: LoRA | None, chec
             return type(core).from_config(core.config)
 
     counted = account(make, inputs, 16, Setting(lora, checkpointing=checkpointing), attention)
-    bare = [learner.trainables[name].bare for name in ("student", "critic")]
+    bare = [learner.networks[name] for name in ("student", "critic")]
     owned = [sum(p.nbytes for p in network.parameters()) for network in (core, *bare, learner.average)]
     assert [counted[role] for role in ("teacher", "student", "critic", "average")] == owned
-    states = [trainable.optimizer.state for trainable in learner.trainables.values()]
+    states = [trainable.optimizer.state for trainable in learner.trainer.trainables.values()]
     assert counted["momenta"] == sum(v.nbytes for state in states for each in state.values() for k, v in each.items() if k != "step")
     held = sum(counted[part] for part in ("teacher", "student", "critic", "average", "momenta"))
     latent = 16 * 4 * 8 * 8 * 4  # of which a loss holds a few dozen, which the account leaves out: here they are large beside the network
@@ -96,9 +97,9 @@ def test_8_bit_momenta_take_what_is_counted() -> None:
     pytest.importorskip("bitsandbytes")
     config = DaggerConfig(**SMALL, batch_size=2, collect_size=4, optimizer="adamw8bit")
     learner = Dagger(load_expert("digits8"), config)
-    learner.collect()
-    learner.update(learner.draw())
-    trainable = learner.trainables["student"]
+    learner.trainer.collect()
+    learner.trainer.update(learner.draw())
+    trainable = learner.trainer.trainables["student"]
     codes = ("qmap1", "qmap2")  # one table for all weights
     kept = sum(v.nbytes for each in trainable.optimizer.state.values() for k, v in each.items() if isinstance(v, Tensor) and k not in codes)
     assert kept == pytest.approx(momenta(list(trainable.bare.parameters()), "adamw8bit"), rel=0.01)
@@ -128,12 +129,11 @@ def test_vae_and_text_encoder_are_gone_while_students_train(folder: Path, monkey
     assert there() == {"AutoencoderKL": 1, "CLIPTextModel": 0}
     seen: list[dict[str, int]] = []
 
-    class Watched(Dagger):
-        def update(self, batch: Any) -> Any:
+    class Watch(Callback):
+        def on_update(self, *_: Any) -> None:
             seen.append(there())
-            return super().update(batch)
 
-    Watched(expert, DaggerConfig(**SMALL, batch_size=2, collect_size=4)).learn(1, progress=False)
+    Dagger(expert, DaggerConfig(**SMALL, batch_size=2, collect_size=4)).learn(1, progress=False, callbacks=[Watch()])
     assert seen == [{"AutoencoderKL": 0, "CLIPTextModel": 0}]
     assert expert.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 16, 16, 3)
 
@@ -146,15 +146,15 @@ def test_scaled_losses_of_two_networks_step_as_unscaled_ones() -> None:
         learner = DistributionMatching(load_expert("digits8"), DMD2Config(**settings, lora=LoRA(4)))
         if scaled:
             scaler = GradScaler("cpu", init_scale=2.0**10)
-            learner.accelerator.scaler, learner.accelerator.native_amp = scaler, True
-            learner.accelerator.state._mixed_precision = "fp16"  # clipping unscales then; the networks are wrapped in no autocast
-            for trainable in learner.trainables.values():
+            learner.trainer.accelerator.scaler, learner.trainer.accelerator.native_amp = scaler, True
+            learner.trainer.accelerator.state._mixed_precision = "fp16"  # clipping unscales then; the networks are wrapped in no autocast
+            for trainable in learner.trainer.trainables.values():
                 trainable.optimizer = AcceleratedOptimizer(trainable.optimizer.optimizer, device_placement=False, scaler=scaler)
-            learner.accelerator._optimizers = [trainable.optimizer for trainable in learner.trainables.values()]
+            learner.trainer.accelerator._optimizers = [trainable.optimizer for trainable in learner.trainer.trainables.values()]
         for _ in range(3):
-            learner.collect()
-            learner.update(learner.draw())
-        found.append({name: trainable.bare.state_dict() for name, trainable in learner.trainables.items()})
+            learner.trainer.collect()
+            learner.trainer.update(learner.draw())
+        found.append({name: trainable.bare.state_dict() for name, trainable in learner.trainer.trainables.items()})
     for name, weights in found[0].items():
         for key, value in weights.items():
             torch.testing.assert_close(value, found[1][name][key], rtol=1e-6, atol=1e-8)

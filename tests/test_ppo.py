@@ -27,7 +27,7 @@ from ddil_agents import BCConfig, BehaviourCloning, compare, evaluate, ppo, repo
 from ddil_agents.commands.load import load_run
 from ddil_agents.commands.parse import find_agent
 from ddil_agents.ppo import PPOAgent, PPOConfig
-from ddil_agents.training.loop import read_metrics
+from ddil_agents.training.metrics import read_metrics
 from ddil_env import GaussianMixtureExpert, load_expert, unroll
 from ddil_env.sb3 import SB3Policy
 

@@ -13,14 +13,14 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from tiny_sd import write_tiny_sd
 
-from ddil_agents import BehaviourCloning, Dagger, DistributionMatching, LatentConsistency, Learner, dagger, dmd2, lcm
+from ddil_agents import Algorithm, BehaviourCloning, Dagger, DistributionMatching, LatentConsistency, dagger, dmd2, lcm
 from ddil_agents.commands.load import load_run
 from ddil_agents.commands.parse import expert_and_config, parse
 from ddil_agents.training.stages import Stage, plan
 from ddil_env import Expert
 from ddil_env.presets import config_dir, preset_names
 
-AGENTS: tuple[type[Learner], ...] = (BehaviourCloning, Dagger, LatentConsistency, DistributionMatching)
+AGENTS: tuple[type[Algorithm], ...] = (BehaviourCloning, Dagger, LatentConsistency, DistributionMatching)
 CASES = [(agent, name) for agent in AGENTS for name in preset_names(agent.name)]
 
 
@@ -33,7 +33,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(tiny_folder: Path) -> Any:
     """The expert and the stages of a preset; those of Stable Diffusion on a tiny pipeline."""
 
-    def read(agent: type[Learner], name: str) -> tuple[Expert, list[Stage]]:
+    def read(agent: type[Algorithm], name: str) -> tuple[Expert, list[Stage]]:
         env = ["--env", "digits8"] if name in ("demo", "staged") else ["--env", "sd15", "--env.model", str(tiny_folder)]
         parser, cfg = parse(agent, [*env, "--config", name])
         expert, config = expert_and_config(agent, parser, cfg)
@@ -43,7 +43,7 @@ def run(tiny_folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(("agent", "name"), CASES, ids=[f"{agent.name}-{name}" for agent, name in CASES])
-def test_a_presets_learner_can_be_built(agent: type[Learner], name: str, run: Any) -> None:
+def test_a_presets_learner_can_be_built(agent: type[Algorithm], name: str, run: Any) -> None:
     expert, stages = run(agent, name)
     for stage in stages:
         config = dataclasses.replace(

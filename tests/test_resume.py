@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from ddil_agents.training.checkpoint import checkpoints
-from ddil_agents.training.loop import read_metrics
+from ddil_agents.training.metrics import read_metrics
 
 ARGV = shlex.split(
     "--env env.yaml --num_updates 24 --teacher_steps 8 --batch_size 16 --collect_size 30 --updates_per_collect 5 --capacity 64 "
@@ -140,20 +140,19 @@ def fatal(moment: str) -> None:
     """Arranges for this process to be killed at that moment."""
     from ddil_agents.commands import run as runner
     from ddil_agents.evaluation.judge import Judge
-    from ddil_agents.learner import Learner
     from ddil_agents.states.collect import Collector
-    from ddil_agents.training import checkpoint
-    from ddil_agents.training import loop as train
+    from ddil_agents.training import checkpoint, metrics
+    from ddil_agents.training.trainer import Trainer
     from ddil_env import Expert
 
     moments: dict[str, Callable[[], None]] = {
-        "the first gradient step": lambda: patch(Learner, "update", 1, before),
-        "the gradient step after a checkpoint": lambda: patch(Learner, "update", 15, after),
-        "a gradient step far from one": lambda: patch(Learner, "update", 20, after),
-        "the last gradient step": lambda: patch(Learner, "update", 24, after),
+        "the first gradient step": lambda: patch(Trainer, "update", 1, before),
+        "the gradient step after a checkpoint": lambda: patch(Trainer, "update", 15, after),
+        "a gradient step far from one": lambda: patch(Trainer, "update", 20, after),
+        "the last gradient step": lambda: patch(Trainer, "update", 24, after),
         "a collection": lambda: patch(Collector, "collect", 4, after),
         "a rollout": lambda: patch(Collector, "rollout", 2, after),
-        "a line of metrics": lambda: patch(train.MetricsLog, "flush", 5, cut_line),
+        "a line of metrics": lambda: patch(metrics.MetricsCallback, "flush", 5, cut_line),
         "the first state half written": lambda: patch(torch, "save", 1, half_written),
         "the third state half written": lambda: patch(torch, "save", 3, half_written),
         "a state without its manifest": lambda: patch(torch, "save", 2, after),
@@ -169,7 +168,7 @@ def fatal(moment: str) -> None:
         "the drawing of the samples": lambda: patch(runner, "save_pictures", 1, before),
         "before the student takes its place": lambda: patch(checkpoint.os, "replace", 1, before, named("student")),
         "a checkpoint, the disk full": lambda: patch(torch, "save", 2, full(40_000)),
-        "a line of metrics, the disk full": lambda: patch(train.RunFiles, "write", 5, full_in_a_line),
+        "a line of metrics, the disk full": lambda: patch(metrics.RunFiles, "on_log", 5, full_in_a_line),
         "the student, the disk full": lambda: patch(Expert, "save_student", 1, full(2000)),
         "the result, the disk full": lambda: patch(runner, "write_atomically", 1, full(1000), lambda path, _: path.name == "result.json"),
         "memory short": lambda: short_of_memory(8, since=0),

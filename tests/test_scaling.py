@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from scaling import SD15, Cluster, Forwards, Network, all_reduce, example, forwards, memory, moved, tables, update_seconds
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddil_agents import BehaviourCloning, Beta, Dagger, DistributionMatching, LatentConsistency, Learner
+from ddil_agents import Algorithm, BehaviourCloning, Beta, Dagger, DistributionMatching, LatentConsistency
 from ddil_env import GaussianMixtureExpert
 
 OWN, TEACHERS = Beta(0, 0, 1), Beta(0, 1, 0)
@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def run(agent: type[Learner], guidance: float, **changed: Any) -> Learner:
+def run(agent: type[Algorithm], guidance: float, **changed: Any) -> Algorithm:
     expert = GaussianMixtureExpert([[-0.8, 0.2], [0.8, -0.4]], 0.2, labels=[0, 1], guidance_scale=guidance)
     return agent(expert, agent.Config(**{**SMALL, **changed})).learn(progress=False)
 
@@ -47,7 +47,7 @@ def run(agent: type[Learner], guidance: float, **changed: Any) -> Learner:
         (DistributionMatching, {"beta": Beta(1, 0, 0), "noise_level": 499}),
     ],
 )
-def test_forwards_are_those_that_are_counted(agent: type[Learner], settings: dict[str, Any], guidance: float) -> None:
+def test_forwards_are_those_that_are_counted(agent: type[Algorithm], settings: dict[str, Any], guidance: float) -> None:
     learner = run(agent, guidance, **settings)
     counted = forwards(learner.config, guided=guidance != 1, j=2)
     assert learner.teacher_nfe == pytest.approx(20 * counted.teacher, rel=1e-12)

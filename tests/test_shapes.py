@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchrl.envs import check_env_specs
 
 from ddil_agents import (
+    Algorithm,
     BCConfig,
     BehaviourCloning,
     Beta,
@@ -26,7 +27,6 @@ from ddil_agents import (
     GailConfig,
     LatentConsistency,
     LCMConfig,
-    Learner,
 )
 from ddil_agents.commands.load import judge_of
 from ddil_agents.evaluation.judge import evaluate_expert, evaluate_run
@@ -113,7 +113,7 @@ def test_a_yaml_of_the_class_makes_a_gym_environment(tmp_path: Any) -> None:
     assert env.reset(seed=0)[0]["x_t"].shape == (2, 24)
 
 
-LEARNERS: list[tuple[type[Learner], type[Any], dict[str, Any]]] = [
+LEARNERS: list[tuple[type[Algorithm], type[Any], dict[str, Any]]] = [
     (BehaviourCloning, BCConfig, {}),
     (Dagger, DaggerConfig, {"beta": Beta(forward=0.4, teacher=0.2, student=0.4), "p_expert": 0.3, "prioritised": True}),
     (LatentConsistency, LCMConfig, {"beta": Beta(forward=0.5, student=0.5), "collect_size": 64}),
@@ -124,7 +124,7 @@ LEARNERS: list[tuple[type[Learner], type[Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("agent", "config", "options"), LEARNERS, ids=[agent.name for agent, _, _ in LEARNERS])
 def test_every_learner_and_the_judge_take_any_shape(
-    agent: type[Learner], config: type[Any], options: dict[str, Any], expert: Smooth
+    agent: type[Algorithm], config: type[Any], options: dict[str, Any], expert: Smooth
 ) -> None:
     thresholding = Thresholding("quantile", roles=("teacher", "student"), samples=64)
     sizes = {

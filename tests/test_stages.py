@@ -16,12 +16,14 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ddil_agents import BCConfig, BehaviourCloning, Dagger, DaggerConfig, DistributionMatching, DMD2Config, Learner, bc, dagger, report
+from ddil_agents import Algorithm, BCConfig, BehaviourCloning, Dagger, DaggerConfig, DistributionMatching, DMD2Config, bc, dagger, report
 from ddil_agents.commands.load import load_run
 from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
+from ddil_agents.states.batch import Batch
 from ddil_agents.training.checkpoint import read_support
-from ddil_agents.training.loop import read_metrics
-from ddil_agents.training.stages import Stage, better_weights, judged, learners, plan
+from ddil_agents.training.metrics import read_metrics
+from ddil_agents.training.stages import Stage, better_weights, evaluated_as, learners, plan
+from ddil_agents.training.trainer import Trainer
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, invert_ddim, unroll
 from ddil_env.experts.digits import Digits
 from ddil_env.experts.distilled import Distilled
@@ -60,11 +62,11 @@ def cloning(*stages: dict[str, Any], **changed: Any) -> BCConfig:
     return BCConfig(**{**SMALL, **changed}, stages=stages)
 
 
-def chain(expert: Expert, config: BCConfig) -> Iterator[tuple[Stage, Learner]]:
+def chain(expert: Expert, config: BCConfig) -> Iterator[tuple[Stage, Algorithm]]:
     return learners(BehaviourCloning, expert, plan(config))
 
 
-def learn(learner: Learner) -> Learner:
+def learn(learner: Algorithm) -> Algorithm:
     return learner.learn(progress=False)
 
 
@@ -179,13 +181,13 @@ def test_a_wrong_stage_is_refused_by_its_number(stages: tuple[dict[str, Any], ..
 @pytest.mark.parametrize(("num_steps", "steps"), [(8, 32), (4, 32), (3, 3), (1, 32)])
 def test_a_student_is_judged_against_the_original_teacher_in_the_runs_own_steps(num_steps: int, steps: int) -> None:
     config = cloning({"num_steps": num_steps, "teacher_steps": num_steps}, teacher_steps=32, guidance_scale=2.0)
-    against = judged(config, plan(config)[0].config)
+    against = evaluated_as(config, plan(config)[0].config)
     assert (against.num_steps, against.teacher_steps, against.guidance_scale) == (num_steps, steps, 2.0)
 
 
 def test_a_stage_with_guidance_of_its_own_can_be_judged() -> None:
     config = cloning({"guidance_range": [2.0, 14.0], "guidance_scale": 5.0}, guidance_scale=1.5)
-    judged(config, plan(config)[0].config)
+    evaluated_as(config, plan(config)[0].config)
 
 
 # What a student starts from and learns from
@@ -201,18 +203,18 @@ def test_the_weights_that_err_less_on_held_out_states_go_on(data_free: bool, bet
     if data_free:
         monkeypatch.setattr(expert, "reference_data", none)
     ((_, learner),) = chain(expert, cloning({"num_steps": 4}))
-    other = learner.average if better == "last" else learner.trainables["student"].bare
+    other = learner.average if better == "last" else learner.networks["student"]
     with torch.no_grad():
         for p in other.parameters():
             p += 0.3
     errors, network = better_weights(learner)
-    assert network is {"average": learner.average, "last": learner.trainables["student"].bare}[better]
+    assert network is {"average": learner.average, "last": learner.networks["student"]}[better]
     assert errors[better] == min(errors.values()) < max(errors.values())
     assert better_weights(learner)[0] == errors  # the same states each time
 
 
 def test_each_student_starts_from_the_lasts_better_weights_bit_for_bit() -> None:
-    last: Learner | None = None
+    last: Algorithm | None = None
     for stage, learner in chain(corners(), cloning({"num_steps": 8}, {"num_steps": 4}, {"num_steps": 4, "expert": "original"}, ema=0.9)):
         if last is not None:
             better = weights(better_weights(last)[1])
@@ -230,7 +232,7 @@ def test_the_teacher_is_the_last_student_the_last_teacher_or_the_original() -> N
     names = ["original", "last", "same", "original", "same", "last"]
     stages = chain(expert, cloning(*({"num_steps": 2, "teacher_steps": 2, "expert": name} for name in names)))
     x_t, t = torch.randn(5, 2), torch.full((5,), 600.0)
-    passed: list[Learner] = []
+    passed: list[Algorithm] = []
     for name, (_, learner) in zip(names, stages, strict=True):
         if name == "last":
             assert isinstance(learner.expert, Distilled)
@@ -262,10 +264,10 @@ def test_stages_that_threshold_alike_calibrate_once() -> None:
 def test_a_second_part_warms_up_again() -> None:
     courses = []
     for _, learner in chain(corners(), cloning({"num_steps": 4}, {"num_steps": 2}, {"num_steps": 2, "expert": "same"}, learning_rate=4e-3)):
-        student, rates = learner.trainables["student"], []
+        student, rates = learner.trainer.trainables["student"], []
         for _ in range(5):
-            learner.collect()
-            learner.update(learner.draw())
+            learner.trainer.collect()
+            learner.trainer.update(learner.draw())
             rates.append(student.last_learning_rate)
         courses.append(rates)
         assert student.optimizer.state_dict()["state"][0]["step"] == 5  # momenta begin anew
@@ -283,7 +285,7 @@ def test_a_student_of_another_architecture_is_refused() -> None:
 def test_a_critic_starts_as_the_students_twin_in_every_stage() -> None:
     config = DMD2Config(**SMALL, critic_updates=2, stages=({"num_steps": 4}, {"num_steps": 4}))
     for _, learner in learners(DistributionMatching, corners(), plan(config)):
-        assert torch.equal(weights(learner.trainables["critic"].bare), weights(learner.student))
+        assert torch.equal(weights(learner.networks["critic"]), weights(learner.student))
         learn(learner)
 
 
@@ -308,7 +310,7 @@ def test_conversion_learns_the_teachers_own_prediction(kind: str, digits: Digits
 
     def losses() -> Tensor:
         with torch.no_grad():
-            return learner.loss(batch)
+            return learner.loss(Batch(batch))
 
     before = losses()
     with torch.no_grad():
@@ -326,7 +328,7 @@ def test_conversion_learns_the_teachers_own_prediction(kind: str, digits: Digits
 # Guidance conditioning
 
 
-def told(learner: Learner, batch: Any, w: float) -> Tensor:
+def told(learner: Algorithm, batch: Any, w: float) -> Tensor:
     """The averaged student's x̂_0 when told w."""
     with torch.no_grad():
         return learner.average.predict(batch["x_t"], batch["t"], batch["c"], torch.full_like(batch["t"], w)).x_0
@@ -526,7 +528,7 @@ def test_resuming_a_finished_staged_run_trains_nothing(staged: Path, monkeypatch
         path: path.read_bytes() for path in staged.rglob("*") if path.is_file() and path.suffix in (".json", ".jsonl", ".safetensors")
     }
     assert len(before) > 12
-    monkeypatch.setattr(Dagger, "update", None)  # a call would raise
+    monkeypatch.setattr(Trainer, "update", None)  # a call would raise
     monkeypatch.setattr(Dagger, "collect", None)
     dagger.main(["--resume", str(staged)])
     assert {path: path.read_bytes() for path in before} == before
@@ -603,14 +605,14 @@ def at_step(stage: int, step: int) -> Callable[[pytest.MonkeyPatch], None]:
     num_steps = {1: 4, 2: 2, 3: 1}[stage]
 
     def arrange(patch: pytest.MonkeyPatch) -> None:
-        update = Learner.update
+        update = Trainer.update
 
-        def killing(learner: Learner, batch: Any) -> Any:
-            if (learner.config.num_steps, learner.step + 1) == (num_steps, step):
+        def killing(trainer: Trainer, batch: Any) -> Any:
+            if (trainer.algorithm.config.num_steps, trainer.algorithm.step + 1) == (num_steps, step):
                 raise Killed
-            return update(learner, batch)
+            return update(trainer, batch)
 
-        patch.setattr(Learner, "update", killing)
+        patch.setattr(Trainer, "update", killing)
 
     return arrange
 
@@ -650,13 +652,13 @@ def test_a_staged_run_killed_at(
     assert sum((tmp_path / "run" / f"stage_{number}" / "result.json").is_file() for number in (1, 2, 3)) == finished
     assert not (tmp_path / "run" / "result.json").exists()
     trained: set[int] = set()
-    update = Learner.update
+    update = Trainer.update
 
-    def recorded(learner: Learner, batch: Any) -> Any:
-        trained.add(learner.config.num_steps)
-        return update(learner, batch)
+    def recorded(trainer: Trainer, batch: Any) -> Any:
+        trained.add(trainer.algorithm.config.num_steps)
+        return update(trainer, batch)
 
-    monkeypatch.setattr(Learner, "update", recorded)
+    monkeypatch.setattr(Trainer, "update", recorded)
     run = command(tmp_path, ["--resume", "run"])
     assert trained <= set([4, 2, 1][finished:])  # no finished stage again
     assert outcome(run) == outcome(unbroken)
@@ -774,4 +776,4 @@ def test_the_costs_of_a_gathered_run_rise_from_stage_to_stage(unbroken: Path) ->
 
 def test_a_student_is_judged_without_the_run_that_it_started_from() -> None:
     config = BCConfig(init="long/gone")
-    assert judged(config, plan(config)[0].config).init is None
+    assert evaluated_as(config, plan(config)[0].config).init is None

@@ -19,13 +19,16 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ddil_agents import BehaviourCloning, Beta, Dagger, DistributionMatching, LatentConsistency, Learner, bc, dagger
+from ddil_agents import Algorithm, BehaviourCloning, Beta, Dagger, DistributionMatching, LatentConsistency, bc, dagger
 from ddil_agents.commands.load import load_run
-from ddil_agents.training.loop import read_metrics, train
+from ddil_agents.states.batch import Batch
+from ddil_agents.training.callbacks import Callback
+from ddil_agents.training.metrics import clipped_shares, read_metrics
+from ddil_agents.training.trainer import Trainer
 from ddil_env import Expert, GaussianMixtureExpert, NoDataError, invert_ddim, unroll
 from ddil_env.support import ChannelQuantiles, Metered, Thresholding
 
-AGENTS: dict[str, type[Learner]] = {"bc": BehaviourCloning, "dagger": Dagger, "lcm": LatentConsistency, "dmd2": DistributionMatching}
+AGENTS: dict[str, type[Algorithm]] = {"bc": BehaviourCloning, "dagger": Dagger, "lcm": LatentConsistency, "dmd2": DistributionMatching}
 BETAS = {"bc": Beta(0.7, 0.3, 0), "dagger": Beta(0.4, 0.2, 0.4), "lcm": Beta(0.4, 0.2, 0.4), "dmd2": Beta(0.3, 0.3, 0.4)}
 MEANS = [[-0.5, 0.3, 0.0], [0.4, -0.5, 0.2]]
 SMALL: dict[str, Any] = {
@@ -60,7 +63,7 @@ def mixture(cls: type[GaussianMixtureExpert] = GaussianMixtureExpert, **changed:
 
 def made(
     agent: str, expert: Expert | None = None, support: Any = None, thresholding: Thresholding | None = None, **changed: Any
-) -> Learner:
+) -> Algorithm:
     cls = AGENTS[agent]
     options = {**SMALL, "beta": BETAS[agent], **OWN.get(agent, {}), "thresholding": thresholding or Thresholding(kind="none"), **changed}
     return cls(expert or mixture(), cls.Config(**options), support)
@@ -75,9 +78,19 @@ def weights(network: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
-def learned(learner: Learner) -> Tensor:
+class Lines(Callback):
+    """Keeps the lines of metrics."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def on_log(self, agent: Any, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+
+def learned(learner: Algorithm, *callbacks: Callback) -> Tensor:
     """The weights of student and average after the run."""
-    learner.learn(progress=False)
+    learner.learn(progress=False, callbacks=callbacks)
     return torch.cat([weights(learner.student), weights(learner.average)])
 
 
@@ -114,17 +127,9 @@ def test_projecting_the_exact_teacher_of_data_inside_changes_nothing_bit_for_bit
     if thresholding.kind == "quantile":  # the means, which the teacher's estimates may reach, lie inside the data's range
         assert made(agent, thresholding=thresholding).support.low[0] < -0.5  # type: ignore[attr-defined]
     learner = made(agent, thresholding=thresholding)
-    shares: list[float] = []
-    clipped = learner.clipped
-
-    def kept() -> dict[str, Tensor]:
-        found = clipped()
-        shares.extend(float(share) for share in found.values())
-        return found
-
-    learner.clipped = kept  # type: ignore[method-assign]
-    assert torch.equal(learned(learner), learned(made(agent)))
-    assert shares == [0.0]
+    lines = Lines()
+    assert torch.equal(learned(learner, lines), learned(made(agent)))
+    assert [row["clipped"] for row in lines.rows] == [{"teacher": 0.0}]
 
 
 @each_agent
@@ -153,26 +158,26 @@ def test_the_students_samples_are_projected_where_its_role_is_on(agent: str) -> 
             :, -1
         ]
         assert bool((samples.abs() <= 0.1 + 1e-6).all()) == (roles == ("student",))
-        assert all(share.isnan() for share in learner.clipped().values())  # to sample is not to train: it is not metered
+        assert all(share.isnan() for share in clipped_shares(learner).values())  # to sample is not to train: it is not metered
 
 
 @each_agent
 def test_a_student_beyond_the_support_still_learns_to_come_back(agent: str) -> None:
     learner = made(agent, thresholding=Thresholding(kind="static", bound=1e-6, roles=("student",)))  # nothing lies inside
-    learner.loss(learner.collect()).mean().backward()
+    learner.loss(Batch(learner.trainer.collect())).mean().backward()
     assert all(p.grad is not None and float(p.grad.norm()) > 1e-4 for p in learner.student.network.layers.parameters())  # type: ignore[union-attr]
 
 
 # What is moved
 
 
-class Count:
+class Count(Callback):
     """Entries beyond the bound, counted by hand at each role's own source."""
 
-    def __init__(self, learner: Learner, bound: float) -> None:
+    def __init__(self, learner: Algorithm, bound: float) -> None:
         self.bound, self.counts = bound, {role: [0, 0] for role in learner.roles}
         self.lines: list[dict[str, float | None]] = []
-        expert, clipped, loss = learner.expert, learner.clipped, learner.loss
+        expert, loss = learner.expert, learner.loss
         guided = expert.guided
 
         def asked(*args: Any) -> Any:
@@ -182,23 +187,22 @@ class Count:
 
         def trained(batch: Any) -> Tensor:
             if isinstance(learner, BehaviourCloning):
-                self.add("target", invert_ddim(expert.schedule, *(batch[key] for key in ("x_t", "t", "x_s", "s"))).x_0)
+                self.add("target", invert_ddim(expert.schedule, batch.x_t, batch.t, batch.expert_action, batch.s).x_0)
             return loss(batch)
 
-        def line() -> dict[str, Tensor]:
-            self.lines.append({role: moved / seen if seen else None for role, (moved, seen) in self.counts.items()})
-            self.counts = {role: [0, 0] for role in learner.roles}
-            return clipped()
-
-        expert.guided, learner.clipped, learner.loss = asked, line, trained  # type: ignore[method-assign, assignment]
+        expert.guided, learner.loss = asked, trained  # type: ignore[method-assign]
         learner.student.register_forward_hook(lambda module, args, pred: self.add("student", pred.x_0))
-        if "critic" in learner.trainables:  # in the student's turn alone: its own loss is not thresholded
-            critic = learner.trainables["critic"].bare
+        if "critic" in learner.trainer.trainables:  # in the student's turn alone: its own loss is not thresholded
+            critic = learner.networks["critic"]
             critic.register_forward_hook(
                 lambda module, args, out: None if next(critic.parameters()).requires_grad else self.add("critic", out[0].x_0)
             )
         elif isinstance(learner, LatentConsistency):
             learner.average.register_forward_hook(lambda module, args, pred: self.add("target", pred.x_0))
+
+    def on_log(self, agent: Any, row: dict[str, Any]) -> None:
+        self.lines.append({role: moved / seen if seen else None for role, (moved, seen) in self.counts.items()})
+        self.counts = {role: [0, 0] for role in agent.roles}
 
     def add(self, role: str, x_0: Tensor) -> None:
         count = self.counts[role]  # type: ignore[index]
@@ -210,7 +214,7 @@ class Count:
 def test_each_line_of_metrics_holds_the_share_that_each_role_moved(agent: str, tmp_path: Path) -> None:
     learner = made(agent, thresholding=Thresholding(kind="static", bound=0.2, roles=AGENTS[agent].roles))
     count = Count(learner, 0.2)
-    train(learner, tmp_path, progress=False, log_every=1)
+    learner.train(tmp_path, progress=False, log_every=1, callbacks=[count])
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert len(rows) == len(count.lines) == learner.config.num_updates
     for row, expected in zip(rows, count.lines, strict=True):
@@ -230,9 +234,9 @@ def test_each_line_of_metrics_holds_the_share_that_each_role_moved(agent: str, t
 def test_shares_are_those_of_the_roles_that_are_on(agent: str, tmp_path: Path) -> None:
     role = AGENTS[agent].roles[1]
     learner = made(agent, thresholding=Thresholding(kind="static", bound=0.3, roles=(role,)))
-    train(learner, tmp_path / "on", progress=False, log_every=3)
+    learner.train(tmp_path / "on", progress=False, log_every=3)
     assert all(set(row["clipped"]) == {role} for row in read_metrics(tmp_path / "on" / "metrics.jsonl"))
-    train(made(agent, thresholding=Thresholding(roles=())), tmp_path / "off", progress=False, log_every=3)
+    made(agent, thresholding=Thresholding(roles=())).train(tmp_path / "off", progress=False, log_every=3)
     assert all(row["clipped"] == {} for row in read_metrics(tmp_path / "off" / "metrics.jsonl"))
 
 
@@ -241,15 +245,15 @@ def test_a_line_holds_the_mean_and_the_largest_of_the_gradients_norms_before_cli
     thresholding = Thresholding(kind="static", bound=0.3, roles=AGENTS[agent].roles)
     learner = made(agent, thresholding=thresholding, max_grad_norm=1e-3)
     norms: list[float] = []
-    update = learner.update
+    update = learner.trainer.update
 
     def measured(batch: Any) -> dict[str, Tensor]:
-        gradients = torch.autograd.grad(learner.loss(batch).mean(), list(learner.student.parameters()))
+        gradients = torch.autograd.grad(learner.loss(Batch(batch)).mean(), list(learner.student.parameters()))
         norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)))
         return update(batch)
 
-    learner.update = measured  # type: ignore[method-assign]
-    train(learner, tmp_path, progress=False, log_every=2)
+    learner.trainer.update = measured  # type: ignore[method-assign]
+    learner.train(tmp_path, progress=False, log_every=2)
     rows, pairs = read_metrics(tmp_path / "metrics.jsonl"), list(zip(norms[::2], norms[1::2], strict=True))
     assert [row["grad_norm"] for row in rows] == pytest.approx([(a + b) / 2 for a, b in pairs], rel=1e-4)
     assert [row["grad_norm_max"] for row in rows] == pytest.approx([max(pair) for pair in pairs], rel=1e-4)
@@ -316,14 +320,14 @@ class Killed(BaseException):
 
 
 def killed_at(step: int, patch: pytest.MonkeyPatch) -> None:
-    update = Learner.update
+    update = Trainer.update
 
-    def killing(learner: Learner, batch: Any) -> Any:
-        if learner.step + 1 == step:
+    def killing(trainer: Trainer, batch: Any) -> Any:
+        if trainer.algorithm.step + 1 == step:
             raise Killed
-        return update(learner, batch)
+        return update(trainer, batch)
 
-    patch.setattr(Learner, "update", killing)
+    patch.setattr(Trainer, "update", killing)
 
 
 def command(directory: Path, argv: list[str], monkeypatch: pytest.MonkeyPatch, die_at: int | None = None) -> Path:

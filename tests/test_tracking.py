@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ddil_agents import bc, ppo
-from ddil_agents.training.loop import flatten
+from ddil_agents.training.metrics import flatten
 from ddil_agents.training.tracking import Tracker, start
 
 FLAGS = ["--env", "gaussian_mixture", "--num_updates", "20", "--batch_size", "8", "--collect_size", "16", "--evaluate.n", "20"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -13,9 +13,12 @@ from ddil_agents.agent import Agent
 from ddil_agents.commands.parse import expert_and_config, find_agent, parse
 from ddil_agents.evaluation.judge import Judge
 from ddil_agents.evaluation.settings import Evaluation
-from ddil_agents.training.checkpoint import read_support
-from ddil_agents.training.stages import judged, learners, plan
+from ddil_agents.training.checkpoint import checkpoints, read_support
+from ddil_agents.training.stages import Stage, evaluated_as, learners, plan
+from ddil_env import Expert
 from ddil_env.presets import read_yaml
+
+Checkpoint = Literal["last", "best"] | int
 
 
 def read_run(directory: Path) -> tuple[type[Agent], ArgumentParser, Namespace]:
@@ -27,57 +30,80 @@ def read_run(directory: Path) -> tuple[type[Agent], ArgumentParser, Namespace]:
     return agent, parser, cfg
 
 
-def load_run(directory: Path, guidance_scale: float | None = None, **env: Any) -> Agent:
-    """The agent of a finished run's config with its saved student, on whatever device is here.
+def load_run(directory: Path, checkpoint: Checkpoint = "last", guidance_scale: float | None = None, **env: Any) -> Agent:
+    """The agent of a run, finished or not, on whatever device is here.
 
     Args:
         directory: The run's.
-        guidance_scale: w for the teacher and a student that is told it; default: the run's own.
+        checkpoint: last, the student that the run has saved at its end or else its newest checkpoint; best, the one that evaluation while
+            training found best; or the step of a checkpoint.
+        guidance_scale: w for the teacher and a student that is conditioned on it; default: the run's own.
         env: Arguments of the expert that differ from the run's, such as other prompts.
 
     Raises:
-        ValueError: no finished run there, or a damaged one; a guidance that its student was not trained for.
+        ValueError: no run there, no such checkpoint, or damaged files; a guidance that its student was not trained for.
     """
-    if not (directory / "result.json").is_file():
-        raise ValueError(f"{directory} holds no finished run (no result.json); finish it with --resume {directory}")
     if not (directory / "config.yaml").is_file():
-        raise ValueError(f"{directory} has no config.yaml; a stage of a run is loaded through the run's own directory, {directory.parent}")
+        if (directory.parent / "config.yaml").is_file():
+            raise ValueError(
+                f"{directory} has no config.yaml; a stage of a run is loaded through the run's own directory, {directory.parent}"
+            )
+        raise ValueError(f"{directory} holds no run (no config.yaml)")
     agent, parser, cfg = read_run(directory)
     if unknown := sorted(env.keys() - vars(cfg.env).keys()):
         raise ValueError(f"{cfg.env.expert}, the expert of {directory}, takes no {', '.join(unknown)}; leave it out")
     vars(cfg.env).update(env)
     expert, config = expert_and_config(agent, parser, cfg)
-    settings = judged(config, plan(config)[-1].config)
+    stages = plan(config)
+    if checkpoint == "best":
+        found = [stage for stage in stages if (directory / stage.directory / "best" / "student").is_dir()]
+        if not found:
+            raise ValueError(f"{directory} has no best student; it is there where training had --evaluate_every")
+        settings, student = evaluated_as(config, found[-1].config), directory / found[-1].directory / "best" / "student"
+    elif checkpoint == "last" and (directory / "result.json").is_file():
+        settings, student = evaluated_as(config, stages[-1].config), directory / "student"
+    else:
+        return _in_training(agent, expert, stages, directory, checkpoint)
     if guidance_scale is not None:
         if getattr(settings, "guidance_range", None) is None:
-            raise ValueError(f"guidance_scale={guidance_scale:g}: the student of {directory} is not told it, but has that of its training")
+            raise ValueError(
+                f"guidance_scale={guidance_scale:g}: the student of {directory} is not conditioned on it, but has that of its training"
+            )
         settings = replace(settings, guidance_scale=guidance_scale)
     learner = agent(expert, settings, read_support(directory)[0])
-    student = expert.load_student(directory / "student", **learner.student_options)
-    learner.average.load_state_dict(student.state_dict())
+    learner.average.load_state_dict(expert.load_student(student, **learner.student_options).state_dict())
     return learner
 
 
-def load(directory: str | Path) -> Agent:
-    """The agent of a run: with its saved student where it has finished, else as its last checkpoint has it, of the stage that it is in.
+def _in_training(agent: type[Agent], expert: Expert, stages: list[Stage], directory: Path, checkpoint: Checkpoint) -> Agent:
+    """The agent as a checkpoint has it, of the stage that the run is in."""
+    for stage, learner in learners(agent, expert, stages, directory):
+        place = directory / stage.directory
+        if stage is not stages[-1] and (place / "result.json").is_file():
+            continue
+        steps = {int(path.name.partition("_")[2]): path for path in checkpoints(place / "checkpoints")}
+        if not steps:
+            raise ValueError(f"{place} has no checkpoint yet; wait for one, or see --checkpoint_every")
+        if checkpoint != "last":
+            if checkpoint not in steps:
+                raise ValueError(f"{place} has no checkpoint of step {checkpoint}; it has those of {', '.join(map(str, steps))}")
+            learner.load(steps[checkpoint])  # type: ignore[attr-defined]
+        return learner
+    raise AssertionError("a run has at least one stage")
+
+
+def load(directory: str | Path, checkpoint: Checkpoint = "last") -> Agent:
+    """The agent of a run, finished or not: `load("runs/mine").sample(16)`.
 
     Args:
         directory: The run's.
+        checkpoint: last, the student that the run has saved at its end or else its newest checkpoint; best, the one that evaluation while
+            training found best; or the step of a checkpoint.
 
     Raises:
-        ValueError: no run there, no checkpoint yet, or damaged files.
+        ValueError: no run there, no such checkpoint, or damaged files.
     """
-    place = Path(directory)
-    if (place / "result.json").is_file() or not (place / "config.yaml").is_file():
-        return load_run(place)
-    agent, parser, cfg = read_run(place)
-    expert, config = expert_and_config(agent, parser, cfg)
-    for stage, learner in learners(agent, expert, plan(config), place):
-        if not (place / stage.directory / "result.json").is_file():
-            if not learner.step:
-                raise ValueError(f"{place / stage.directory} has no checkpoint yet; wait for one, or see --checkpoint_every")
-            return learner
-    raise ValueError(f"{place} has finished but for its result.json; go on with --resume {place}")
+    return load_run(Path(directory), checkpoint)
 
 
 def judge_of(learner: Agent, **settings: Any) -> Judge:

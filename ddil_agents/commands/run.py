@@ -40,11 +40,11 @@ from ddil_agents.evaluation.pictures import save_pictures
 from ddil_agents.evaluation.provenance import provenance
 from ddil_agents.evaluation.results import read_result, table
 from ddil_agents.evaluation.settings import Evaluation, extractor_for, load_scorers
-from ddil_agents.learner import Learner
 from ddil_agents.training.checkpoint import MAY_DIFFER, folder_atomically, write_atomically
-from ddil_agents.training.loop import read_metrics
-from ddil_agents.training.stages import Stage, better_weights, in_eval_mode, judged, learners, plan
+from ddil_agents.training.metrics import read_metrics
+from ddil_agents.training.stages import Stage, better_weights, evaluated_as, in_eval_mode, learners, plan
 from ddil_agents.training.tracking import check_tracker
+from ddil_agents.training.trained_agent import TrainedAgent
 from ddil_env import Expert, ExpertPolicy, NoDataError, TimeGrid, check_expert
 from ddil_env.presets import read_yaml
 
@@ -112,7 +112,7 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
                 ranks.leave()  # nobody waits for the last evaluation
             with ranks.together():
                 if ranks.is_main():
-                    finish(learner, directory, evaluation, env, judged(config, stage.config), expert, nfe)
+                    finish(learner, directory, evaluation, env, evaluated_as(config, stage.config), expert, nfe)
             del learner
         if not ranks.is_main():
             return
@@ -168,9 +168,9 @@ def finish(
     models = judge_student(judge, learner.name, learner.student_policy, learner.kernel, judged.grid)
     models[name] = cost | seconds | models[name]
     weights: dict[str, Any] = {}
-    if isinstance(learner, Learner) and not sharding.asked():  # the last weights of a sharded network are on many ranks
-        latest = learner.policy(learner.trainables["student"].bare, learner.student_policy.support)
-        with in_eval_mode(learner.trainables["student"].bare):
+    if isinstance(learner, TrainedAgent) and not sharding.asked():  # the last weights of a sharded network are on many ranks
+        latest = learner.policy(learner.networks["student"], learner.student_policy.support)
+        with in_eval_mode(learner.networks["student"]):
             models[f"{name}, last weights"] = cost | seconds | judge.judge(latest, kernel=learner.kernel)
         if learner.kernel == "ddim":
             weights["error_of_weights"] = better_weights(learner)[0]
@@ -246,7 +246,7 @@ def refuse_early(agent: type[Agent], arguments: list[str], expert: Expert | None
     next(learners(agent, expert, stages))
     evaluation = Evaluation(**vars(cfg.evaluate))
     check_evaluable(agent, expert, stages, evaluation)
-    return expert, judged(config, stages[-1].config), evaluation
+    return expert, evaluated_as(config, stages[-1].config), evaluation
 
 
 def check_evaluable(agent: type[Agent], expert: Expert, stages: list[Stage], evaluation: Evaluation) -> None:

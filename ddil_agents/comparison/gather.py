@@ -12,7 +12,7 @@ from ddil_agents.comparison.portraits import portray
 from ddil_agents.comparison.results import Rows, flags_of, idle_arms, made, own_row, same_measure, shares_noise, statistics_of
 from ddil_agents.comparison.runs import has_result, last_line
 from ddil_agents.evaluation.results import METRICS, called, read_result
-from ddil_agents.training.loop import read_metrics
+from ddil_agents.training.metrics import read_metrics
 
 
 def gather(comparison: Comparison, out: Path, tiers: dict[Budget, list[Run]], command: str) -> dict[str, Any]:

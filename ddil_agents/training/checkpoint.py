@@ -27,7 +27,7 @@ from ddil_agents.devices import ranks
 from ddil_env.support import Support, support_from_dict, support_to_dict
 
 if TYPE_CHECKING:
-    from ddil_agents.learner import Learner
+    from ddil_agents.training.trained_agent import TrainedAgent
 
 KEEP = 2  # checkpoints of a run that stay on the disk
 OWN = ("buffer", "collector", "nfe", "random")  # of a learner's state, what differs by process
@@ -106,13 +106,13 @@ def _flush(path: Path) -> None:
     os.close(descriptor)
 
 
-def save_checkpoint(learner: Learner, directory: Path) -> Path:
+def save_checkpoint(agent: TrainedAgent, directory: Path) -> Path:
     """Writes `directory/step_N` and removes all but the newest two; returns its path. Every rank has to call it.
 
     Raises:
         OSError: it cannot be written; those before it remain.
     """
-    final = directory / f"step_{learner.step:08d}"
+    final = directory / f"step_{agent.step:08d}"
     partial = directory / f".{final.name}.partial"
     try:
         with ranks.together(), writing(partial):
@@ -120,7 +120,7 @@ def save_checkpoint(learner: Learner, directory: Path) -> Path:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         with ranks.together(), writing(final):
-            state = learner.state_dict()
+            state = agent.trainer.state_dict()
             own = partial / _file(ranks.rank())
             with own.open("wb") as file:  # by its path torch.save would not say why it failed
                 torch.save(state if ranks.is_main() else {key: state[key] for key in OWN}, file)
@@ -129,7 +129,7 @@ def save_checkpoint(learner: Learner, directory: Path) -> Path:
         digests = ranks.gathered(digest)
         with ranks.together(), writing(final):
             if ranks.is_main():
-                manifest = {"step": learner.step, "agent": learner.name, "sha256": digest, "config": learner.config_dict()}
+                manifest = {"step": agent.step, "agent": agent.name, "sha256": digest, "config": agent.config_dict()}
                 if len(digests) > 1:
                     manifest["ranks"] = digests[1:]
                 (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -174,16 +174,16 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(directory.glob("step_*"))
 
 
-def load_checkpoint(learner: Learner, directory: Path) -> None:
+def load_checkpoint(agent: TrainedAgent, directory: Path) -> None:
     """Restores the learner from a checkpoint folder, or from the newest in a folder of them. Every rank has to call it.
 
     Raises:
         ValueError: none there, a damaged one, or one of another agent, config, version or number of processes.
     """
     with ranks.together():
-        path, state = _read(learner, directory)
+        path, state = _read(agent, directory)
         try:
-            learner.load_state_dict(state)
+            agent.trainer.load_state_dict(state)
         except (KeyError, TypeError, RuntimeError) as error:  # what it lacks, or has of another shape
             raise _of_another_version(path, repr(error)) from error
 
@@ -192,7 +192,7 @@ def _of_another_version(path: Path, how: str) -> ValueError:
     return ValueError(f"{path} was written by another version of ddil ({how}); go on with that version, or start a new run")
 
 
-def _read(learner: Learner, directory: Path) -> tuple[Path, dict[str, Any]]:
+def _read(agent: TrainedAgent, directory: Path) -> tuple[Path, dict[str, Any]]:
     """The checkpoint that is taken up, and this rank's state in it."""
     found = [directory] if (directory / "manifest.json").is_file() else checkpoints(directory)
     if not found:
@@ -202,10 +202,10 @@ def _read(learner: Learner, directory: Path) -> tuple[Path, dict[str, Any]]:
     parts = dict.fromkeys([0, ranks.rank()])  # the main rank's, and what is this one's own over it
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        digests, agent, theirs = [manifest["sha256"], *manifest.get("ranks", [])], manifest["agent"], manifest["config"]
+        digests, name, theirs = [manifest["sha256"], *manifest.get("ranks", [])], manifest["agent"], manifest["config"]
         damaged = [_file(part) for part in parts if part < len(digests) and _sha256(path / _file(part)) != digests[part]]
-        ours = json.loads(json.dumps(learner.config_dict()))
-        strange = sorted(ours.keys() ^ theirs.keys()) if agent == learner.name else []
+        ours = json.loads(json.dumps(agent.config_dict()))
+        strange = sorted(ours.keys() ^ theirs.keys()) if name == agent.name else []
         different = sorted(key for key in ours.keys() - MAY_DIFFER if ours[key] != theirs.get(key))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {cure}") from error
@@ -218,9 +218,9 @@ def _read(learner: Learner, directory: Path) -> tuple[Path, dict[str, Any]]:
         raise ValueError(f"{path}/{damaged[0]} is damaged: its SHA-256 is not the manifest's; {cure}")
     if strange:
         raise _of_another_version(path, f"{strange[0]} is a setting in one of them alone")
-    if agent != learner.name or different:
+    if name != agent.name or different:
         raise ValueError(
-            f"{path} is of {agent} with another config; it differs in: {', '.join(different) or 'the agent'}. "
+            f"{path} is of {name} with another config; it differs in: {', '.join(different) or 'the agent'}. "
             "Load it into a learner built with the same config."
         )
     state: dict[str, Any] = {}

@@ -16,6 +16,7 @@ at no times but those that it was trained on, so its own student's must be among
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ from ddil_env.experts.distilled import Distilled
 if TYPE_CHECKING:
     from ddil_agents.agent import Agent
     from ddil_agents.config import LearnerConfig
-    from ddil_agents.learner import Learner
+    from ddil_agents.training.trained_agent import TrainedAgent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ def learners(agent: type[Agent], expert: Expert, stages: list[Stage], out: Path 
         stored, nfe = (None, 0) if place is None else read_support(place)
         if stored is not None or before.thresholding != stage.config.thresholding:
             support = stored
-        learner: Any = agent(teacher, stage.config, support)  # a Learner, if there are stages or checkpoints
+        learner: Any = agent(teacher, stage.config, support)  # a TrainedAgent, if there are stages or checkpoints
         learner.teacher_nfe += nfe
         if last is not None:
             learner.start_from(last)
@@ -153,7 +154,7 @@ def learners(agent: type[Agent], expert: Expert, stages: list[Stage], out: Path 
             learner.load(place / "checkpoints")
         yield stage, learner
         if sharding.asked():
-            learner.unshard()  # a teacher answers each rank by itself
+            learner.trainer.unshard()  # a teacher answers each rank by itself
         if stage is stages[-1]:
             return
         comparable = learner.kernel == "ddim" and not sharding.asked()  # sharded, the last weights are on many ranks
@@ -161,6 +162,7 @@ def learners(agent: type[Agent], expert: Expert, stages: list[Stage], out: Path 
         grid, before, support = learner.grid, stage.config, learner.support
         told = None if before.guidance_range is None else learner.reference.guidance_scale
         del learner
+        gc.collect()  # an agent and its trainer refer to each other
 
 
 @contextmanager
@@ -175,7 +177,7 @@ def in_eval_mode(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def better_weights(learner: Learner, n: int = 64) -> tuple[dict[str, float], NetworkDenoiser]:
+def better_weights(learner: TrainedAgent, n: int = 64) -> tuple[dict[str, float], NetworkDenoiser]:
     """The errors of the average and of the last weights, E (a − a*)² per entry, and the network with the lesser one.
 
     On n states at times of the grid, the same for both: held-out data, diffused, or without any the teacher's own rollouts. As an
@@ -195,7 +197,7 @@ def better_weights(learner: Learner, n: int = 64) -> tuple[dict[str, float], Net
         x_t = unroll(learner.reference, grid, x_T, c)[torch.arange(n, device=expert.device), step]
     s, errors = grid.previous(t), {}
     target = learner.reference.act(x_t, t, s, c)
-    networks = {"average": learner.average, "last": learner.trainables["student"].bare}
+    networks = {"average": learner.average, "last": learner.networks["student"]}
     for name, network in networks.items():
         with in_eval_mode(network):
             action = learner.policy(network, learner.student_policy.support).act(x_t, t, s, c)
@@ -228,11 +230,11 @@ def _rehearse(agent: type[Any], expert: Expert, stages: list[Stage]) -> None:
         last, grid = learner.average, learner.grid
 
 
-def judged(config: LearnerConfig, stage: LearnerConfig) -> LearnerConfig:
-    """A stage's settings as its student is judged: against the original teacher, at the run's own teacher_steps.
+def evaluated_as(config: LearnerConfig, stage: LearnerConfig) -> LearnerConfig:
+    """A stage's settings as its student is evaluated: against the original teacher, at the run's own teacher_steps.
 
     Where those are no multiple of the stage's steps, against the teacher in as many steps as the student.
     """
     steps = config.teacher_steps if config.teacher_steps % stage.num_steps == 0 else stage.num_steps
     scale = config.guidance_scale if stage.guidance_range is None else stage.guidance_scale
-    return dataclasses.replace(stage.to_judge(), teacher_steps=steps, guidance_scale=scale)
+    return dataclasses.replace(stage.for_evaluation(), teacher_steps=steps, guidance_scale=scale)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ddil_agents.devices import ranks, sharding
+from ddil_agents.states.batch import Batch
 from ddil_env import NetworkDenoiser
 
 if TYPE_CHECKING:
     from ddil_agents.config import LearnerConfig
 
-Loss = Callable[[TensorDict], Tensor]
+Loss = Callable[[Batch], Tensor]
 
 
 def make_optimizer(network: nn.Module, config: LearnerConfig, learning_rate: float) -> torch.optim.Optimizer:
@@ -109,7 +110,7 @@ class Trainable:
         self.accelerator.gradient_accumulation_steps = len(parts)  # accelerate keeps one number a process
         for part in parts:
             with self.accelerator.accumulate(self._wrapped):
-                each = loss(part)
+                each = loss(Batch(part))
                 self.accelerator.backward(each.sum() / size)
                 losses.append(each.detach())
         return torch.cat(losses)

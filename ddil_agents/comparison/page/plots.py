@@ -20,7 +20,7 @@ from ddil_agents.comparison.page.tables import BUDGETS
 from ddil_agents.comparison.statistics import performance_profile
 from ddil_agents.evaluation.results import heading, read_result
 from ddil_agents.states.buffer import SOURCES
-from ddil_agents.training.loop import read_metrics
+from ddil_agents.training.metrics import read_metrics
 from ddil_env.presets import read_yaml
 
 Row = dict[str, Any]

@@ -1,9 +1,8 @@
-"""The training loop, once for every learner, and the run directory's metrics.
+"""A run's numbers: summed up on the device over `log_every` updates, and written a line at a time.
 
 support.json      where estimates are projected, if that was calibrated
-metrics.jsonl     one object a line, every `log_every` gradient steps: the source of truth
+metrics.jsonl     one object a line: the source of truth
 tensorboard/      the same numbers
-checkpoints/      whole states, every `checkpoint_every` gradient steps
 """
 
 from __future__ import annotations
@@ -12,139 +11,114 @@ import itertools
 import json
 import math
 import statistics
-import time
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from tqdm import tqdm
 
 from ddil_agents.devices import ranks
+from ddil_agents.states.batch import Batch
 from ddil_agents.states.buffer import SOURCES
-from ddil_agents.training.checkpoint import save_checkpoint, write_atomically, write_support, writing
+from ddil_agents.training.callbacks import Callback, Stopwatch
+from ddil_agents.training.checkpoint import write_atomically, write_support, writing
 from ddil_agents.training.tracking import Tracker, start
+from ddil_env.support import Metered
 
 if TYPE_CHECKING:
     from ddil_agents.agent import Agent
-    from ddil_agents.learner import Learner
+    from ddil_agents.algorithm import Algorithm
 
 
-def train(
-    learner: Learner,
-    out: Path | None = None,
-    *,
-    progress: bool = True,
-    checkpoint_every: int = 500,
-    log_every: int = 10,
-    track: Tracker = "none",
-) -> None:
-    """Trains to the learner's horizon, from whatever step it has reached.
-
-    Args:
-        learner: Fresh, or restored from a checkpoint.
-        out: Run directory; None writes nothing.
-        progress: Whether to show a bar.
-        checkpoint_every: Gradient steps between checkpoints.
-        log_every: Gradient steps that one line of metrics sums up.
-        track: A live page to send the lines to, besides.
-
-    Raises:
-        FloatingPointError: the loss is not finite; names the step and the sources.
-    """
-    config = learner.config
-    log = MetricsLog(learner, out if ranks.is_main() else None, track)
-    quiet = not (progress and ranks.is_main())
-    bar = tqdm(total=learner.horizon, initial=learner.step, desc=learner.name, unit="update", disable=quiet)
-    with log, bar:
-        while learner.step < learner.horizon:
-            if learner.step % learner.collect_every == 0:
-                learner.collect()
-            batch = learner.draw()  # s ~ Σᵢ βᵢ ρᵢ, DDIL Alg. 1
-            measured = learner.update(batch)  # L_Distill, DDIL Eq. 2
-            log.add(batch, measured)
-            if config.prioritised:
-                log.check()  # a priority is a loss, and the buffer would name neither step nor source
-                learner.buffer.update_priority(batch["index"], measured["loss"])
-            bar.update()
-            last = learner.step == learner.horizon
-            if learner.step % log_every == 0 or last:
-                bar.set_postfix_str(log.flush())
-            if out is not None and (learner.step % checkpoint_every == 0 or last):
-                log.flush()  # a state with a non-finite loss is never saved
-                save_checkpoint(learner, out / "checkpoints")
-
-
-class RunFiles:
+class RunFiles(Callback):
     """A run's metrics.jsonl and tensorboard/, and a live page if asked for: a line goes to all of them.
 
     After a resume the lines past the checkpoint are dropped: they are about to be written again.
+
+    Args:
+        clock: Goes on from the seconds of the last line that stays.
+        track: The live page.
     """
 
-    def __init__(self, agent: Agent, out: Path | None, track: Tracker = "none") -> None:
-        self._since, self.seconds = time.monotonic(), 0.0
+    def __init__(self, clock: Stopwatch, track: Tracker = "none") -> None:
+        self.clock, self.track = clock, track
         self.path: Path | None = None
         self._board: Any = None
         self._live: Any = None
-        if out is not None:
-            from torch.utils.tensorboard import SummaryWriter
 
-            self.path = out / "metrics.jsonl"
-            rows = read_metrics(self.path, agent.step) if self.path.is_file() else []
-            out.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-            self.seconds = rows[-1]["seconds"] if rows else 0.0
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=agent.step + 1)
-            self._live = start(track, out, agent.config_dict())
+    def on_start(self, agent: Agent, out: Path | None) -> None:
+        self.clock.start()
+        if out is None or not ranks.is_main():
+            return
+        from torch.utils.tensorboard import SummaryWriter
 
-    def __enter__(self) -> Self:
-        return self
+        self.path = out / "metrics.jsonl"
+        rows = read_metrics(self.path, agent.step) if self.path.is_file() else []
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=agent.step + 1)
+        self._live = start(self.track, out, agent.config_dict())
+        self.clock.start(rows[-1]["seconds"] if rows else 0.0)
 
-    def __exit__(self, *error: object) -> None:
-        if self.path is not None:
-            # The first error is the one to tell.
-            with writing(self.path.with_name("tensorboard")) if error[0] is None else suppress(OSError):
-                self._board.close()
-        if self._live is not None:
-            self._live.finish()
-
-    def lap(self) -> float:
-        """Seconds since the last lap; `seconds` are those of the run."""
-        now = time.monotonic()
-        elapsed, self._since = now - self._since, now
-        self.seconds += elapsed
-        return elapsed
-
-    def write(self, row: dict[str, Any]) -> None:
+    def on_log(self, agent: Agent, row: dict[str, Any]) -> None:
         """Writes the line of a step.
 
         Raises:
             OSError: the disk is full; the next resume drops what there is of the line.
         """
+        if self.path is not None:
+            with writing(self.path), self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        self._draw(row)
+
+    def on_evaluate(self, agent: Agent, row: dict[str, Any]) -> None:
+        self._draw({"step": row["step"], "evaluation": {key: value for key, value in row.items() if key not in ("step", "seconds")}})
+
+    def _draw(self, row: dict[str, Any]) -> None:
+        """Sends numbers to TensorBoard and to the live page."""
         if self.path is None:
             return
-        flat = flatten(row)
-        with writing(self.path):
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            for key, value in flat.items():
+        scalars = flatten({key: value for key, value in row.items() if key != "step"})
+        with writing(self.path.with_name("tensorboard")):
+            for key, value in scalars.items():
                 self._board.add_scalar(key, value, row["step"])
         if self._live is not None:
-            self._live.log({key: value for key, value in flat.items() if key != "step"}, step=row["step"])
+            self._live.log(scalars, step=row["step"])
+
+    def close(self) -> None:
+        if self.path is not None:
+            with writing(self.path.with_name("tensorboard")):
+                self._board.close()
+        if self._live is not None:
+            self._live.finish()
 
 
-class MetricsLog(RunFiles):
-    """Sums up gradient steps on the device and writes them a line at a time, so that no step waits for a number, or for another rank."""
+class MetricsCallback(Callback):
+    """Sums up updates on the device, so that no update waits for a number or for another rank; sends a line at a time to all callbacks.
 
-    def __init__(self, learner: Learner, out: Path | None, track: Tracker = "none") -> None:
-        super().__init__(learner, out, track)
-        self.learner = learner
+    Args:
+        log_every: Updates that one line sums up.
+    """
+
+    def __init__(self, log_every: int = 10) -> None:
+        self.log_every = log_every
         self._pending: list[dict[str, Tensor]] = []
-        self._nfe_since = sum(learner.spent())
-        if out is not None and learner.config.thresholding.kind == "quantile" and not (out / "support.json").is_file():
-            write_support(out, learner.support, learner.teacher_nfe)
+        self._nfe_since = 0
+
+    def on_start(self, agent: Algorithm, out: Path | None) -> None:
+        self._nfe_since = sum(agent.spent())
+        calibrated = agent.config.thresholding.kind == "quantile"
+        if out is not None and ranks.is_main() and calibrated and not (out / "support.json").is_file():
+            write_support(out, agent.support, agent.teacher_nfe)
+
+    def on_update(self, agent: Algorithm, batch: Batch, measured: dict[str, Tensor]) -> bool | None:
+        if agent.step % self.log_every == 0 or agent.step == agent.horizon:
+            self.flush(agent)
+        return None
+
+    def on_end(self, agent: Algorithm) -> None:
+        self.flush(agent)
 
     def add(self, batch: TensorDict, measured: dict[str, Tensor]) -> None:
         """Keeps one gradient step, on the device: each source's count, and what `update` measured.
@@ -161,7 +135,7 @@ class MetricsLog(RunFiles):
                 kept[name] = value.mean()
         self._pending.append(kept)
 
-    def check(self) -> list[dict[str, float]]:
+    def check(self, agent: Algorithm) -> list[dict[str, float]]:
         """The steps since the last line as numbers, over all ranks: the one wait for the device.
 
         Raises:
@@ -172,11 +146,11 @@ class MetricsLog(RunFiles):
         flat = torch.stack([value.double() for step in self._pending for value in step.values()])
         values = iter(ranks.total(flat).tolist())
         steps = [{name: next(values) / (1 if "/" in name else ranks.world()) for name in step} for step in self._pending]
-        scaled = self.learner.accelerator.scaler is not None  # fp16's scaler meets infinite gradients and skips those steps
+        scaled = agent.trainer.accelerator.scaler is not None  # fp16's scaler meets infinite gradients and skips those steps
         for i, step in enumerate(steps):
             broken = [name for name, x in step.items() if not (math.isfinite(x) or (scaled and name.endswith("grad_norm")))]
             if broken:
-                at = f"is not finite at step {self.learner.step - len(steps) + i + 1}"
+                at = f"is not finite at step {agent.step - len(steps) + i + 1}"
                 sources = [f"{n} ({int(step[f'drawn/{n}'])} states)" for n in SOURCES if f"loss/{n}" in broken]
                 what = (
                     f"loss {at}, on states of: {', '.join(sources)}"
@@ -189,46 +163,51 @@ class MetricsLog(RunFiles):
                 )
         return steps
 
-    def flush(self) -> str:
-        """Writes one line for the steps since the last, and returns what the progress bar shows."""
+    def flush(self, agent: Algorithm) -> None:
+        """Sends a line for the updates since the last one."""
         if not self._pending:
-            return ""
-        steps = self.check()
+            return
+        steps = self.check(agent)
         self._pending = []
-        learner = self.learner
         drawn = {n: sum(int(step[f"drawn/{n}"]) for step in steps) for n in SOURCES}
         # The loss is that of the steps that measured one; so are the counts beside it.
         with_loss = [step for step in steps if f"loss/{SOURCES[0]}" in step]
         sums = {n: sum(step[f"loss/{n}"] for step in with_loss) for n in SOURCES}
         counts = {n: sum(int(step[f"drawn/{n}"]) for step in with_loss) for n in SOURCES}
         others = {name: [step[name] for step in steps if name in step] for name in sorted({*itertools.chain(*steps)}) if "/" not in name}
-        clipped = {role: float(fraction) for role, fraction in learner.clipped().items()}
-        elapsed = self.lap()
-        teacher_nfe, student_nfe = learner.spent()
+        clipped = {role: float(fraction) for role, fraction in clipped_shares(agent).items()}
+        elapsed = agent.trainer.clock.lap()
+        teacher_nfe, student_nfe = agent.spent()
         nfe, self._nfe_since = teacher_nfe + student_nfe - self._nfe_since, teacher_nfe + student_nfe
-        held = ranks.total(torch.tensor(list(learner.buffer.counts.values()), device=learner.expert.device)).tolist()
+        held = ranks.total(torch.tensor(list(agent.buffer.counts.values()), device=agent.expert.device)).tolist()
         row = {
-            "step": learner.step,
+            "step": agent.step,
             "loss": sum(sums.values()) / sum(counts.values()) if with_loss else None,
             "loss_by_source": {n: sums[n] / counts[n] if counts[n] else None for n in SOURCES},
             **{name: statistics.fmean(values) for name, values in others.items()},
             **{f"{name}_max": max(values) for name, values in others.items() if name.endswith("grad_norm")},  # a mean hides one spike
             "clipped": {role: x if math.isfinite(x) else None for role, x in clipped.items()},
-            "learning_rate": learner.trainables["student"].last_learning_rate,
-            "gradient_accumulation": learner.gradient_accumulation,
-            "beta": dict(zip(SOURCES, learner.beta(), strict=True)),
+            "learning_rate": agent.trainer.trainables["student"].last_learning_rate,
+            "gradient_accumulation": agent.trainer.gradient_accumulation,
+            "beta": dict(zip(SOURCES, agent.beta(), strict=True)),
             "source_counts": drawn,
             "held": dict(zip(SOURCES, held, strict=True)),
             "teacher_nfe": teacher_nfe,
             "student_nfe": student_nfe,
-            "teacher_nfe_per_update": teacher_nfe / learner.step,
+            "teacher_nfe_per_update": teacher_nfe / agent.step,
             "nfe_per_second": nfe / elapsed,
-            "seconds": self.seconds,
+            "seconds": agent.trainer.clock.seconds,
         }
-        self.write(row)
-        shares = "/".join(f"{b:.2f}" for b in learner.beta())
-        loss = "" if row["loss"] is None else f"loss={row['loss']:.4f} "
-        return f"{loss}β={shares} drawn={'/'.join(map(str, drawn.values()))} NFE/s={row['nfe_per_second']:.0f}"
+        for callback in agent.trainer.callbacks:
+            callback.on_log(agent, row)
+
+
+def clipped_shares(agent: Algorithm) -> dict[str, Tensor]:
+    """The fraction of entries that thresholding has moved since the last call, by role, over all ranks; NaN where it met none."""
+    meters = {role: support for role, support in agent.thresholds.items() if isinstance(support, Metered)}
+    counts = [meter.take_counts().to(agent.expert.device) for meter in meters.values()]  # (2,) each; one that met nothing is on the CPU
+    shares = [moved / seen for moved, seen in ranks.total(torch.stack(counts))] if counts else []
+    return dict(zip(meters, shares, strict=True))
 
 
 def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -1,0 +1,171 @@
+"""What an algorithm is: the states that a student learns from, their labels, and the loss of each network that takes gradient steps.
+
+training/trainer.py does the rest: optimisers, averaged weights, precision, memory, processes, checkpoints and logs. An algorithm of
+one's own is one file, with a loss:
+
+    from dataclasses import dataclass
+
+    from torch import Tensor
+
+    from ddil_agents import Algorithm, Batch, LearnerConfig
+    from ddil_env import invert_ddim
+
+    @dataclass(frozen=True)
+    class HuberConfig(LearnerConfig):
+        h: float = 0.1  # distance at which the loss turns from square to linear
+
+    class Huber(Algorithm):
+        name = "huber"
+        Config = HuberConfig
+
+        def loss(self, batch: Batch) -> Tensor:
+            x_hat = self.student(batch.x_t, batch.t, batch.c).x_0
+            x_tgt = invert_ddim(self.expert.schedule, batch.x_t, batch.t, batch.expert_action, batch.s).x_0
+            squared = (x_hat - x_tgt).square().flatten(1).mean(1)
+            return (squared + self.config.h**2).sqrt() - self.config.h  # (b,)
+
+`check_agent(Huber)` checks it on a toy, `Huber("digits").learn()` trains it, and
+`python -m ddil_agents my_module.Huber --env digits` is its command.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from ddil_agents.config import LearnerConfig
+from ddil_agents.states.batch import Batch
+from ddil_agents.states.buffer import SourceBuffer
+from ddil_agents.states.collect import Collector, own_seed, stream_seed
+from ddil_agents.training.trained_agent import TrainedAgent
+from ddil_agents.training.trainer import GradientStep, Trainer, check_settings
+from ddil_env import Expert, ExpertPolicy, StudentPolicy, Support, TimeGrid, Unbounded, unroll
+from ddil_env.support import Metered, Role, build_support
+
+
+class Algorithm(TrainedAgent):
+    """A student, and how it learns from an expert.
+
+    Args:
+        expert: An Expert, or the name of a preset.
+        config: This algorithm's config; default: its defaults.
+        support: Where estimates are projected, as an earlier run calibrated it; default: as the config says.
+
+    Raises:
+        ValueError: what the expert, the grid or the student refuse.
+    """
+
+    Config: ClassVar[type[LearnerConfig]] = LearnerConfig
+    config: LearnerConfig
+    support: Support
+    roles: ClassVar[tuple[Role, ...]] = ("teacher", "target", "student")  # whose estimates there are to threshold
+
+    def __init__(self, expert: Expert | str, config: LearnerConfig | None = None, support: Support | None = None) -> None:
+        super().__init__(expert, config)
+        config = self.config
+        check_settings(config, self.expert.device)
+        self._check_config()
+        student = self.initial_student()
+        before = self.expert.nfe
+        self.support = build_support(config.thresholding, self.expert, self._sample_teacher) if support is None else support
+        self.thresholds = self._make_thresholds()
+        self.horizon = config.num_updates
+        self.networks = {"student": student, **self.make_networks()}
+        self.trainer = Trainer(self)
+        self.expert_policy = self.labeller()
+        self.update_student_policy()
+        self.collector = self.make_collector(self.policy(student, self.thresholds["student"]))
+        self.collect_size, self.collect_every = self.collection()
+        capacities = config.capacities(self.collect_size, self.collect_every)
+        self.buffer = SourceBuffer(capacities, self.expert.device, config.prioritised, seed=own_seed(config.seed, "source"))
+        self.teacher_nfe = self.expert.nfe - before  # of a calibration on the teacher's samples
+
+    # Which networks take which steps.
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """The student's loss at each state of the batch, (b,)."""
+
+    def gradient_steps(self) -> tuple[GradientStep, ...]:
+        """The gradient steps of an update, in their order; the student's is one of them."""
+        return (GradientStep("student", self.loss, self.config.learning_rate),)
+
+    def make_networks(self) -> dict[str, nn.Module]:
+        """Networks that learn beside the student, by name."""
+        return {}
+
+    # Which states they learn from.
+
+    def labeller(self) -> ExpertPolicy:
+        """The expert as it labels states and acts in teacher rollouts."""
+        return ExpertPolicy(self.expert, self.config.substeps, self.config.guidance_scale, support=self.thresholds["teacher"])
+
+    def make_collector(
+        self, student_policy: StudentPolicy, kind: type[Collector] = Collector, grid: TimeGrid | None = None, **own: Any
+    ) -> Collector:
+        """Where the states come from: `kind`, over the times of `grid` (default: the student's), with settings of its own."""
+        c = self.config
+        own |= {"kernel": self.kernel, "p_expert": c.p_expert, "guidance_range": c.guidance_range}
+        own |= {"states_per_rollout": c.states_per_rollout}
+        return kind(self.expert_policy, student_policy, self.grid if grid is None else grid, c.seed, **own)
+
+    def collection(self) -> tuple[int, int]:
+        """States of a collection, and the updates from one to the next."""
+        return self.config.collect_size, self.config.updates_per_collect
+
+    def collect(self) -> TensorDict:
+        """Adds freshly labelled states of the present β to the buffer, and returns them."""
+        states = self.collector.collect(self.collect_size, self.beta(), self.step)
+        if len(states):
+            self.buffer.extend(states)
+        return states
+
+    def draw(self) -> TensorDict:
+        """The states of the next update: s ~ Σᵢ βᵢ ρᵢ (DDIL Alg. 1)."""
+        return self.buffer.sample(self.config.batch_size, self.beta())
+
+    def beta(self) -> tuple[float, float, float]:
+        """β at the present step."""
+        return self.config.beta(self.step / self.horizon)
+
+    # What is checked and calibrated before.
+
+    def _check_config(self) -> None:
+        config = self.config
+        if config.stages:
+            raise ValueError(
+                "a learner trains one stage; iterate over ddil_agents.training.stages.learners(agent, expert, plan(config)), "
+                "or use the command"
+            )
+        roles = config.thresholding.roles
+        if strange := [role for role in roles if role not in self.roles]:
+            raise ValueError(f"thresholding.roles={roles}: {self.name} has no {strange[0]}; it has {', '.join(self.roles)}")
+        if config.guidance_range is not None:
+            low, high = map(self.expert.check_guidance, config.guidance_range)
+            if not low <= self.reference.guidance_scale <= high:
+                raise ValueError(
+                    f"the expert's guidance_scale={self.reference.guidance_scale:g} lies outside guidance_range={config.guidance_range}; "
+                    "set guidance_scale to one inside, at which the student is judged"
+                )
+
+    def _make_thresholds(self) -> dict[str, Support]:
+        """The support of each role that the config names; elsewhere none."""
+        roles = self.config.thresholding.roles
+        if "student" in roles and not {"teacher", "target"} & {*roles} and not isinstance(self.support, Unbounded):
+            warnings.warn(
+                f"thresholding.roles={roles}: the student is brought onto the support, and what it learns from is not; where that lies "
+                "outside, the student's estimates are driven outward for ever; add teacher",
+                stacklevel=3,
+            )
+        return {role: Metered(self.support) if role in roles else Unbounded() for role in self.roles}
+
+    def _sample_teacher(self, n: int) -> Tensor:
+        """n samples of the teacher, for calibration where there are no data."""
+        generator = torch.Generator(self.expert.device).manual_seed(stream_seed(self.config.seed, "calibration"))
+        x_T = torch.randn(n, *self.expert.sample_shape, generator=generator, device=self.expert.device)
+        return unroll(self.reference, self.grid, x_T, self.expert.sample_condition(n, generator))[:, -1]

@@ -1,0 +1,145 @@
+"""Evaluation while training: eval.jsonl, the best student so far, and an early end."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddil_agents.devices import ranks, sharding
+from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.results import METRICS
+from ddil_agents.evaluation.settings import Evaluation
+from ddil_agents.states.batch import Batch
+from ddil_agents.states.collect import stream_seed
+from ddil_agents.training.callbacks import Callback
+from ddil_agents.training.checkpoint import folder_atomically, write_atomically, writing
+from ddil_agents.training.metrics import read_metrics
+from ddil_env import ExpertPolicy
+
+if TYPE_CHECKING:
+    from ddil_agents.algorithm import Algorithm
+
+# −1 where lower is better. Those with a value for each step are averaged over the steps.
+DIRECTIONS = {name: sign for name, (_, _, sign) in METRICS.items()} | dict.fromkeys(
+    ("action_mse_own", "action_mse_expert", "action_mse_forward", "path_rmse", "shift"), -1
+)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Settings of the evaluation while training."""
+
+    n: int = 256
+    """Samples of the averaged student; the teacher's, which they are compared with, are drawn once."""
+    metrics: tuple[str, ...] = ("frechet_to_expert", "action_mse_own", "recall")
+    """What eval.jsonl records, of the metrics of result.json; the first decides which student is the best."""
+    patience: int | None = None
+    """Evaluations without a better student after which training ends; null: it never ends early."""
+    batch_size: int = 256
+    """Samples drawn at once."""
+
+    def __post_init__(self) -> None:
+        if not self.metrics or (strange := [name for name in self.metrics if name not in DIRECTIONS]):
+            unknown = f"unknown metric {strange[0]!r}; " if self.metrics else ""
+            raise ValueError(f"validation.metrics={list(self.metrics)}: {unknown}choose from {', '.join(DIRECTIONS)}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"validation.patience={self.patience}: need at least 1, or null to train to the end")
+        try:
+            Evaluation(n=self.n, batch_size=self.batch_size)
+        except ValueError as error:
+            raise ValueError(f"validation.{error}") from error
+
+
+class EvalCallback(Callback):
+    """Evaluates the averaged student every `every` updates, and once before the first.
+
+    It draws from generators of its own, and the teacher's forwards that it takes are not counted as those of training: a run ends in
+    the same weights with and without it, unless `patience` ends it early. In the run directory it writes
+
+        eval.jsonl    a line for each evaluation: `step`, the metrics, `best` if no earlier one was better, `seconds` of training
+        best/         student/ and evaluation.json of the best one
+
+    Args:
+        every: Updates between two evaluations.
+        settings: How many samples, which metrics, when to stop.
+        expert_policy: The teacher that the student is compared with; default: the agent's `reference`.
+    """
+
+    def __init__(self, every: int, settings: Validation | None = None, expert_policy: ExpertPolicy | None = None) -> None:
+        if every < 1:
+            raise ValueError(f"evaluate_every={every}: need at least 1")
+        self.every, self.settings, self.expert_policy = every, settings or Validation(), expert_policy
+        self.rows: list[dict[str, Any]] = []
+        self.out: Path | None = None
+        self._judge: Judge | None = None
+
+    def on_start(self, agent: Algorithm, out: Path | None) -> None:
+        if sharding.asked():
+            raise ValueError(f"evaluate_every={self.every}: a sharded student cannot be sampled while it trains; leave it out")
+        self.out = out
+        if out is not None and (out / "eval.jsonl").is_file():
+            self.rows = read_metrics(out / "eval.jsonl", agent.step)
+        with ranks.together():
+            if out is not None and ranks.is_main():
+                out.mkdir(parents=True, exist_ok=True)
+                write_atomically(out / "eval.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        if not self.rows:
+            self.evaluate(agent)
+
+    def on_update(self, agent: Algorithm, batch: Batch, measured: dict[str, Tensor]) -> bool | None:
+        if agent.step % self.every:
+            return None
+        self.evaluate(agent)
+        patience = self.settings.patience
+        return patience is None or any(row["best"] for row in self.rows[-patience:])
+
+    def evaluate(self, agent: Algorithm) -> None:
+        """One evaluation, of which every process learns the result."""
+        with agent.trainer.clock.paused():
+            row = ranks.from_main(lambda: self._measure(agent))
+        self.rows.append(row)
+        for callback in agent.trainer.callbacks:
+            callback.on_evaluate(agent, row)
+
+    def _measure(self, agent: Algorithm) -> dict[str, Any]:
+        with torch.random.fork_rng():
+            if self._judge is None:
+                s, seed = self.settings, stream_seed(agent.config.seed, "validation")
+                evaluation = Evaluation(n=s.n, seed=seed, n_paths=s.n, n_action=min(s.n, 64), batch_size=s.batch_size)
+                self._judge = Judge(self.expert_policy or agent.reference, agent.grid, evaluation)
+            found = self._judge.judge(agent.student_policy, kernel=agent.kernel)
+        agent.expert.release()  # what decoded the samples
+        metrics: dict[str, float] = {}
+        for name in self.settings.metrics:
+            if found.get(name) is None:
+                possible = ", ".join(key for key in DIRECTIONS if found.get(key) is not None)
+                raise ValueError(f"validation.metrics: {name} is not measured here; choose from {possible}")
+            metrics[name] = statistics.fmean(found[name]) if isinstance(found[name], list) else found[name]
+        best = self._is_better(metrics)
+        row = {"step": agent.step, **metrics, "best": best, "seconds": agent.trainer.clock.seconds}
+        if self.out is not None:
+            if best:
+                with folder_atomically(self.out / "best") as folder:
+                    config = agent.config
+                    agent.expert.save_student(agent.average, folder / "student", config.num_steps, config.grid, agent.kernel)
+                    (folder / "evaluation.json").write_text(json.dumps(row))
+            with writing(self.out / "eval.jsonl"), (self.out / "eval.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        tqdm.write(f"{agent.name}, update {agent.step}: {numbers}{', the best so far' if best else ''}", file=sys.stderr)
+        return row
+
+    def _is_better(self, metrics: dict[str, float]) -> bool:
+        """Whether no earlier evaluation was as good."""
+        name = self.settings.metrics[0]
+        sign = DIRECTIONS[name]
+        return math.isfinite(metrics[name]) and all(sign * metrics[name] > sign * row[name] for row in self.rows)
