@@ -12,7 +12,7 @@ one's own is one file, with a loss:
 
     @dataclass(frozen=True)
     class HuberConfig(LearnerConfig):
-        h: float = 0.1  # distance at which the loss turns from square to linear
+        huber_h: float = 0.1  # distance at which the loss turns from square to linear
 
     class Huber(Algorithm):
         name = "huber"
@@ -22,7 +22,7 @@ one's own is one file, with a loss:
             x_hat = self.student(batch.x_t, batch.t, batch.c).x_0
             x_tgt = invert_ddim(self.expert.schedule, batch.x_t, batch.t, batch.expert_action, batch.s).x_0
             squared = (x_hat - x_tgt).square().flatten(1).mean(1)
-            return (squared + self.config.h**2).sqrt() - self.config.h  # (b,)
+            return (squared + self.config.huber_h**2).sqrt() - self.config.huber_h  # (b,)
 
 `check_agent(Huber)` checks it on a toy, `Huber("digits").learn()` trains it, and
 `python -m ddil_agents my_module.Huber --env digits` is its command.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -15,7 +17,19 @@ import pytest
 import torch
 import yaml
 
-from ddil_agents import Algorithm, Dagger, DistributionMatching, Gail, LatentConsistency, check_agent, compare, evaluate, report
+from ddil_agents import (
+    Algorithm,
+    Dagger,
+    DistributionMatching,
+    Gail,
+    LatentConsistency,
+    algorithm,
+    check_agent,
+    compare,
+    evaluate,
+    load,
+    report,
+)
 from ddil_agents import __main__ as command_line
 from ddil_agents.commands.parse import find_agent, identify
 
@@ -130,6 +144,18 @@ def test_an_agent_is_found_by_name_class_path_and_entry_point(monkeypatch: pytes
             ValueError, match=f"unknown agent '{unknown}': choose one of aggrevate, bc, dagger, .*, huber_dagger, or the class"
         ):
             find_agent(unknown)
+
+
+def test_the_smallest_algorithm_in_the_docstring_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = textwrap.dedent("\n".join(line for line in str(algorithm.__doc__).splitlines() if line.startswith("    ") or not line))
+    assert len(code.strip().splitlines()) <= 40
+    (tmp_path / "my_module.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    huber = importlib.import_module("my_module").Huber
+    check_agent(huber)
+    out = tmp_path / "run"
+    command_line.main(["my_module.Huber", "--env", "digits8", *SMALL, "--huber_h", ".2", "--out", str(out)])
+    assert load(out).config.huber_h == 0.2
 
 
 class OneNumber(Dagger):

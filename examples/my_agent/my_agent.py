@@ -12,10 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tensordict import TensorDict
 from torch import Tensor
 
-from ddil_agents import Dagger, DaggerConfig, LearnerConfig
+from ddil_agents import Batch, Dagger, DaggerConfig, LearnerConfig
 from ddil_env import invert_ddim
 
 
@@ -34,8 +33,8 @@ class HuberDagger(Dagger):
     Config: ClassVar[type[LearnerConfig]] = HuberDaggerConfig
     config: HuberDaggerConfig
 
-    def loss(self, batch: TensorDict) -> Tensor:
-        x_t, t, x_s, s, c = (batch.get(key, None) for key in ("x_t", "t", "x_s", "s", "c"))
-        x_tgt = invert_ddim(self.expert.schedule, x_t, t, x_s, s).x_0  # the x̂_0 whose step t → s lands on the label x_s
-        squared = (self.student(x_t, t, c).x_0 - x_tgt).square().flatten(1).mean(1)
-        return self.weight(t).to(squared.dtype) * ((squared + self.config.huber_h**2).sqrt() - self.config.huber_h)  # (b,)
+    def loss(self, batch: Batch) -> Tensor:
+        # The label is the expert's action, a latent at s; x_tgt is the x̂_0 whose step t → s lands there.
+        x_tgt = invert_ddim(self.expert.schedule, batch.x_t, batch.t, batch.expert_action, batch.s).x_0
+        squared = (self.student(batch.x_t, batch.t, batch.c).x_0 - x_tgt).square().flatten(1).mean(1)
+        return self.weight(batch.t).to(squared.dtype) * ((squared + self.config.huber_h**2).sqrt() - self.config.huber_h)  # (b,)
