@@ -34,7 +34,6 @@ from ddil_env.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 
-
 ROOM = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
@@ -364,5 +363,6 @@ def test_every_test_that_the_table_of_faults_names_exists() -> None:
         named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", row)
         assert named, f"no test in: {row}"
         for module, name in named:
-            tree = ast.parse(next((ROOT / "tests").rglob(f"{module}.py")).read_text())
+            (path,) = (ROOT / "tests").rglob(f"{module}.py")
+            tree = ast.parse(path.read_text())
             assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{module} has no {name}"

@@ -11,14 +11,7 @@ from helpers import MIXTURE, K, N, corners, fields, labelled, make, only
 from torch import Tensor
 
 from ddil_agents.aggrevate import Aggrevate, AggrevateConfig
-from ddil_env import (
-    ExpertPolicy,
-    GaussianMixtureExpert,
-    NoiseSchedule,
-    Prediction,
-    TimeGrid,
-    unroll,
-)
+from ddil_env import ExpertPolicy, GaussianMixtureExpert, NoiseSchedule, Prediction, TimeGrid, unroll
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 

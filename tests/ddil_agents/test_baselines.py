@@ -32,13 +32,7 @@ from ddil_agents.gail import Gail, GailConfig
 from ddil_agents.safe_dagger import SafeDagger, SafeDaggerConfig
 from ddil_agents.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
 from ddil_agents.training.loop import train
-from ddil_env import (
-    DdimPolicy,
-    ExpertPolicy,
-    GaussianMixtureExpert,
-    NoDataError,
-    unroll,
-)
+from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NoDataError, unroll
 from ddil_env.mdp import Kernel
 
 pytestmark = pytest.mark.usefixtures("own_generator")

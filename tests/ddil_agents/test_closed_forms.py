@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from helpers import MEANS
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -25,7 +26,6 @@ from ddil_env.schedule import GridKind, Kind
 from ddil_env.support import Thresholding
 
 pytestmark = pytest.mark.usefixtures("own_generator")
-
 
 KINDS, GRIDS = get_args(Kind), get_args(GridKind)
 NUM_STEPS = range(1, 9)
@@ -307,8 +307,6 @@ def test_a_student_that_is_the_consistency_function_has_no_loss(kind: Kind, dist
 
 
 # Guidance
-
-MEANS = [[-1.0, 0.3, 0.0], [0.8, -0.5, 0.2], [0.1, 0.9, -0.7]]
 
 
 def labelled(kind: Kind = "scaled_linear", guidance_scale: float = 2.0) -> Knowing:

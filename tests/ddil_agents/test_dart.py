@@ -8,10 +8,7 @@ from helpers import CORNERS, MIXTURE, K, N, corners, fields, labelled, learn, ma
 
 from ddil_agents import BehaviourCloning, Beta
 from ddil_agents.dart import Dart
-from ddil_env import (
-    ExpertPolicy,
-    GaussianMixtureExpert,
-)
+from ddil_env import ExpertPolicy, GaussianMixtureExpert
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 

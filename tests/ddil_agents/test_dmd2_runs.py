@@ -12,14 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    ALL,
-    Killed,
-    critic,
-    learn,
-    matching,
-    weights,
-)
+from helpers import ALL, Killed, critic, learn, matching, weights
 from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor

@@ -12,10 +12,7 @@ from torch.nn.functional import softplus
 
 from ddil_agents import Beta
 from ddil_agents.gail import Discriminator, Gail
-from ddil_env import (
-    GaussianMixtureExpert,
-    invert_ddim,
-)
+from ddil_env import GaussianMixtureExpert, invert_ddim
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 

@@ -23,7 +23,6 @@ from ddil_env.support import Thresholding
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 
-
 SOLVER = [*range(999, 0, -20), 0]  # 999, 979, …, 19 and the end
 
 

@@ -21,7 +21,6 @@ from ddil_agents.training.loop import read_metrics
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 
-
 SMALL = shlex.split(
     "--num_updates 12 --teacher_steps 8 --batch_size 16 --collect_size 60 --updates_per_collect 5 --log_every 5 --checkpoint_every 7 "
     "--beta.forward .4 --beta.student .6 --evaluate.n 20 --evaluate.n_action 5"

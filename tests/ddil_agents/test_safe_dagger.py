@@ -13,10 +13,7 @@ from helpers import MIXTURE, K, N, corners, fields, labelled, learn, make, only,
 from ddil_agents import Beta, Dagger
 from ddil_agents.aggrevate import Aggrevate
 from ddil_agents.safe_dagger import GatedCollector, SafeDagger, SafeDaggerConfig
-from ddil_env import (
-    ExpertPolicy,
-    GaussianMixtureExpert,
-)
+from ddil_env import ExpertPolicy, GaussianMixtureExpert
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 

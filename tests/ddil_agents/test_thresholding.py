@@ -26,7 +26,6 @@ from ddil_env.support import ChannelQuantiles, Metered, Thresholding
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 
-
 AGENTS: dict[str, type[Learner]] = {"bc": BehaviourCloning, "dagger": Dagger, "lcm": LatentConsistency, "dmd2": DistributionMatching}
 BETAS = {"bc": Beta(0.7, 0.3, 0), "dagger": Beta(0.4, 0.2, 0.4), "lcm": Beta(0.4, 0.2, 0.4), "dmd2": Beta(0.3, 0.3, 0.4)}
 MEANS = [[-0.5, 0.3, 0.0], [0.4, -0.5, 0.2]]

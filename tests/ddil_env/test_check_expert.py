@@ -11,14 +11,7 @@ import torch
 from helpers import SHAPES, Scaled, preset, random_mixture
 from torch import Tensor, nn
 
-from ddil_env import (
-    Expert,
-    GaussianMixtureExpert,
-    NetworkDenoiser,
-    NoiseSchedule,
-    Prediction,
-    check_expert,
-)
+from ddil_env import Expert, GaussianMixtureExpert, NetworkDenoiser, NoiseSchedule, Prediction, check_expert
 
 
 @pytest.mark.parametrize("name", ["gaussian_mixture", "digits", "digits8"])

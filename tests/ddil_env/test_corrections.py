@@ -14,16 +14,7 @@ from torch import Tensor
 
 from ddil_agents import Evaluation, Judge
 from ddil_agents.evaluation.trajectories import Trajectories, record
-from ddil_env import (
-    DdimPolicy,
-    DenoisingEnv,
-    ExpertPolicy,
-    GaussianMixtureExpert,
-    Prediction,
-    StudentPolicy,
-    TimeGrid,
-    unroll,
-)
+from ddil_env import DdimPolicy, DenoisingEnv, ExpertPolicy, GaussianMixtureExpert, Prediction, StudentPolicy, TimeGrid, unroll
 from ddil_env.corrections import Mixed, ScaledEpsilon, TimeShifted
 from ddil_env.mdp import Kernel
 from ddil_env.schedule import broadcast

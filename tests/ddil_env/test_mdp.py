@@ -11,14 +11,7 @@ import pytest
 import torch
 from helpers import latents, mixture
 
-from ddil_env import (
-    DenoisingEnv,
-    DenoisingGymEnv,
-    DenoisingMDP,
-    DenoisingVectorEnv,
-    ExpertPolicy,
-    NoiseSchedule,
-)
+from ddil_env import DenoisingEnv, DenoisingGymEnv, DenoisingMDP, DenoisingVectorEnv, ExpertPolicy, NoiseSchedule
 from ddil_env.mdp import LOGLIK_MIN_STD, Kernel, State
 
 KERNELS = get_args(Kernel)

@@ -13,12 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from helpers import expert_action, latents, mixture
 from tensordict import TensorDict
 
-from ddil_env import (
-    DenoisingEnv,
-    DenoisingGymEnv,
-    DenoisingVectorEnv,
-    ExpertPolicy,
-)
+from ddil_env import DenoisingEnv, DenoisingGymEnv, DenoisingVectorEnv, ExpertPolicy
 from ddil_env.mdp import Kernel
 
 KERNELS = get_args(Kernel)

@@ -31,7 +31,6 @@ from ddil_env.presets import preset_names
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
-
 SMALL = shlex.split(
     "--num_updates 12 --teacher_steps 8 --batch_size 16 --collect_size 32 --updates_per_collect 5 --log_every 5 --checkpoint_every 7 "
     "--student '{width: 16}' --evaluate.n 30 --evaluate.n_action 10"

@@ -23,7 +23,6 @@ from ddil_agents.commands.hub import check_push, push
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
-
 SMALL = shlex.split(
     "--num_updates 2 --teacher_steps 8 --batch_size 4 --collect_size 8 --updates_per_collect 2 --evaluate.n 10 --evaluate.n_action 2 "
     "--beta.forward 0 --beta.student 1"

@@ -24,7 +24,6 @@ from ddil_env.experts.digits import Digits
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 
-
 DIGITS = """\
 num_updates: 4
 teacher_steps: 4

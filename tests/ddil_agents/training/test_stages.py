@@ -20,7 +20,6 @@ from ddil_env.support import Thresholding
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 
-
 SMALL: dict[str, Any] = {
     "num_updates": 5,
     "teacher_steps": 8,

@@ -9,10 +9,7 @@ import pytest
 import torch
 from helpers import SHAPES, latents, random_mixture
 
-from ddil_env import (
-    GaussianMixtureExpert,
-    load_expert,
-)
+from ddil_env import GaussianMixtureExpert, load_expert
 
 
 @pytest.mark.parametrize("schedule", ["scaled_linear", "cosine", "flow"])
