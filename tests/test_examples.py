@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from helpers import ROOT
 
 from ddil_agents import (
     Algorithm,
@@ -33,7 +34,7 @@ from ddil_agents import (
 from ddil_agents import __main__ as command_line
 from ddil_agents.commands.parse import find_agent, identify
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 SMALL = ["--num_updates", "3", "--batch_size", "8", "--collect_size", "16", "--evaluate.n", "16", "--evaluate.n_paths", "4"]
 
 

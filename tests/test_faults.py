@@ -18,10 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import ALL, ROOT, bc, corners, dagger, judge_of, learn, matching, weights
 from safetensors.torch import save_file
-from test_dmd2 import ALL, matching
-from test_evaluate import judge_of, mixture
-from test_learners import _callers_generator, bc, dagger, learn, weights  # noqa: F401
 from tiny_sd import write_tiny_sd
 from torch import nn
 
@@ -35,7 +33,8 @@ from ddil_agents.training.metrics import RunFiles, read_metrics
 from ddil_env import load_expert
 from ddil_env.weights import load_weights
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("own_generator")
+
 ROOM = resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
@@ -327,11 +326,11 @@ def test_no_bit_of_a_safetensors_header_can_be_flipped_to_an_error_that_does_not
 
 
 def test_a_damaged_batch_of_an_evaluation_is_named_with_its_cure(tmp_path: Path) -> None:
-    judge_of(mixture(), tmp_path)
+    judge_of(corners(), tmp_path)
     batch = sorted(tmp_path.glob("*.safetensors"))[1]
     os.truncate(batch, batch.stat().st_size - 1)
     with pytest.raises(ValueError, match=f"{batch} is damaged .*; remove it, and the batch is drawn again"):
-        judge_of(mixture(), tmp_path)
+        judge_of(corners(), tmp_path)
 
 
 def test_an_evaluation_out_of_memory_names_its_batch_and_a_resume_takes_a_smaller_one(
@@ -367,5 +366,6 @@ def test_every_test_that_the_table_of_faults_names_exists() -> None:
         named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", row)
         assert named, f"no test in: {row}"
         for module, name in named:
-            tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text())
+            (path,) = (ROOT / "tests").rglob(f"{module}.py")
+            tree = ast.parse(path.read_text())
             assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{module} has no {name}"

@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-PACKAGES = Path(__file__).parent.parent
 ORDER = (  # packages, and the files that lie beside them; the algorithms and commands, one a file, are last
     "devices",
     "settings",
@@ -22,8 +22,8 @@ ORDER = (  # packages, and the files that lie beside them; the algorithms and co
 
 def modules(package: str) -> dict[str, Path]:
     found = {}
-    for path in (PACKAGES / package).rglob("*.py"):
-        parts = path.relative_to(PACKAGES).with_suffix("").parts
+    for path in (ROOT / package).rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 MAX_TOKENS = 16
+WORDS = ["a red bee", "two seas", "an elk"]
 
 
 def write_tokenizer(folder: Path) -> CLIPTokenizer:

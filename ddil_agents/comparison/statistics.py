@@ -102,7 +102,7 @@ def bootstrap_interval(
 
     Each task draws its seeds on its own, so the interval holds for these tasks and neglects what a seed's tasks share.
     It is too narrow for few seeds: of Gaussian scores, 95 % intervals cover the mean in 74 % (n = 3), 84 % (5), 90 % (10), and the
-    interquartile mean in 74 %, 91 % and 93 % (measured in tests/test_statistics.py).
+    interquartile mean in 74 %, 91 % and 93 % (measured in tests/ddil_agents/comparison/test_statistics.py).
 
     Args:
         x: Scores, (seeds,) or (seeds, tasks).
