@@ -34,7 +34,7 @@ from ddil_agents.states.beta import Beta
 from ddil_agents.states.buffer import SOURCES
 from ddil_agents.states.collect import Collector, stream_seed
 from ddil_env import Expert, StudentPolicy, Support, invert_ddim
-from ddil_env.schedule import broadcast
+from ddil_env.broadcast import broadcast
 
 STUDENT = SOURCES.index("student")
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ddil_env.expert import Denoiser, Expert, NetworkDenoiser, NoDataError
-from ddil_env.schedule import NoiseSchedule, Prediction, TimeGrid
+from ddil_env.prediction import Prediction
+from ddil_env.schedule import NoiseSchedule
+from ddil_env.time_grid import TimeGrid
 
 
 def _require(holds: bool, expert: Expert, message: str) -> None:

@@ -17,8 +17,9 @@ import math
 import torch
 from torch import Tensor
 
+from ddil_env.broadcast import broadcast
 from ddil_env.policy import DdimPolicy
-from ddil_env.schedule import Prediction, broadcast
+from ddil_env.prediction import Prediction
 
 
 class ScaledEpsilon(DdimPolicy):

@@ -26,10 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from ddil_env.errors import NoDataError
-from ddil_env.schedule import NoiseSchedule, Prediction, PredictionType, TimeGrid, substep_times
+from ddil_env.prediction import Prediction, PredictionType
+from ddil_env.schedule import NoiseSchedule
 from ddil_env.support import Support, Unbounded
+from ddil_env.time_grid import TimeGrid, substep_times
 
-__all__ = ["Denoiser", "Expert", "NetworkDenoiser", "NoDataError", "Prediction", "check_device"]
+__all__ = ["Denoiser", "Expert", "NetworkDenoiser", "NoDataError", "check_device"]
 
 Predict = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Prediction]  # (x_t, t, c, w), w None for the denoiser's own
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ddil_env.expert import Expert
 from ddil_env.mdp import DenoisingMDP, Kernel, Reward, State
 from ddil_env.presets import load_expert, preset_names
-from ddil_env.schedule import GridKind
+from ddil_env.time_grid import GridKind
 
 MIN_RENDER_SIZE = 128  # smaller pictures are enlarged by whole factors, so that a person can see them
 

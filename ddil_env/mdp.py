@@ -20,9 +20,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ddil_env.broadcast import broadcast
 from ddil_env.expert import Expert
 from ddil_env.policy import ExpertPolicy
-from ddil_env.schedule import GridKind, TimeGrid, broadcast, invert_ddim, renoise_step
+from ddil_env.steps import invert_ddim, renoise_step
+from ddil_env.time_grid import GridKind, TimeGrid
 
 Kernel = Literal["ddim", "renoise"]
 Reward = Literal["none", "expert_l2", "expert_loglik"]

@@ -10,8 +10,11 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from ddil_env.expert import Denoiser, Expert, Predict
-from ddil_env.schedule import NoiseSchedule, Prediction, invert_ddim, renoise_step, substep_times
+from ddil_env.prediction import Prediction
+from ddil_env.schedule import NoiseSchedule
+from ddil_env.steps import invert_ddim, renoise_step
 from ddil_env.support import Support, Unbounded
+from ddil_env.time_grid import substep_times
 
 
 class DdimPolicy(TensorDictModuleBase):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddil_env.mdp import Kernel
 from ddil_env.policy import DdimPolicy
-from ddil_env.schedule import TimeGrid
+from ddil_env.time_grid import TimeGrid
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from ddil_env.broadcast import broadcast
 from ddil_env.errors import NoDataError
-from ddil_env.schedule import broadcast
 
 if TYPE_CHECKING:
     from ddil_env.expert import Expert

@@ -38,7 +38,7 @@ from ddil_env import GaussianMixtureExpert, NetworkDenoiser, check_expert, load_
 from ddil_env.adapters import LORA_FILE, LoRA, Shared, adapted, adapters, merge
 from ddil_env.policy import StudentPolicy
 from ddil_env.rollout import unroll
-from ddil_env.schedule import TimeGrid
+from ddil_env.time_grid import TimeGrid
 
 WORDS = ["a red bee", "two seas", "an elk"]
 WRITE = {"sd15": write_tiny_sd, **WRITERS}

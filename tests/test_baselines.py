@@ -51,9 +51,9 @@ from ddil_env import (
     invert_ddim,
     unroll,
 )
+from ddil_env.broadcast import broadcast
 from ddil_env.corrections import Mixed, ScaledEpsilon, TimeShifted
 from ddil_env.mdp import Kernel
-from ddil_env.schedule import broadcast
 
 MIXTURE = Beta(0.5, 0.1, 0.4)
 CORNERS = [[-0.8, -0.8], [-0.8, 0.8], [0.8, -0.8], [0.8, 0.8]]

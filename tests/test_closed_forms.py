@@ -21,8 +21,9 @@ from ddil_agents.bc import Weighting
 from ddil_agents.lcm import Distance
 from ddil_env import ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, NoiseSchedule, TimeGrid, invert_ddim, unroll
 from ddil_env.experts.digits import Digits
-from ddil_env.schedule import GridKind, Kind
+from ddil_env.schedule import Kind
 from ddil_env.support import Thresholding
+from ddil_env.time_grid import GridKind
 
 KINDS, GRIDS = get_args(Kind), get_args(GridKind)
 NUM_STEPS = range(1, 9)

@@ -26,7 +26,7 @@ from ddil_agents.lcm import ConsistencyDenoiser, LCMCollector
 from ddil_agents.states.collect import STREAMS, stream_seed
 from ddil_agents.training.loop import read_metrics
 from ddil_env import ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, NoiseSchedule, TimeGrid, unroll
-from ddil_env.schedule import PredictionType
+from ddil_env.prediction import PredictionType
 from ddil_env.support import Thresholding
 
 CORNERS = [[-0.8, -0.8], [-0.8, 0.8], [0.8, -0.8], [0.8, 0.8]]

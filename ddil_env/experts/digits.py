@@ -33,7 +33,8 @@ from ddil_env.adapters import LoRA, adapted
 from ddil_env.data.tensors import TensorData
 from ddil_env.expert import Expert, NetworkDenoiser
 from ddil_env.guidance import guidance_features, zero_projection
-from ddil_env.schedule import NoiseSchedule, Prediction, PredictionType
+from ddil_env.prediction import Prediction, PredictionType
+from ddil_env.schedule import NoiseSchedule
 from ddil_env.support import Box
 from ddil_env.weights import load_weights
 

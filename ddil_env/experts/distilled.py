@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ddil_env.expert import Expert, NetworkDenoiser
-from ddil_env.schedule import Prediction, TimeGrid
+from ddil_env.prediction import Prediction
+from ddil_env.time_grid import TimeGrid
 
 
 class Distilled(Expert):

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ddil_env.expert import Expert, NetworkDenoiser
 from ddil_env.guidance import guidance_features, zero_projection
-from ddil_env.schedule import Kind, NoiseSchedule, Prediction, PredictionType
+from ddil_env.prediction import Prediction, PredictionType
+from ddil_env.schedule import Kind, NoiseSchedule
 
 
 class TimeConditionedMLP(nn.Module):

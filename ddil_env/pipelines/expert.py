@@ -29,8 +29,9 @@ from ddil_env.pipelines.folder import HUB_ID, PipelineFolder
 from ddil_env.pipelines.networks import PipelineNetwork
 from ddil_env.pipelines.prompts import Embeddings, Lookup, look_up
 from ddil_env.pipelines.samplers import Noise, Sampler
-from ddil_env.schedule import Prediction, PredictionType, TimeGrid
+from ddil_env.prediction import Prediction, PredictionType
 from ddil_env.support import Support
+from ddil_env.time_grid import TimeGrid
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 Embed = Callable[[Sequence[str]], dict[str, Tensor]]  # n texts → the rows of the tables, name → (n, *any)

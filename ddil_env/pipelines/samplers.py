@@ -21,7 +21,9 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 from ddil_env.mdp import Kernel
 from ddil_env.pipelines.folder import PipelineFolder, read_json
-from ddil_env.schedule import LCM_SOLVER_STEPS, Kind, NoiseSchedule, PredictionType, TimeGrid
+from ddil_env.prediction import PredictionType
+from ddil_env.schedule import Kind, NoiseSchedule
+from ddil_env.time_grid import LCM_SOLVER_STEPS, TimeGrid
 
 KINDS: dict[str, Kind] = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 PREDICTION_TYPES: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
