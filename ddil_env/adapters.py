@@ -49,16 +49,16 @@ class LoRA:
             raise ValueError(f"lora.alpha={self.alpha}: need a positive, finite number, or null for the rank")
 
 
-class Shared(Tensor):
+class SharedWeight(Tensor):
     """A teacher's weight as other networks see it: not a parameter, and in a copy the same."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch.nn.Parameter does
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedWeight:
         return self
 
 
-def adapted(network: M, lora: LoRA) -> M:
+def add_adapters(network: M, lora: LoRA) -> M:
     """A network over the weights of another, with adapters of its own; it computes what the other does until it learns.
 
     Args:
@@ -74,7 +74,7 @@ def adapted(network: M, lora: LoRA) -> M:
     except ImportError as error:
         raise ImportError(f"{lora} needs peft: pip install 'ddil[lora]', or set lora to null") from error
     weights = [*network.parameters(), *network.buffers()]
-    twin = copy.deepcopy(network, {id(weight): weight.detach().as_subclass(Shared) for weight in weights})
+    twin = copy.deepcopy(network, {id(weight): weight.detach().as_subclass(SharedWeight) for weight in weights})
     targets = lora.target_modules or [name for name, module in twin.named_modules() if type(module) in ADAPTED]
     try:
         inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=list(targets)), twin)
@@ -82,17 +82,17 @@ def adapted(network: M, lora: LoRA) -> M:
         raise ValueError(f"lora.target_modules={lora.target_modules}: {error}; null adapts every linear and convolution layer") from error
     for module in twin.modules():
         for registered in (module._parameters, module._buffers):
-            for name in [name for name, value in registered.items() if isinstance(value, Shared)]:
+            for name in [name for name, value in registered.items() if isinstance(value, SharedWeight)]:
                 vars(module)[name] = registered.pop(name)
     return twin.float()  # which of it are the adapters alone
 
 
-def adapters(network: nn.Module) -> dict[str, Any]:
+def adapter_layers(network: nn.Module) -> dict[str, Any]:
     """The layers with adapters, by name; none of a network that is not adapted."""
     return {name: module for name, module in network.named_modules() if hasattr(module, "lora_A")}
 
 
-def merge(network: nn.Module, plain: nn.Module) -> None:
+def merge_adapters(network: nn.Module, plain: nn.Module) -> None:
     """Makes a plain network of an adapted one.
 
     Args:
@@ -100,7 +100,7 @@ def merge(network: nn.Module, plain: nn.Module) -> None:
         plain: A twin of its teacher in float32; receives W + (α/r) B A, and what was learned beside.
     """
     with torch.no_grad():
-        for name, layer in adapters(network).items():
+        for name, layer in adapter_layers(network).items():
             plain.get_submodule(name).weight += layer.get_delta_weight(NAME)
     plain.load_state_dict({name: value for name, value in network.state_dict().items() if ".lora_" not in name}, strict=False)
 
@@ -141,7 +141,7 @@ def load_adapters(network: nn.Module, path: Path, prefix: str) -> None:
 
 def _settings(network: nn.Module, prefix: str) -> str:
     """The adapters' settings as diffusers has them in a file's metadata."""
-    layers = adapters(network)
+    layers = adapter_layers(network)
     layer = next(iter(layers.values()))
     config = {"r": layer.r[NAME], "lora_alpha": layer.lora_alpha[NAME], "target_modules": list(layers)}
     return json.dumps({f"{prefix}.{key}": value for key, value in config.items()})

@@ -127,7 +127,7 @@ class ColouredDigits(StableDiffusion):
         allowed = (held_out() == self.unseen).nonzero()[:, 0].to(self.device)
         return allowed[torch.randint(len(allowed), (n,), generator=generator, device=self.device)]
 
-    def _states(self) -> str:
+    def describe_data(self) -> str:
         return f"MNIST digits in two of {len(COLOURS)} colours, with {int((held_out() == self.unseen).sum())} captions"
 
     def _encoded(self, n: int, split: Split, seed: int) -> tuple[Tensor, Tensor]:

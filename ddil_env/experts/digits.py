@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddil_env.adapters import LoRA, adapted
+from ddil_env.adapters import LoRA, add_adapters
 from ddil_env.data.tensors import TensorData
 from ddil_env.expert import Expert, NetworkDenoiser
 from ddil_env.guidance import guidance_features, zero_projection
@@ -138,7 +138,7 @@ class DigitsUNet(nn.Module):
             num_class_embeds=NUM_CLASSES + 1,
         ).to(memory_format=torch.channels_last)
 
-    def embed_guidance(self) -> None:
+    def add_guidance_embedding(self) -> None:
         """Lets the network be told w: the projected features join those of time, before the first layer that reads them."""
         time_embedding = self.unet.time_embedding
         time_embedding.cond_proj = zero_projection(time_embedding.linear_1.in_features).to(time_embedding.linear_1.weight.device)
@@ -220,7 +220,7 @@ class Digits(Expert):
             lora: Adapters over the teacher's own weights, in the place of a copy.
 
         Raises:
-            ValueError: a prediction type that the schedule does not hold for, LoRA over other channels, or what `adapted` refuses.
+            ValueError: a prediction type that the schedule does not hold for, LoRA over other channels, or what `add_adapters` refuses.
         """
         kind = prediction_type or "v"
         self.schedule.check_prediction_type(kind)
@@ -229,9 +229,9 @@ class Digits(Expert):
         if channels is not None:
             network = DigitsUNet(spec_of(self.dataset), channels).to(self.device)
         else:
-            network = copy.deepcopy(self.network) if lora is None else adapted(self.network, lora)
+            network = copy.deepcopy(self.network) if lora is None else add_adapters(self.network, lora)
         if guidance_embedding:
-            network.embed_guidance()
+            network.add_guidance_embedding()
         return NetworkDenoiser(network.train().requires_grad_(True), self.schedule, kind, guidance_embedding)
 
     def critic_features(self, student: NetworkDenoiser) -> nn.Module:

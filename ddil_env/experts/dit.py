@@ -22,8 +22,9 @@ from ddil_env.data.pairs import Pairs
 from ddil_env.data.sources import Source, read_pictures
 from ddil_env.expert import NetworkDenoiser
 from ddil_env.pipelines.data import OwnData
-from ddil_env.pipelines.expert import Dtype, LatentExpert
+from ddil_env.pipelines.expert import Dtype
 from ddil_env.pipelines.folder import PipelineFolder, read_json
+from ddil_env.pipelines.latent_expert import LatentExpert
 from ddil_env.pipelines.networks import PipelineNetwork, token_features
 from ddil_env.pipelines.samplers import DiffusionNoise
 

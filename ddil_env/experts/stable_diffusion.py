@@ -19,10 +19,12 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ddil_env.data.cache import Embed
 from ddil_env.pipelines.data import OwnData
-from ddil_env.pipelines.expert import Dtype, Embed, PromptedExpert
+from ddil_env.pipelines.expert import Dtype
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.networks import PromptedUNet
+from ddil_env.pipelines.prompted_expert import PromptedExpert
 from ddil_env.pipelines.prompts import PROMPTS, TextReader, coco_captions, read_prompts
 from ddil_env.pipelines.samplers import DiffusionNoise
 

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from ddil_env.data.cache import Embed
 from ddil_env.pipelines.data import OwnData
-from ddil_env.pipelines.expert import Dtype, Embed, PromptedExpert
+from ddil_env.pipelines.expert import Dtype
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.networks import PipelineNetwork, token_features
+from ddil_env.pipelines.prompted_expert import PromptedExpert
 from ddil_env.pipelines.prompts import Lookup, TextReader
 from ddil_env.pipelines.samplers import FlowNoise
 from ddil_env.schedule import NoiseSchedule

@@ -19,10 +19,13 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ddil_env.data.cache import Embed
 from ddil_env.pipelines.data import OwnData
-from ddil_env.pipelines.expert import Dtype, Embed, PromptedExpert
+from ddil_env.pipelines.expert import Dtype
 from ddil_env.pipelines.folder import PipelineFolder
+from ddil_env.pipelines.latent_expert import vae_stride
 from ddil_env.pipelines.networks import PromptedUNet
+from ddil_env.pipelines.prompted_expert import PromptedExpert
 from ddil_env.pipelines.prompts import Lookup, TextReader
 from ddil_env.pipelines.samplers import DiffusionNoise
 
@@ -100,7 +103,7 @@ class StableDiffusionXL(PromptedExpert):
         files = PipelineFolder.find(model, StableDiffusionXLPipeline, MODELS, TOKENIZERS, local_files_only=local_files_only)
         shape = self.latent_shape(files, height, width)
         files.require("unet", "an SDXL UNet over this VAE", out_channels=shape[0], time_cond_proj_dim=None, addition_embed_type="text_time")
-        stride = 2 ** (len(files.config("vae").get("block_out_channels", [0])) - 1)
+        stride = vae_stride(files.config("vae"))
         size = (shape[1] * stride, shape[2] * stride)
         self.time_ids = (*size, 0, 0, *size)
         self.zero_null = bool(files.index.get("force_zeros_for_empty_prompt", True))

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddil_env.data.pairs import Embed, Encode, Pairs, cache_pairs, is_cache
+from ddil_env.data.cache import Embed, Encode, cache_pairs
+from ddil_env.data.pairs import Pairs
+from ddil_env.data.shards import is_cache
 from ddil_env.data.sources import Source
 from ddil_env.pipelines.prompts import read_prompts
 

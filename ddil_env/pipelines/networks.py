@@ -36,7 +36,7 @@ class PipelineNetwork(nn.Module, ABC):
     def features(self, sample_shape: tuple[int, ...]) -> nn.Module:
         """The layer in the middle, whose output (b, channels, *any) a discriminator reads."""
 
-    def embed_guidance(self) -> None:
+    def add_guidance_embedding(self) -> None:
         """Lets the network be told w.
 
         Raises:
@@ -48,7 +48,7 @@ class PipelineNetwork(nn.Module, ABC):
         )
 
     @staticmethod
-    def is_told(config: dict[str, Any]) -> bool:
+    def has_guidance_embedding(config: dict[str, Any]) -> bool:
         """Whether a network of that configuration is told w."""
         return False
 
@@ -72,14 +72,14 @@ class PromptedUNet(PipelineNetwork):
     def core(self) -> UNet2DConditionModel:
         return self.unet
 
-    def embed_guidance(self) -> None:
+    def add_guidance_embedding(self) -> None:
         """Lets the network be told w, by diffusers' own `time_cond_proj_dim`: its pipelines then embed guidance_scale − 1."""
         time_embedding = self.unet.time_embedding
         time_embedding.cond_proj = zero_projection(time_embedding.linear_1.in_features).to(time_embedding.linear_1.weight.device)
         self.unet.register_to_config(time_cond_proj_dim=GUIDANCE_FEATURES)
 
     @staticmethod
-    def is_told(config: dict[str, Any]) -> bool:
+    def has_guidance_embedding(config: dict[str, Any]) -> bool:
         return config.get("time_cond_proj_dim") == GUIDANCE_FEATURES
 
     def features(self, sample_shape: tuple[int, ...]) -> nn.Module:
