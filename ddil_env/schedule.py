@@ -34,12 +34,17 @@ class NoiseSchedule:
             are variance preserving, α² + σ² = 1; `flow` is rectified flow, α = 1 − σ, σ = t / 1000 unless shifted.
         beta_start, beta_end: Ends of the β ramp of `scaled_linear` and `linear`; the defaults are Stable Diffusion's.
         num_train_steps: Length T of the chain that the network was trained on.
-        set_alpha_to_one: At t = 0: True, (α, σ) = (1, 0), the data; False, the table's first level √ᾱ_0, which
-            is where the latent-consistency solver ends (the same switch as in diffusers' DDIMScheduler).
-        shift: s of `flow`: σ = s u/(1 + (s − 1) u) at u = t / 1000, so that even times crowd toward noise (Esser et al. 2024).
+        set_alpha_to_one: The level at t = 0. True: the data, (α, σ) = (1, 0). False: the chain's first level √ᾱ_0, at which
+            the solver of latent consistency models ends (as in diffusers' DDIMScheduler).
+        shift: s of `flow`: σ = s u/(1 + (s − 1) u) at u = t / 1000. Above 1, evenly spaced times lie closer together in σ near
+            noise (Esser et al. 2024).
+
+    Attributes:
+        t_max: The time of pure noise.
+        discrete: Whether times are whole numbers.
 
     Raises:
-        ValueError: an unknown kind, a β outside (0, 1), or a shift that is not positive or not of `flow`.
+        ValueError: an unknown kind, a β outside (0, 1), fewer than 2 steps, or a shift that is not positive or not of `flow`.
     """
 
     def __init__(
@@ -69,11 +74,11 @@ class NoiseSchedule:
             self._tables = {(torch.device("cpu"), torch.float64): (alpha, sigma)}
 
     def ending_at_alpha_0(self) -> NoiseSchedule:
-        """The same schedule with `set_alpha_to_one=False`; a flow schedule has no such level and stays."""
+        """The same schedule with `set_alpha_to_one=False`; a flow schedule, which has no such level, is returned as it is."""
         return NoiseSchedule(**self._settings, set_alpha_to_one=False) if self.discrete else self  # type: ignore[arg-type]
 
     def _coefficient_table(self, beta_start: float, beta_end: float, set_alpha_to_one: bool) -> Tensor:
-        """Rows α, σ over t = 0 … T−1, float64, shape (2, T)."""
+        """α and σ at t = 0 … T−1, float64, (2, T)."""
         n = self.num_train_steps
         if self.kind == "scaled_linear":
             beta = torch.linspace(beta_start**0.5, beta_end**0.5, n, dtype=torch.float64) ** 2
@@ -109,7 +114,7 @@ class NoiseSchedule:
         return broadcast(alpha, like), broadcast(sigma, like)
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Forward diffusion, x_t = α_t x_0 + σ_t ε (Ho et al. 2020, Eq. 4); x_0 and eps (b, *sample_shape), t (b,)."""
+        """Diffuses x_0 to time t, x_t = α_t x_0 + σ_t ε (Ho et al. 2020, Eq. 4); x_0 and eps (b, *sample_shape), t (b,)."""
         alpha_t, sigma_t = self(t, x_0)
         return alpha_t * x_0 + sigma_t * eps
 
@@ -137,7 +142,7 @@ class NoiseSchedule:
         return Prediction(x_t - sigma * output, x_t + alpha * output, t, self)
 
     def check_prediction_type(self, kind: PredictionType) -> None:
-        """Refuses, before any work, a prediction type that this schedule's identity does not hold for.
+        """Checks that this schedule supports a prediction type.
 
         Raises:
             ValueError: an unknown type; `v` or `eps` with a flow schedule; `flow` with a variance-preserving one.

@@ -21,12 +21,15 @@ class TimeGrid:
     Args:
         schedule: The schedule whose times these are.
         num_steps: N, the number of steps of an episode.
-        kind: `linspace`, the paper's (DPM++ default): 999, 749, 500, 250 → 0 for N = 4. `dmd2`: 999, 749, 499, 249 → 0,
-            a constant stride of T // N. `trailing`: strides of T / N rounded, as in Lin et al. 2024 and diffusers.
+        kind: `linspace`, the paper's (the default of DPM-Solver++): 999, 749, 500, 250 → 0 for N = 4. `dmd2`: 999, 749, 499, 249 → 0,
+            a constant stride of T // N. `trailing`: strides of T / N, rounded, as in Lin et al. 2024 and diffusers.
             `lcm`: N of the 50 trailing times, 999, 759, 499, 259 → 0, as diffusers' LCMScheduler picks them.
 
+    Attributes:
+        times: The N + 1 times, float32, descending.
+
     Raises:
-        ValueError: num_steps is not between 1 and the schedule's `t_max`, so large that `trailing` reaches 0 early, or an unknown kind.
+        ValueError: an unknown kind, num_steps below 1 or above the schedule's `t_max`, or so many steps that two times are equal.
     """
 
     def __init__(self, schedule: NoiseSchedule, num_steps: int, kind: GridKind = "linspace") -> None:
@@ -35,7 +38,7 @@ class TimeGrid:
             raise ValueError(f"num_steps={num_steps}: need 1 ≤ num_steps ≤ {schedule.t_max}, the length of the teacher's chain")
         n, t_max = num_steps, schedule.t_max
         if kind == "linspace":
-            times = t_max * torch.arange(n, -1, -1, dtype=torch.float64) / n  # products first: equal halves, rounded alike, whatever n
+            times = t_max * torch.arange(n, -1, -1, dtype=torch.float64) / n  # multiplied first, so that halves are exact for every n
         elif kind == "lcm":
             solver = TimeGrid(schedule, min(LCM_SOLVER_STEPS, 2 * schedule.num_train_steps // 3), "trailing")
             times = lcm_times(solver, n).double()
@@ -63,13 +66,17 @@ class TimeGrid:
         return self
 
     def previous(self, t: Tensor) -> Tensor:
-        """The step's target: the latest time of the grid before t, (b,) → (b,); 0 stays 0. t need not lie on the grid."""
+        """The target times of steps from t (b,): the latest of the grid before t, (b,); 0 for 0. t need not lie on the grid."""
         index = torch.searchsorted(self._ascending, t.contiguous(), side="left") - 1
         return self._ascending[index.clamp(min=0)]
 
 
 def lcm_times(solver: TimeGrid, num_steps: int) -> Tensor:
-    """The times that a latent consistency model samples at: num_steps of the solver's, evenly by index, and 0, (num_steps + 1,).
+    """The times of a latent consistency model's sampler, (num_steps + 1,): times of its solver, evenly by index, and 0.
+
+    Args:
+        solver: The time grid of the solver that the model was trained with.
+        num_steps: Steps of the sampler.
 
     Raises:
         ValueError: more steps than the solver has.
@@ -81,13 +88,13 @@ def lcm_times(solver: TimeGrid, num_steps: int) -> Tensor:
 
 
 def substep_times(schedule: NoiseSchedule, t: Tensor, s: Tensor, k: int) -> Tensor:
-    """k + 1 times from t to s in equal strides, (k + 1, b), whole numbers for a discrete schedule.
+    """The times of k steps from t (b,) to s (b,) in equal strides, (k + 1, b); whole numbers for a discrete schedule.
 
-    Rounded up, so that 0 is reached by the last alone. Where t − s < k some times repeat; a step between equal times stays.
+    They are rounded up, so that only the last can be 0. Where t − s < k some times repeat; a step between equal times changes nothing.
     """
-    if k == 1:  # nothing between; the arithmetic below would be a tenth of what a rollout adds to its network
+    if k == 1:  # a shortcut: the arithmetic below takes a tenth of the time that a rollout adds to its network
         times = torch.stack([t, s])
     else:
         i = torch.arange(k + 1, dtype=torch.float64, device=t.device)[:, None]
-        times = ((k - i) * t.double() + i * s.double()) / k  # whole strides come out exact, so that `ceil` leaves them alone
+        times = ((k - i) * t.double() + i * s.double()) / k  # exact for whole strides, which `ceil` then does not change
     return (times.ceil() if schedule.discrete else times).float()

@@ -238,7 +238,8 @@ class PipelineExpert(Expert):
         network = student.network
         if not isinstance(network, type(self.network)):
             raise ValueError(
-                f"cannot {purpose.format(type(network).__name__)}; a student of {type(self).__name__} is a {type(self.network).__name__}"
+                f"cannot {purpose.format(type(network).__name__)}; a student of {type(self).__name__} is a {type(self.network).__name__}; "
+                "make one with make_student()"
             )
         return network
 
