@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from ddil_env.adapters import LoRA, adapted
+from ddil_env.adapters import LoRA, add_adapters
 
 RESULTS = Path(__file__).parent / "results"
 BITS_8 = 2 + 2 * 4 / 256  # bytes a weight of 8-bit momenta: two, and the scales of their blocks
@@ -176,7 +176,7 @@ def account(
     meter = Meter()
     with meter, mock.patch.object(F, "scaled_dot_product_attention", attention):
         teacher = make().to(setting.teacher).requires_grad_(False).eval()
-        student, critic = (make() if setting.lora is None else adapted(teacher, setting.lora) for _ in range(2))
+        student, critic = (make() if setting.lora is None else add_adapters(teacher, setting.lora) for _ in range(2))
         average = copy.deepcopy(student)
         saved, peaks = [], []
         steps = {network: _prepared(network, setting) for network in (student, critic)}

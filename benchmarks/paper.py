@@ -41,7 +41,7 @@ from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.checkpoint import write_atomically
 from ddil_agents.training.metrics import read_metrics
 from ddil_env import Expert, ExpertPolicy, StudentPolicy, TimeGrid, load_expert
-from ddil_env.schedule import GridKind
+from ddil_env.time_grid import GridKind
 
 STEPS = (1, 2, 4, 8)
 METRICS = (

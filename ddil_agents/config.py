@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from ddil_agents.states.beta import Beta
 from ddil_agents.states.collect import StatesPerRollout
 from ddil_env.adapters import LoRA
-from ddil_env.schedule import GridKind
 from ddil_env.support import Thresholding
+from ddil_env.time_grid import GridKind
 
 Precision = Literal["no", "fp16", "bf16"]
 Optimizer = Literal["adamw", "adamw8bit"]

@@ -41,9 +41,10 @@ from ddil_agents.states.simulation import BackwardSimulation
 from ddil_agents.training.critic import Critic
 from ddil_agents.training.trainer import GradientStep
 from ddil_env import NetworkDenoiser, NoDataError, Prediction, StudentPolicy
+from ddil_env.broadcast import broadcast
 from ddil_env.mdp import Kernel
-from ddil_env.schedule import GridKind, broadcast
 from ddil_env.support import Role, Thresholding
+from ddil_env.time_grid import GridKind
 
 
 @dataclass(frozen=True)

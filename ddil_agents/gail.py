@@ -36,7 +36,7 @@ from ddil_agents.states.buffer import SOURCES
 from ddil_agents.states.collect import Collector, stream_seed
 from ddil_agents.training.trainer import GradientStep
 from ddil_env import Expert, StudentPolicy, invert_ddim
-from ddil_env.schedule import broadcast
+from ddil_env.broadcast import broadcast
 
 STUDENT = SOURCES.index("student")
 

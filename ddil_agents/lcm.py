@@ -27,9 +27,10 @@ from ddil_agents.config import LearnerConfig
 from ddil_agents.states.batch import Batch
 from ddil_agents.states.collect import Collector
 from ddil_env import ExpertPolicy, NetworkDenoiser, Prediction, StudentPolicy, TimeGrid
+from ddil_env.broadcast import broadcast
 from ddil_env.mdp import Kernel
-from ddil_env.schedule import LCM_SOLVER_STEPS, GridKind, broadcast, lcm_times
 from ddil_env.support import Thresholding
+from ddil_env.time_grid import LCM_SOLVER_STEPS, GridKind, lcm_times
 
 Distance = Literal["huber", "l2"]
 SIGMA_DATA = 0.5

@@ -9,10 +9,13 @@ from ddil_env.experts.gaussian_mixture import GaussianMixtureExpert
 from ddil_env.gym_env import DenoisingGymEnv, DenoisingVectorEnv, register_envs
 from ddil_env.mdp import DenoisingMDP
 from ddil_env.policy import DdimPolicy, ExpertPolicy, StudentPolicy
+from ddil_env.prediction import Prediction
 from ddil_env.presets import load_expert
 from ddil_env.rollout import unroll
-from ddil_env.schedule import NoiseSchedule, Prediction, TimeGrid, ddim_step, invert_ddim, renoise_step
+from ddil_env.schedule import NoiseSchedule
+from ddil_env.steps import ddim_step, invert_ddim, renoise_step
 from ddil_env.support import Box, Support, Unbounded
+from ddil_env.time_grid import TimeGrid
 
 register_envs()
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it where it is there: it warns of kernels not used here

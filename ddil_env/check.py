@@ -1,4 +1,4 @@
-"""`check_expert`: one call that proves that an expert conforms, as gymnasium's check_env does for an environment."""
+"""`check_expert` checks that an expert implements its interface, as gymnasium's check_env does for an environment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ddil_env.expert import Denoiser, Expert, NetworkDenoiser, NoDataError
-from ddil_env.schedule import NoiseSchedule, Prediction, TimeGrid
+from ddil_env.prediction import Prediction
+from ddil_env.schedule import NoiseSchedule
+from ddil_env.time_grid import TimeGrid
 
 
 def _require(holds: bool, expert: Expert, message: str) -> None:
@@ -25,51 +27,58 @@ def _check_prediction(expert: Expert, pred: object, x_t: Tensor, t: Tensor, wher
         _require(value.shape == x_t.shape, expert, f"{where} gave {name} of shape {tuple(value.shape)}; need x_t's, {tuple(x_t.shape)}")
         _require(value.device == x_t.device, expert, f"{where} gave {name} on {value.device}; need x_t's device, {x_t.device}")
         _require(value.dtype in (torch.float32, torch.float64), expert, f"{where} gave {name} as {value.dtype}; need float32 or wider")
-        _require(bool(torch.isfinite(value).all()), expert, f"{where} gave NaN or infinite {name}")
-        _require(not value.requires_grad, expert, f"{where} gave {name} with a gradient; an expert is fixed")
+        _require(bool(torch.isfinite(value).all()), expert, f"{where} gave NaN or infinite {name} at t={t.tolist()}; look at the weights")
+        _require(not value.requires_grad, expert, f"{where} gave {name} with a gradient; an expert is fixed: detach it")
     alpha, sigma = expert.schedule(t, x_t)
     error = float((alpha * pred.x_0 + sigma * pred.eps - x_t).abs().max())
     _require(error < 1e-2, expert, f"{where} breaks α_t x_0 + σ_t eps = x_t by {error:.3g}; build it with schedule.prediction(...)")
 
 
 def check_expert(expert: Expert, seed: int = 0, student: Denoiser | None = None) -> None:
-    """Runs an expert through the contract; silent if it holds.
+    """Checks an expert; returns nothing if it conforms.
 
     Args:
-        expert: The expert to check. A few forwards of batches of 1 to 8 are run.
-        seed: Of the latents it is tried on.
-        student: A student of it that exists already; default: one is made, if the expert makes any.
+        expert: The expert to check. It runs a few forwards of batches of 1 to 8.
+        seed: Seed of the latents that it is tried on.
+        student: A student of the expert to check too; default: the expert makes one, if it makes students.
 
     Raises:
-        TypeError: not an Expert.
-        ValueError: a broken clause, named with the value found and the cure.
+        TypeError: the object is not an Expert.
+        ValueError: a method breaks the interface; the message names the value found and the cure.
     """
     if not isinstance(expert, Expert):
         raise TypeError(f"got {type(expert).__name__}; an expert subclasses ddil_env.Expert")
     for field in ("schedule", "sample_shape", "support", "device", "nfe", "num_conditions", "null_condition", "guidance_scale"):
         _require(hasattr(expert, field), expert, f"no `{field}`; call super().__init__(schedule, sample_shape, ...) in __init__")
-    _require(isinstance(expert.schedule, NoiseSchedule), expert, "`schedule` must be a ddil_env.NoiseSchedule")
+    _require(
+        isinstance(expert.schedule, NoiseSchedule),
+        expert,
+        f"`schedule` must be a ddil_env.NoiseSchedule, not a {type(expert.schedule).__name__}",
+    )
     generator = torch.Generator(expert.device).manual_seed(seed)
-    for n in (1, 3, min(expert.sample_shape[-1], 8)):  # where batch and width agree a wrong broadcast hides, elsewhere it shows
+    for n in (1, 3, min(expert.sample_shape[-1], 8)):  # a wrong broadcast goes unnoticed where batch size and width are equal
         x_t = torch.randn(n, *expert.sample_shape, generator=generator, device=expert.device)
         c = expert.sample_condition(n, generator)
         _check_condition(expert, c, n, "sample_condition")
         times = TimeGrid(expert.schedule, min(4, int(expert.schedule.t_max))).to(expert.device).times[:-1]
         t = times[torch.arange(n, device=expert.device) % len(times)]
         before = expert.nfe
-        pred = _tried(expert, f"predict on a batch of {n}", functools.partial(expert.predict, x_t, t, c))
+        pred = _call(expert, f"predict on a batch of {n}", functools.partial(expert.predict, x_t, t, c))
         _check_prediction(expert, pred, x_t, t, f"predict on a batch of {n}")
         _require(expert.nfe - before >= n, expert, f"predict on a batch of {n} added {expert.nfe - before} to nfe; need at least {n}")
-    again = expert.predict(x_t, t, c)
-    _require(torch.equal(pred.x_0, again.x_0), expert, "predict is not deterministic; put networks in eval mode")
+    second = expert.predict(x_t, t, c)
+    _require(torch.equal(pred.x_0, second.x_0), expert, "predict is not deterministic; put networks in eval mode")
     if expert.null_condition is not None and c is not None:
         _check_prediction(expert, expert.guided(x_t, t, c, 2.0), x_t, t, "guided")
         single = expert.guided(x_t, t, c, 1.0)
-        _require(torch.equal(single.x_0, pred.x_0), expert, "guided with guidance_scale=1 must equal predict")
+        _require(torch.equal(single.x_0, pred.x_0), expert, "guided with guidance_scale=1 must equal predict; return predict's there")
     projected = expert.support.project(pred.x_0)
-    _require(projected.shape == pred.x_0.shape, expert, "support.project must keep the shape")
-    _require(torch.allclose(expert.support.project(projected), projected), expert, "support.project must leave what it has projected")
-    pictures = _tried(expert, "decode", lambda: expert.decode(pred.x_0))
+    shapes = tuple(projected.shape), tuple(pred.x_0.shape)
+    _require(shapes[0] == shapes[1], expert, f"support.project gave shape {shapes[0]} for {shapes[1]}; it must keep the shape")
+    again = expert.support.project(projected)
+    gap = float((again - projected).abs().max())
+    _require(torch.allclose(again, projected), expert, f"support.project must leave what it has projected; it moved it by {gap:.3g}")
+    pictures = _call(expert, "decode", lambda: expert.decode(pred.x_0))
     if pictures is not None:
         good = pictures.dtype == torch.uint8 and pictures.ndim == 4 and len(pictures) == n and pictures.shape[-1] == 3
         _require(good, expert, f"decode gave {pictures.dtype} {tuple(pictures.shape)}; need uint8 ({n}, height, width, 3) or None")
@@ -81,10 +90,10 @@ def check_expert(expert: Expert, seed: int = 0, student: Denoiser | None = None)
         _check_student(expert, student, x_t, t, c)
 
 
-def _tried(expert: Expert, what: str, call: Callable[[], Any]) -> Any:
-    """The call's result; what it raises is named as the expert's."""
+def _call(expert: Expert, what: str, function: Callable[[], Any]) -> Any:
+    """Calls a function; an error that it raises names the expert and what was called."""
     try:
-        return call()
+        return function()
     except Exception as error:
         raise ValueError(f"{type(expert).__name__}: {what} raised {type(error).__name__}: {error}") from error
 
@@ -93,13 +102,13 @@ def _check_condition(expert: Expert, c: Tensor | None, n: int, where: str) -> No
     _require((c is None) == (expert.num_conditions == 0), expert, f"{where} must give None for c exactly if num_conditions is 0")
     if c is not None:
         _require(c.shape == (n,) and c.dtype == torch.int64, expert, f"{where} gave c as {c.dtype} {tuple(c.shape)}; need int64 ({n},)")
-        _require(
-            bool(((c >= 0) & (c < expert.num_conditions)).all()), expert, f"{where}: condition ids must be 0 … {expert.num_conditions - 1}"
-        )
+        first, last = int(c.min()), int(c.max())
+        in_range = 0 <= first <= last < expert.num_conditions
+        _require(in_range, expert, f"{where}: condition ids must be 0 … {expert.num_conditions - 1}; it gave {first} to {last}")
 
 
 def _check_data(expert: Expert, generator: torch.Generator) -> None:
-    """The expert's data, if it brings any: right in shape, dtype and device, and finite."""
+    """Checks shape, dtype, device and finiteness of the expert's data, if it has any."""
     try:
         drawn = {"sample_data": (expert.sample_data(3, generator), 3)}
         for held_out in (False, True):
@@ -118,10 +127,13 @@ def _check_data(expert: Expert, generator: torch.Generator) -> None:
 
 def _check_student(expert: Expert, student: Denoiser, x_t: Tensor, t: Tensor, c: Tensor | None) -> None:
     before = student.nfe
-    told = (torch.full_like(t, expert.guidance_scale),) if isinstance(student, NetworkDenoiser) and student.guidance_embedding else ()
-    pred = _tried(expert, "the student", lambda: student.predict(x_t, t, c, *told))
+    w = (torch.full_like(t, expert.guidance_scale),) if isinstance(student, NetworkDenoiser) and student.guidance_embedding else ()
+    pred = _call(expert, "the student", lambda: student.predict(x_t, t, c, *w))
     for name, value in (("x_0", pred.x_0), ("eps", pred.eps)):
         _require(value.shape == x_t.shape, expert, f"the student gave {name} of shape {tuple(value.shape)}; need {tuple(x_t.shape)}")
-    _require(student.nfe - before == len(x_t), expert, f"the student counted {student.nfe - before} forwards for {len(x_t)} samples")
+    counted = student.nfe - before
+    _require(
+        counted == len(x_t), expert, f"the student counted {counted} forwards for {len(x_t)} samples; add the batch to nfe in each predict"
+    )
     _require(pred.x_0.requires_grad, expert, "the student has no gradient; make_student must return trainable parameters")
-    student.nfe = before  # a check is no cost of the run's
+    student.nfe = before  # the forwards of a check do not count as the run's

@@ -1,13 +1,13 @@
-"""Exposure bias mended at inference, without training: policies made of policies, for `unroll`, the environments and the Judge.
+"""Corrections of exposure bias at inference, without training: policies that wrap policies, for `unroll`, environments and evaluation.
 
     epsilon scaling     ε̂' = ε̂/λ ,  x̂_0' = (x_t − σ_t ε̂')/α_t                    Ning et al. 2024
     time shift          t' = argmin |Var(x_t) − σ_τ²| over τ in t − w/2 … t + w/2       Li et al. 2024
-    mixing              a = a*(x_t) with probability p, else a_θ(x_t)                   teacher and student in turns
+    mixing              a = a*(x_t) with probability p, else a_θ(x_t)                   teacher and student act by chance
 
     policy = ScaledEpsilon(agent.student_policy, 1.005)
     samples = unroll(policy, agent.grid, x_T)[:, -1]
 
-Each asks the policy beneath it once an action, and has its cost. They can be put into one another, epsilon scaling innermost.
+Each queries the wrapped policy once for each action, so that it costs the same. They can be nested, with epsilon scaling innermost.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ import math
 import torch
 from torch import Tensor
 
+from ddil_env.broadcast import broadcast
 from ddil_env.policy import DdimPolicy
-from ddil_env.schedule import Prediction, broadcast
+from ddil_env.prediction import Prediction
 
 
 class ScaledEpsilon(DdimPolicy):
-    """Epsilon scaling: the noise estimate is divided by λ before the step is made of it.
+    """Epsilon scaling: the noise estimate is divided by λ before the step.
 
-    Along its own samples a network finds more noise than there is, ‖ε̂‖ too large, and takes off too much. Their sampler scales ε̂
-    and reads x̂_0 off the scaled one, so that α_t x̂_0' + σ_t ε̂' = x_t still holds; so does this. Projection onto the support comes after.
-    Unlike theirs it leaves the first state alone: pure noise holds no earlier step's error, and x̂_0 moves by σ/α there, on a cosine
-    schedule by thousands, which their samplers clip to ±1 and a student's does not.
+    On its own samples a network overestimates the noise, ‖ε̂‖ is too large, and it removes too much. As in the paper's sampler, x̂_0 is
+    computed from the scaled ε̂, so that α_t x̂_0' + σ_t ε̂' = x_t still holds; projection onto the support follows. Unlike the paper's
+    sampler this leaves the first state alone: pure noise holds no error of an earlier step, and the change in x̂_0 is multiplied by σ/α
+    there, which is thousands on a cosine schedule. The paper's samplers clip x̂_0 to ±1; a student's does not.
 
     Args:
-        policy: The one to correct.
-        scale: λ; 1 changes nothing, 1.004 … 1.017 are theirs for 100 steps.
+        policy: The policy to correct.
+        scale: λ; 1 changes nothing, and the paper uses 1.004 … 1.017 for 100 steps.
 
     Raises:
-        ValueError: a scale that is not positive, or a policy that is made of others.
+        ValueError: a scale that is not positive, or a policy that wraps others.
     """
 
     def __init__(self, policy: DdimPolicy, scale: float) -> None:
@@ -46,10 +47,10 @@ class ScaledEpsilon(DdimPolicy):
         def predict(x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
             pred = policy.predict(x_t, t, c, w)
             alpha, sigma = pred.schedule(t, pred.x_0)
-            off = (1 - 1 / scale) * pred.eps  # ε̂ − ε̂/λ
-            first = broadcast(t >= pred.schedule.t_max, off)
-            off, moved = (torch.where(first, 0, change) for change in (off, sigma / alpha * off))
-            return Prediction(pred.x_0 + moved, pred.eps - off, t, pred.schedule)
+            eps_change = (1 - 1 / scale) * pred.eps  # ε̂ − ε̂/λ
+            first = broadcast(t >= pred.schedule.t_max, eps_change)
+            eps_change, x_0_change = (torch.where(first, 0, change) for change in (eps_change, sigma / alpha * eps_change))
+            return Prediction(pred.x_0 + x_0_change, pred.eps - eps_change, t, pred.schedule)
 
         super().__init__(
             predict,
@@ -64,21 +65,21 @@ class ScaledEpsilon(DdimPolicy):
 
 
 class TimeShifted(DdimPolicy):
-    """The time-shift sampler: a state is read at the time whose noise it holds, and the step is made from there.
+    """The time-shift sampler: each state is given the time whose noise level fits it best, and the step starts from that time.
 
-    The variance over a sample's entries stands for σ², as if the data had none; so it misleads at small t, where the data show,
-    and for samples of few entries. `cutoff` and `window` bound the harm; `data_variance` v compares with α_τ² v + σ_τ² instead.
-    (Of their released solvers one shifts the network's time alone, another the time stepped to;
-    here the whole step is made from the shifted time.)
+    The variance over a sample's entries is compared with σ_τ², as if the data had no variance. This misleads at small t, where the data
+    dominate, and for samples of few entries; `cutoff` and `window` limit the harm, and with `data_variance` v the variance is compared
+    with α_τ² v + σ_τ². One of the paper's released solvers shifts only the network's time and another only the target time; here the
+    whole step starts from the shifted time.
 
     Args:
-        policy: The one to correct.
-        window: w; times up to w/2 away are tried, in whole steps of the chain, later than s.
-        cutoff: Down to which time; the first state, pure noise, is never shifted.
-        data_variance: v, of a clean sample's entries; 0 is the paper's.
+        policy: The policy to correct.
+        window: w; times up to w/2 away are tried, in whole steps of the chain, as long as they are later than s.
+        cutoff: Times up to this one are not shifted; nor is the first state, pure noise.
+        data_variance: v, the variance of a clean sample's entries; the paper uses 0.
 
     Raises:
-        ValueError: a negative window, cutoff or variance.
+        ValueError: a negative or infinite window, cutoff or variance.
     """
 
     def __init__(self, policy: DdimPolicy, window: int, cutoff: float, data_variance: float = 0.0) -> None:
@@ -91,9 +92,9 @@ class TimeShifted(DdimPolicy):
         self.policy, self.window, self.cutoff, self.data_variance = policy, window, cutoff, data_variance
 
     def shifted(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """t', (b,)."""
-        near = torch.arange(-(self.window // 2), self.window // 2 + 1, device=t.device, dtype=t.dtype)
-        tau = t[:, None] + near[near.abs().argsort(stable=True)]  # (b, w + 1), t itself first, so that a tie leaves it
+        """The shifted times t' (b,) of x_t (b, *sample_shape) at t (b,), for steps to s (b,)."""
+        offsets = torch.arange(-(self.window // 2), self.window // 2 + 1, device=t.device, dtype=t.dtype)
+        tau = t[:, None] + offsets[offsets.abs().argsort(stable=True)]  # (b, w + 1), t itself first, so that it wins a tie
         inside = (tau > s[:, None]) & (tau >= 1) & (tau <= self.schedule.t_max)
         alpha, sigma = self.schedule.coefficients(torch.where(inside, tau, t[:, None]))
         gap = (x_t.flatten(1).double().var(1)[:, None] - (alpha**2 * self.data_variance + sigma**2)).abs()
@@ -111,14 +112,14 @@ class TimeShifted(DdimPolicy):
 
 
 class Mixed(DdimPolicy):
-    """Teacher and student in turns: who acts is drawn for each sample and step.
+    """A mixture of teacher and student: which of them acts is drawn for each sample and step.
 
-    `nfe_per_action` is the mean: only the one that acts is computed.
+    Only the policy that acts runs, so that `nfe_per_action` is a mean.
 
     Args:
         teacher, student: The two policies.
         p: Probability that the teacher acts.
-        seed: Of the draws, which go on from call to call.
+        seed: Seed of the draws; they continue from call to call.
 
     Raises:
         ValueError: p outside [0, 1].

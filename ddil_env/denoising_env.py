@@ -21,7 +21,7 @@ from torchrl.envs import EnvBase
 from ddil_env.expert import Expert, check_device
 from ddil_env.mdp import DenoisingMDP, Kernel, Reward, State
 from ddil_env.presets import load_expert
-from ddil_env.schedule import GridKind
+from ddil_env.time_grid import GridKind
 
 
 class DenoisingEnv(EnvBase):

@@ -1,4 +1,4 @@
-"""What the environment asks of a diffusion model: the `Denoiser` protocol and the `Expert` base class.
+"""The interface of a diffusion model: the `Denoiser` protocol and the `Expert` base class.
 
 A new diffusion model is one subclass in one file:
 
@@ -26,19 +26,21 @@ import torch
 from torch import Tensor, nn
 
 from ddil_env.errors import NoDataError
-from ddil_env.schedule import NoiseSchedule, Prediction, PredictionType, TimeGrid, substep_times
+from ddil_env.prediction import Prediction, PredictionType
+from ddil_env.schedule import NoiseSchedule
 from ddil_env.support import Support, Unbounded
+from ddil_env.time_grid import TimeGrid, substep_times
 
-__all__ = ["Denoiser", "Expert", "NetworkDenoiser", "NoDataError", "Prediction", "check_device"]
+__all__ = ["Denoiser", "Expert", "NetworkDenoiser", "NoDataError", "check_device"]
 
-Predict = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Prediction]  # (x_t, t, c, w), w None for the denoiser's own
+Predict = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Prediction]  # (x_t, t, c, w); w None: the denoiser's own scale
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """The device, once a tensor has been put on it.
+    """Returns the device, with its index, after putting a tensor on it.
 
     Raises:
-        ValueError: the device does not exist here.
+        ValueError: the device does not exist on this machine.
     """
     try:
         return torch.empty(0, device=device).device
@@ -48,10 +50,11 @@ def check_device(device: torch.device | str) -> torch.device:
 
 
 class Denoiser(Protocol):
-    """Anything that reads a noisy latent: an expert, a student, a critic.
+    """Anything that estimates the clean sample from a noisy latent: an expert, a student, a critic.
 
-    `predict(x_t, t, c)` gives clean sample and noise at (x_t, t) for condition ids c: (b, *sample_shape), (b,), (b,) int64 or
-    None. A denoiser with a guidance embedding takes the scales w (b,) as the fourth argument.
+    `predict(x_t, t, c)` estimates the clean sample and the noise at x_t (b, *sample_shape), t (b,), for condition ids c, (b,) int64 or
+    None. A denoiser with a guidance embedding takes the guidance scales w (b,) as the fourth argument. `nfe` counts its forwards,
+    one for each sample.
     """
 
     nfe: int
@@ -61,13 +64,16 @@ class Denoiser(Protocol):
 
 
 class NetworkDenoiser(nn.Module):
-    """A trainable denoiser: a network read through a schedule. Every student and critic is one.
+    """A trainable denoiser: a network and the schedule by which its output is read. Every student and critic is one.
 
     Args:
         network: Maps (x_t, t, c), or (x_t, t, c, w) with a guidance embedding, to an output of x_t's shape.
-        schedule: Reads t.
+        schedule: The schedule that t refers to.
         prediction_type: What the output means.
-        guidance_embedding: Whether the network is told the guidance scale w (b,) that it shall answer for (Meng et al. 2023, §3.1).
+        guidance_embedding: Whether the network takes the guidance scale w (b,) as an input (Meng et al. 2023, §3.1).
+
+    Raises:
+        ValueError: a prediction type that the schedule does not support; when called, w missing or not expected.
     """
 
     def __init__(
@@ -86,20 +92,20 @@ class NetworkDenoiser(nn.Module):
             cure = "pass w (b,)" if self.guidance_embedding else "leave w out, or build it with guidance_embedding=True"
             raise ValueError(f"this denoiser has {'a' if self.guidance_embedding else 'no'} guidance embedding; {cure}")
         self.nfe += x_t.shape[0]
-        given = (x_t, t, c) if w is None else (x_t, t, c, w)
-        return self.schedule.prediction(self.network(*given), x_t, t, self.prediction_type)
+        inputs = (x_t, t, c) if w is None else (x_t, t, c, w)
+        return self.schedule.prediction(self.network(*inputs), x_t, t, self.prediction_type)
 
     def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
         return cast(Prediction, self(x_t, t, c, w))
 
 
-def _counted(predict: Callable[..., Prediction]) -> Callable[..., Prediction]:
-    """Adds the batch to `self.nfe`, once, however deep the chain of super().predict() calls."""
+def _count_forwards(predict: Callable[..., Prediction]) -> Callable[..., Prediction]:
+    """Wraps a `predict` so that it runs without gradient and adds the batch to `self.nfe`, once however many super().predict() it calls."""
 
     @functools.wraps(predict)
     def wrapper(self: Expert, x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         before = self.nfe
-        with torch.no_grad():  # an expert is fixed
+        with torch.no_grad():  # an expert is not trained
             prediction = predict(self, x_t, t, c)
         self.nfe = max(self.nfe, before + x_t.shape[0])
         return prediction
@@ -110,25 +116,26 @@ def _counted(predict: Callable[..., Prediction]) -> Callable[..., Prediction]:
 class Expert(ABC):
     """A pretrained diffusion model that the learner imitates.
 
-    Subclasses implement `predict`, and what of the rest they have. Each call of `predict` is counted in `nfe`, in
-    forward evaluations of one sample (a guided pair counts 2), and runs without gradient.
+    Subclasses implement `predict`, and whichever other methods they support. Each call of `predict` runs without gradient and is
+    counted in `nfe`, one forward for each sample (a guided pair counts 2).
 
     Args:
         schedule: The noise schedule that the model was trained on.
         sample_shape: Shape of one latent, any number of axes.
         num_conditions: Condition ids are 0 … num_conditions − 1; 0 means unconditional, and c is None everywhere.
         null_condition: The id that stands for "no condition" in classifier-free guidance; None if there is none.
-        guidance_scale: The guidance this expert is normally used with; 1 is none.
-        support: Where clean samples lie.
+        guidance_scale: The guidance scale that the expert uses by default; 1 is no guidance.
+        support: Where clean samples lie; default: unbounded.
         device: Where the expert computes.
 
     Attributes:
-        extractor: Name of the feature extractor that judges its samples (ddil_agents.evaluation.metrics.extractors).
-        max_batch: Samples that its policies, and its students', put through the network at once; None is no limit.
-        guided_nfe: Forwards that `guided` takes a sample where w is not 1.
+        extractor: Name of the feature extractor by which its samples are evaluated (ddil_agents.evaluation.metrics.extractors).
+        max_batch: Largest batch that its policies, and its students', put through the network at once; None is no limit.
+        guided_nfe: Forwards that `guided` takes for each sample where w is not 1.
+        nfe: Forwards so far.
 
     Raises:
-        ValueError: an absent device, an empty shape, guidance without a null condition.
+        ValueError: an unavailable device, an empty shape, or guidance without a null condition.
     """
 
     extractor: str = "identity"
@@ -152,7 +159,7 @@ class Expert(ABC):
         self.sample_shape = tuple(sample_shape)
         self.num_conditions = num_conditions
         self.null_condition = null_condition
-        self._guided: tuple[Tensor, int, Tensor] | None = None  # conditions, their version, and both halves' of a guided pair
+        self._null_pair: tuple[Tensor, int, Tensor] | None = None  # the last conditions, their version, and [conditions, null]
         self.support: Support = support if support is not None else Unbounded()
         self.device = check_device(device)
         self.guidance_scale = self.check_guidance(guidance_scale)
@@ -161,23 +168,23 @@ class Expert(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "predict" in cls.__dict__:  # counted here, so that no expert can forget to
-            cls.predict = _counted(cls.__dict__["predict"])  # type: ignore[method-assign]
+            cls.predict = _count_forwards(cls.__dict__["predict"])  # type: ignore[method-assign]
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
-        """Clean sample and noise at (x_t, t), one forward a sample.
+        """Estimates the clean sample and the noise at (x_t, t), in one forward for each sample.
 
         Args:
             x_t: Noisy latents, (b, *sample_shape).
             t: Times, (b,) float32.
-            c: Condition ids, (b,) int64, or None.
+            c: Condition ids, (b,) int64; None is no condition.
         """
 
     def check_guidance(self, guidance_scale: float) -> float:
-        """The scale, if this expert can follow it.
+        """Returns the guidance scale if this expert supports it.
 
         Raises:
-            ValueError: not a finite number, or guidance is asked of an expert that has no null condition.
+            ValueError: a scale that is not finite, or that is not 1 for an expert without a null condition.
         """
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale={guidance_scale}: need a finite number; 1 is no guidance")
@@ -188,87 +195,96 @@ class Expert(ABC):
         return guidance_scale
 
     def guided(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, guidance_scale: Tensor | float | None = None) -> Prediction:
-        """Classifier-free guidance, uncond + w (cond − uncond), the pair in one batched forward.
+        """Predicts with classifier-free guidance, uncond + w (cond − uncond), both halves in one batched forward.
 
         Args:
             x_t, t, c: As in `predict`.
-            guidance_scale: w, a number or (b,) tensor; 1 runs the conditional half alone. Default: the expert's own.
+            guidance_scale: w, a number or (b,) tensor; the number 1 runs the conditional half alone. Default: the expert's own.
+
+        Raises:
+            ValueError: guidance without a condition, or without a null condition.
         """
         w = self.guidance_scale if guidance_scale is None else guidance_scale
         if not isinstance(w, Tensor) and w == 1:
             return self.predict(x_t, t, c)
         if c is None or self.null_condition is None:
-            raise ValueError(f"guidance_scale={w}: guidance needs a condition, and {type(self).__name__} was given none")
-        pair = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), self._with_null(c, self.null_condition))
+            raise ValueError(
+                f"guidance_scale={w}: guidance needs a condition, and {type(self).__name__} was given none; pass c, or use guidance_scale=1"
+            )
+        pair = self.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), self._append_null(c, self.null_condition))
         (x_0, x_0_null), (eps, eps_null) = pair.x_0.chunk(2), pair.eps.chunk(2)
         return Prediction(x_0, eps, t, self.schedule).guided_by(Prediction(x_0_null, eps_null, t, self.schedule), w)
 
     def times_between(self, t: Tensor, s: Tensor, k: int) -> Tensor:
-        """k + 1 times from t to s, each (b,), that its policy steps over: in equal strides, (k + 1, b)."""
+        """The times (k + 1, b) that the expert's policy steps over from t (b,) to s (b,): here in equal strides."""
         return substep_times(self.schedule, t, s, k)
 
-    def _with_null(self, c: Tensor, null: int) -> Tensor:
-        """c and as many null conditions, (2b,): of one c the same tensor, so that embeddings are looked up once for a label's steps."""
-        if self._guided is not None and self._guided[0] is c and self._guided[1] == c._version:
-            return self._guided[2]
-        both = torch.cat([c, torch.full_like(c, null)])
-        if not c.is_inference():  # such a tensor does not tell whether it was changed since
-            self._guided = c, c._version, both
-        return both
+    def _append_null(self, c: Tensor, null: int) -> Tensor:
+        """c and as many null conditions, (2b,). The same c gives the same tensor, so that its embeddings are looked up once."""
+        if self._null_pair is not None and self._null_pair[0] is c and self._null_pair[1] == c._version:
+            return self._null_pair[2]
+        pair = torch.cat([c, torch.full_like(c, null)])
+        if not c.is_inference():  # an inference tensor has no version that shows whether it was changed
+            self._null_pair = c, c._version, pair
+        return pair
 
     def compile(self) -> None:
-        """Lets torch.compile make its networks faster, at their next call; in place."""
-        for part in vars(self).values():
-            if isinstance(part, nn.Module):
-                getattr(part, "network", part).compile()  # of a denoiser, which counts its forwards, the network alone
+        """Compiles the expert's networks with torch.compile, in place; the compilation runs at their next call."""
+        for module in vars(self).values():
+            if isinstance(module, nn.Module):
+                getattr(module, "network", module).compile()  # a denoiser counts its forwards: compile its network alone
 
     def sample_condition(self, n: int, generator: torch.Generator | None = None) -> Tensor | None:
-        """n condition ids, uniform, (n,) int64 on the expert's device; None if the expert is unconditional."""
+        """Draws n condition ids uniformly, (n,) int64 on the expert's device; None if the expert is unconditional."""
         if not self.num_conditions:
             return None
         return torch.randint(self.num_conditions, (n,), generator=generator, device=self.device)
 
     def sample_data(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
-        """n pairs of the training data: x_0 (n, *sample_shape) and c (n,) or None.
+        """Draws n pairs of the training data: x_0 (n, *sample_shape) and c (n,) or None.
 
         Raises:
-            NoDataError: this expert brings no data.
+            NoDataError: this expert has no data.
         """
         raise NoDataError(f"{type(self).__name__} brings no data; train data-free (--beta.forward 0) or give it data")
 
     def reference_data(self, n: int, held_out: bool = False) -> tuple[Tensor, Tensor | None]:
-        """n fixed pairs to judge samples against: of the training data, or of data that the expert has not seen.
+        """Returns n fixed pairs to evaluate samples against.
+
+        Args:
+            n: How many.
+            held_out: Whether they are of data that the expert was not trained on, instead of the training data.
 
         Returns:
-            x_0 (m, *sample_shape) and c (m,) or None, classes balanced, m ≤ n where the data are few.
+            x_0 (m, *sample_shape) and c (m,) or None, with balanced classes; m ≤ n if there are fewer data.
 
         Raises:
-            NoDataError: this expert brings no data.
+            NoDataError: this expert has no data.
         """
         return self.sample_data(n, torch.Generator(self.device).manual_seed(1 if held_out else 0))
 
     def make_student(self, *args: Any, **overrides: Any) -> NetworkDenoiser:
-        """A trainable denoiser of the same shape, initialised from the expert's weights where it has any.
+        """Makes a trainable denoiser of the same sample shape, initialised from the expert's weights if it has any.
 
         Raises:
-            ValueError: this expert has no student to offer.
+            ValueError: this expert does not make students.
         """
-        raise ValueError(f"{type(self).__name__} does not implement make_student(); environments and evaluation work without it")
+        raise ValueError(f"{type(self).__name__} does not implement make_student(); only training needs it")
 
     def critic_features(self, student: NetworkDenoiser) -> nn.Module:
         """The layer of a student's network whose output, (b, channels, *any), a discriminator reads (DMD2's GAN head).
 
         Raises:
-            ValueError: this expert names none.
+            ValueError: this expert names no layer.
         """
         raise ValueError(f"{type(self).__name__} names no layer for a discriminator (critic_features); train without the GAN loss")
 
     def save_student(self, student: NetworkDenoiser, directory: Path, num_steps: int, grid: str = "linspace", kernel: str = "ddim") -> None:
-        """Writes what the student has learned as `student.safetensors` into the directory, which exists: its weights, or its adapters.
+        """Writes what the student has learned, its weights or its adapters, as `student.safetensors` into a directory.
 
         Args:
-            student: One of `make_student`.
-            directory: Where.
+            student: A student that `make_student` made.
+            directory: An existing directory.
             num_steps, grid, kernel: How it samples, for formats that hold a sampler too.
         """
         from safetensors.torch import save_model
@@ -282,15 +298,15 @@ class Expert(ABC):
 
         Args:
             num_steps, grid, kernel: As in `save_student`.
-            prediction_type: The student's; default: what `make_student` gives.
+            prediction_type: The student's; default: that of `make_student`.
 
         Raises:
-            ValueError: an impossible grid, or a way to sample that the format of this expert's students has no place for.
+            ValueError: an impossible grid, or a way to sample that the format of this expert's students cannot hold.
         """
         TimeGrid(self.schedule, num_steps, grid)  # type: ignore[arg-type]  # checked there
 
     def load_student(self, directory: Path, *args: Any, **overrides: Any) -> NetworkDenoiser:
-        """Reads what `save_student` wrote, into `make_student` with the same options.
+        """Makes a student by `make_student` with these options, and loads the weights that `save_student` wrote.
 
         Raises:
             ValueError: the file is absent, damaged, or of another architecture.
@@ -305,18 +321,18 @@ class Expert(ABC):
         """The texts of condition ids (n,).
 
         Raises:
-            ValueError: this expert's conditions are no texts.
+            ValueError: this expert's conditions are not texts.
         """
         raise ValueError(f"{type(self).__name__}'s conditions are no texts; leave out the scores of pictures and captions")
 
     def release(self) -> None:
-        """Lets go of what `encode` and `decode` alone need, until they are called again; training begins with it."""
+        """Frees what only `encode` and `decode` need; their next call loads it again. Training calls this first."""
         return
 
     def encode(self, samples: Tensor) -> Tensor:
-        """Samples as the user sees them → latents; the identity where the model works on the data itself."""
+        """Encodes samples as the user sees them to latents; the identity for a model that works on the data itself."""
         return samples
 
     def decode(self, x_0: Tensor) -> Tensor | None:
-        """Latents (b, *sample_shape) → uint8 pictures (b, height, width, 3) on the CPU, or None where there is nothing to see."""
+        """Decodes latents (b, *sample_shape) to uint8 pictures (b, height, width, 3) on the CPU; None if there are no pictures."""
         return None

@@ -1,4 +1,4 @@
-"""The diffusion MDP, batched, on the device: the one core that the TorchRL and the Gymnasium views share.
+"""The diffusion MDP, batched, on the device: the core that the TorchRL and the Gymnasium environments share.
 
     state   (x_t, t, s, c)      s = the time that the next action must reach, c = condition id, fixed in an episode
     action  x_s                 the next latent
@@ -7,27 +7,30 @@
     kernel  `ddim`:    the next state is the action itself, P = δ(a)             DDIL §3.1
             `renoise`: the action's implied estimate x̂_0 is diffused to s anew   Song et al. 2023, Alg. 1
 
-Both kernels take the same actions, so every policy runs under both: `renoise` reads x̂_0 out of the action by the
-inversion of the DDIM step (Salimans & Ho 2021, App. G) and replaces the noise that the action carried by a fresh draw.
+The kernel is the MDP's transition. Both take the same actions, so that every policy runs under both: `renoise` computes x̂_0 from the
+action by the inverse of the DDIM step (Salimans & Ho 2021, App. G) and replaces the action's noise by a fresh draw.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddil_env.broadcast import broadcast
+from ddil_env.errors import check_choice
 from ddil_env.expert import Expert
 from ddil_env.policy import ExpertPolicy
-from ddil_env.schedule import GridKind, TimeGrid, broadcast, invert_ddim, renoise_step
+from ddil_env.steps import invert_ddim, renoise_step
+from ddil_env.time_grid import GridKind, TimeGrid
 
 Kernel = Literal["ddim", "renoise"]
 Reward = Literal["none", "expert_l2", "expert_loglik"]
 
-# log p needs a width where the posterior's own is 0, at the last step; 0.02 is 2.5 grey levels of an 8-bit pixel scaled to ±1.
+# At the last step the posterior's standard deviation is 0 and log p infinite; 0.02 is 2.5 grey levels of an 8-bit pixel scaled to ±1.
 LOGLIK_MIN_STD = 0.02
 
 
@@ -40,7 +43,7 @@ class State(NamedTuple):
     c: Tensor | None
 
     def map(self, f: Callable[..., Tensor], *others: State) -> State:
-        """f of each tensor, and of the same tensors of other states."""
+        """The state of f applied to each tensor, together with the same tensor of the other states."""
         columns = list(zip(self, *others, strict=True))
         x_t, t, s = (f(*column) for column in columns[:3])
         return State(x_t, t, s, None if self.c is None else f(*columns[3]))
@@ -50,18 +53,19 @@ class DenoisingMDP:
     """The reverse diffusion process of one expert as a Markov decision process.
 
     Args:
-        expert: The diffusion model; gives shape, schedule, conditions, and the reward's reference.
-        num_steps: N, steps of an episode.
-        kernel: `ddim` or `renoise`.
-        reward: `none` is 0. `expert_l2` is −mean (a − a*)² over the latent's entries, a* the expert's action.
-            `expert_loglik` is log N(a; a*, σ̃²) per entry, σ̃ the width of the DDPM posterior (η = 1; Song et al. 2021,
-            Eq. 16), at least 0.02. Both run the expert at every step.
+        expert: The diffusion model; gives shape, schedule, conditions, and the action a* of the reward.
+        num_steps: N, the number of steps of an episode.
+        kernel: The transition, `ddim` or `renoise`.
+        reward: `none` is 0. `expert_l2` is −mean (a − a*)² over the latent's entries, where a* is the expert's action.
+            `expert_loglik` is log N(a; a*, σ̃²) per entry, where σ̃ is the standard deviation of the DDPM posterior (η = 1;
+            Song et al. 2021, Eq. 16), at least 0.02. Both run the expert at every step.
         substeps: Expert steps in a*.
-        guidance_scale: The expert's guidance in a*; default: its own.
-        grid: Which N times.
+        guidance_scale: The expert's guidance scale in a*; default: its own.
+        grid: Kind of the time grid.
 
     Raises:
-        ValueError: num_steps out of range, or an unknown kernel, reward or grid.
+        ValueError: num_steps or substeps out of range, an unknown kernel, reward or grid, or a guidance scale that the expert does
+            not support.
     """
 
     def __init__(
@@ -75,9 +79,8 @@ class DenoisingMDP:
         guidance_scale: float | None = None,
         grid: GridKind = "linspace",
     ) -> None:
-        for name, value, known in (("kernel", kernel, get_args(Kernel)), ("reward", reward, get_args(Reward))):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}; choose one of: {', '.join(known)}")
+        check_choice("kernel", kernel, Kernel)
+        check_choice("reward", reward, Reward)
         self.expert = expert
         self.device = expert.device
         self.kernel = kernel
@@ -86,18 +89,23 @@ class DenoisingMDP:
         self._reward = {"none": self._no_reward, "expert_l2": self._expert_l2, "expert_loglik": self._expert_loglik}[reward]
 
     def start(self, generators: list[torch.Generator]) -> State:
-        """New episodes, one a generator, so that a sample's episode depends on its own seed alone."""
+        """Starts episodes, one for each generator, so that an episode depends on its own seed alone."""
         x_t = self.noise(generators)
-        drawn = [c for g in generators if (c := self.expert.sample_condition(1, g)) is not None]
+        conditions = [c for g in generators if (c := self.expert.sample_condition(1, g)) is not None]
         t = self.grid.times[:1].expand(len(generators)).clone()
-        return State(x_t, t, self.grid.previous(t), torch.cat(drawn) if drawn else None)
+        return State(x_t, t, self.grid.previous(t), torch.cat(conditions) if conditions else None)
 
     def noise(self, generators: list[torch.Generator]) -> Tensor:
-        """ε ~ N(0, I), one sample a generator, (len(generators), *sample_shape)."""
+        """Draws ε ~ N(0, I), one sample from each generator, (len(generators), *sample_shape)."""
         return torch.stack([torch.randn(self.expert.sample_shape, generator=g, device=self.device) for g in generators])
 
     def at(self, x_t: Tensor, t: Tensor, c: Tensor | None) -> State:
-        """The state at a chosen latent and time; t need not lie on the grid.
+        """The state at a chosen latent and time.
+
+        Args:
+            x_t: Latents, (b, *sample_shape).
+            t: Times, (b,); they need not lie on the grid.
+            c: Condition ids, (b,), or None.
 
         Raises:
             ValueError: t outside (0, t_max], t between the whole numbers of a discrete schedule, or a condition id that does not exist.
@@ -105,21 +113,21 @@ class DenoisingMDP:
         if not bool(((t > 0) & (t <= self.expert.schedule.t_max)).all()):
             raise ValueError(f"cannot start at t={t.tolist()[:4]}: need 0 < t ≤ {self.expert.schedule.t_max}")
         if self.expert.schedule.discrete and not bool((t == t.round()).all()):
-            raise ValueError(f"cannot start at t={t.tolist()[:4]}: a {self.expert.schedule.kind} schedule has whole times only")
+            raise ValueError(f"cannot start at t={t.tolist()[:4]}: a {self.expert.schedule.kind} schedule has whole times only; round t")
         if c is not None and not self.expert.num_conditions:
-            raise ValueError("cannot start with a condition c: this expert is unconditional")
+            raise ValueError(f"cannot start with c={c.tolist()[:4]}: this expert is unconditional; leave c out")
         last = self.expert.num_conditions - (self.expert.null_condition is None)
         if c is not None and not bool(((c >= 0) & (c <= last)).all()):
             raise ValueError(f"cannot start with c={c.tolist()[:4]}: condition ids are 0 … {last}")
         return State(x_t, t, self.grid.previous(t), c)
 
     def step(self, state: State, action: Tensor, noise: Callable[[], Tensor]) -> tuple[State, Tensor, Tensor]:
-        """One transition.
+        """Makes one transition.
 
         Args:
-            state: Where the actions were taken.
+            state: The states in which the actions are taken.
             action: The next latents, (b, *sample_shape).
-            noise: Draws fresh ε of the same shape; called by the `renoise` kernel alone.
+            noise: Draws fresh ε of the same shape; only the `renoise` kernel calls it.
 
         Returns:
             The next state, the reward (b,) float32 and whether the episode ended (b,) bool.
@@ -132,7 +140,7 @@ class DenoisingMDP:
         return State(x_s, state.s, self.grid.previous(state.s), state.c), reward, state.s <= 0
 
     def expert_action(self, state: State) -> Tensor:
-        """a*, (b, *sample_shape)."""
+        """The expert's actions a*, (b, *sample_shape)."""
         return self.policy.act(*state)
 
     def _no_reward(self, state: State, action: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Policies on the diffusion MDP: (x_t, t, s, c) → the next latent x_s. An expert and a student differ in the denoiser alone."""
+"""Policies on the diffusion MDP: (x_t, t, s, c) → the next latent x_s. An expert's and a student's differ only in the denoiser."""
 
 from __future__ import annotations
 
@@ -10,28 +10,36 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from ddil_env.expert import Denoiser, Expert, Predict
-from ddil_env.schedule import NoiseSchedule, Prediction, invert_ddim, renoise_step, substep_times
+from ddil_env.prediction import Prediction
+from ddil_env.schedule import NoiseSchedule
+from ddil_env.steps import invert_ddim, renoise_step
 from ddil_env.support import Support, Unbounded
+from ddil_env.time_grid import substep_times
 
 
 class DdimPolicy(TensorDictModuleBase):
-    """A denoiser as a policy: its action at (x_t, t) is the latent that `substeps` DDIM steps put at s.
+    """A denoiser as a policy: its action at (x_t, t) is the latent at s after `substeps` DDIM steps.
 
-    Reads `x_t`, `t`, `s` and, if conditional, `c` of a TensorDict and writes `action`.
+    As a TensorDict module it reads `x_t`, `t`, `s` and, if conditional, `c`, and writes `action`.
 
     Args:
-        predict: The denoiser's predict(x_t, t, c, w), w None for its own guidance; a subclass has a method of that name instead.
-        schedule: Of the times that it steps over.
+        predict: The denoiser's predict(x_t, t, c, w), with w None for its own guidance scale; None in a subclass that overrides the
+            method `predict`.
+        schedule: The schedule of the times that the policy steps over.
         substeps: Denoiser steps in one action.
-        support: Where its estimates of x_0 are projected.
+        support: Where estimates of x_0 are projected; default: they are not.
         conditional: Whether the observation has `c`.
-        max_batch: Largest batch that goes through the denoiser at once; larger ones go in parts.
+        max_batch: Largest batch that goes through the denoiser at once; larger ones are split.
+
+    Attributes:
+        nfe_per_action: Forwards that an action takes for each sample.
+        by_expert: Whether an expert acts: one bool for all samples or, in a policy that mixes, (b,) bool for the last actions.
 
     Raises:
         ValueError: substeps is less than 1.
     """
 
-    by_expert: bool | Tensor = False  # whether an expert takes its actions; (b,) of the last ones, where it takes some
+    by_expert: bool | Tensor = False
 
     def __init__(
         self,
@@ -56,49 +64,60 @@ class DdimPolicy(TensorDictModuleBase):
         self.nfe_per_action = substeps
 
     def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
-        """What the denoiser believes at (x_t, t)."""
+        """The denoiser's prediction at (x_t, t); arguments as in `act`."""
         assert self._predict is not None
         return self._predict(x_t, t, c, w)
 
     @torch.no_grad()
     def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        """The action x_s (b, *sample_shape) at states x_t (b, *sample_shape), t (b,), for targets s (b,).
+        """The actions x_s, (b, *sample_shape).
 
         Args:
-            c: Condition ids, (b,).
+            x_t: Latents, (b, *sample_shape).
+            t: Their times, (b,).
+            s: The times to reach, (b,).
+            c: Condition ids, (b,), or None.
             w: Guidance scales, (b,); default: the policy's own.
         """
         if self.max_batch is not None and len(x_t) > self.max_batch:
-            parts = [[None] * len(x_t) if a is None else a.split(self.max_batch) for a in (x_t, t, s, c, w)]
-            return torch.cat([self.act(*part) for part in zip(*parts, strict=False)])
-        for now, then in pairwise(self.times(t, s)):
-            x_t = self.predict(x_t, now, c, w).projected(self.support).latent(then, self.schedule)
+            columns = [[None] * len(x_t) if a is None else a.split(self.max_batch) for a in (x_t, t, s, c, w)]
+            return torch.cat([self.act(*part) for part in zip(*columns, strict=False)])
+        for now, after in pairwise(self.times(t, s)):
+            x_t = self.predict(x_t, now, c, w).projected(self.support).latent(after, self.schedule)
         return x_t
 
     def times(self, t: Tensor, s: Tensor) -> Tensor:
-        """The times that an action steps over, from t to s, each (b,): (substeps + 1, b)."""
+        """The times (substeps + 1, b) that an action steps over, from t (b,) to s (b,)."""
         return substep_times(self.schedule, t, s, self.substeps)
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor, noise: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        """Where the `renoise` kernel leads: the action's estimate of x_0, diffused to s with fresh noise (b, *sample_shape)."""
+        """The next latents under the `renoise` kernel: the actions' estimates of x_0, diffused to s with fresh noise.
+
+        Args:
+            x_t, t, s, c, w: As in `act`.
+            noise: Fresh ε ~ N(0, I), (b, *sample_shape).
+        """
         return renoise_step(invert_ddim(self.schedule, x_t, t, self.act(x_t, t, s, c, w), s), s, noise)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        axes = tensordict.batch_dims  # (*batch, …) → (b, …) and back: an env may have any batch shape, and a trajectory has two axes
+        axes = tensordict.batch_dims  # (*batch, …) → (b, …) and back: an env's batch may have any shape, a trajectory's has two axes
         flat = [tensordict[key].reshape(-1, *tensordict[key].shape[axes:]) for key in self.in_keys]
         return tensordict.set("action", self.act(*flat).reshape(tensordict["x_t"].shape))
 
 
 class ExpertPolicy(DdimPolicy):
-    """The expert's action: `substeps` of its own DDIM steps, over times that it was trained on, guided, projected onto a support.
+    """The expert's policy: an action is `substeps` guided DDIM steps of the expert, each estimate projected onto a support.
 
     Args:
         expert: The teacher.
-        substeps: k; on an N-step grid the expert then acts as its own N·k-step sampler.
-        guidance_scale: Classifier-free guidance; default: the expert's own.
-        project: False leaves the estimates where they fall (no thresholding).
+        substeps: k; on an N-step grid the expert acts as an N·k-step sampler.
+        guidance_scale: Scale of classifier-free guidance; default: the expert's own.
+        project: Whether estimates of x_0 are projected (thresholding).
         support: Where they are projected; default: the expert's own.
-        schedule: Whose levels it steps between; default: the expert's own.
+        schedule: Gives α and σ of the times that it steps to; default: the expert's own.
+
+    Raises:
+        ValueError: substeps is less than 1, or a guidance scale that the expert does not support.
     """
 
     by_expert = True
@@ -134,13 +153,14 @@ class ExpertPolicy(DdimPolicy):
 
 
 class StudentPolicy(DdimPolicy):
-    """A student's action: one DDIM step of its own.
+    """The student's policy: an action is one DDIM step of the student.
 
     Args:
         student: The learner's denoiser.
         expert: The expert that it imitates; gives schedule and conditions.
-        support: Where the student's estimates are projected; default: nowhere.
-        guidance_scale: What a guidance-conditioned student is told where a state does not say; default: nothing is told.
+        support: Where the student's estimates of x_0 are projected; default: they are not.
+        guidance_scale: The guidance scale that a student with a guidance embedding gets where `act` is given no w; None for a student
+            without a guidance embedding.
     """
 
     def __init__(self, student: Denoiser, expert: Expert, support: Support | None = None, guidance_scale: float | None = None) -> None:

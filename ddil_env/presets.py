@@ -1,6 +1,6 @@
-"""Finding an expert: by preset name, YAML file, class path or entry point.
+"""Loads an expert by preset name, YAML file, class path or entry point.
 
-A preset is a YAML file of `expert: CLASS` and that class's keyword arguments. CLASS is a dotted path
+A preset is a YAML file that holds `expert: CLASS` and that class's keyword arguments. CLASS is a dotted path
 (`my_pkg.MyExpert`) or a name that an installed package registers in the entry-point group `ddil.experts`.
 """
 
@@ -20,8 +20,8 @@ from ddil_env.expert import Expert
 def config_dir() -> Path:
     """The folder of presets: inside the package in a wheel, beside it in a source checkout."""
     package = Path(__file__).parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+    packaged = package / "configs"
+    return packaged if packaged.is_dir() else package.parent / "configs"
 
 
 def preset_names(group: str) -> list[str]:
@@ -41,15 +41,15 @@ def find_preset(group: str, name: str) -> Path:
     if Path(name).suffix in (".yaml", ".yml"):
         if Path(name).is_file():
             return Path(name)
-        raise ValueError(f"no file {name!r}")
+        raise ValueError(f"no file {name!r} in {Path.cwd()}; pass the path of a YAML file, or one of: {', '.join(preset_names(group))}")
     raise ValueError(f"unknown {group} {name!r}; presets: {', '.join(preset_names(group))}. Or pass a YAML path.")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping.
+    """Reads a YAML file that holds a mapping.
 
     Raises:
-        ValueError: it is not YAML, or not a mapping.
+        ValueError: the file is not YAML, or holds something else than a mapping.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -61,10 +61,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_env(name: str) -> dict[str, Any]:
-    """An env preset: `expert` and its keyword arguments.
+    """Reads an env preset: `expert` and its keyword arguments.
 
     Raises:
-        ValueError: no such preset, malformed, or without `expert`.
+        ValueError: there is no such preset, it is malformed, or it has no `expert`.
     """
     path = find_preset("env", name)
     preset = read_yaml(path)
@@ -74,10 +74,10 @@ def read_env(name: str) -> dict[str, Any]:
 
 
 def find_expert(name: str) -> type[Expert]:
-    """The expert class at a dotted path or of an entry point.
+    """Finds the expert class of a dotted path or an entry point.
 
     Raises:
-        ValueError: nothing there, or not an Expert.
+        ValueError: there is none, or it is no complete subclass of Expert.
     """
     registered = {point.name: point for point in entry_points(group="ddil.experts")}
     if name in registered:
@@ -88,27 +88,27 @@ def find_expert(name: str) -> type[Expert]:
             found = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             known = ", ".join(sorted(registered)) or "none"
-            why = f" ({error})" if module_name else ""
+            cause = f" ({error})" if module_name else ""
             raise ValueError(
-                f"cannot find expert {name!r}{why}; pass a dotted path such as my_pkg.MyExpert, or the entry point of a package that is "
+                f"cannot find expert {name!r}{cause}; pass a dotted path such as my_pkg.MyExpert, or the entry point of a package that is "
                 f"installed: {known}"
             ) from error
     if not (inspect.isclass(found) and issubclass(found, Expert)):
-        raise ValueError(f"{name!r} is not a subclass of ddil_env.Expert")
+        raise ValueError(f"{name!r} is not a subclass of ddil_env.Expert; derive the class from it, or pass another path")
     if inspect.isabstract(found):
         raise ValueError(f"{name!r} lacks {', '.join(sorted(found.__abstractmethods__))}; implement it")
     return found
 
 
 def load_expert(env: str | Expert, **overrides: Any) -> Expert:
-    """An expert, ready to use.
+    """Loads an expert.
 
     Args:
         env: A preset of configs/env, a path to a YAML file, or an Expert, which is returned as it is.
-        overrides: Keyword arguments of the expert's class, over the preset's.
+        overrides: Keyword arguments of the expert's class, which override the preset's.
 
     Raises:
-        ValueError: unknown preset or class, arguments that the class does not take, or what its constructor refuses.
+        ValueError: an unknown preset or class, arguments that the class does not take, or what its constructor refuses.
     """
     if isinstance(env, Expert):
         if overrides:
@@ -122,7 +122,7 @@ def make_expert(name: str, **kwargs: Any) -> Expert:
     """Builds the expert class `name` (a dotted path or an entry point) with its keyword arguments.
 
     Raises:
-        ValueError: as `find_expert`, or an argument that the class does not take.
+        ValueError: as in `find_expert`, or an argument that the class does not take.
     """
     cls = find_expert(name)
     try:

@@ -1,4 +1,4 @@
-"""The fast path through the MDP: whole denoisings over plain tensors, into one preallocated block, with no sync a step."""
+"""Whole rollouts of the MDP over plain tensors: faster than an environment, without synchronising with the device at each step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddil_env.mdp import Kernel
 from ddil_env.policy import DdimPolicy
-from ddil_env.schedule import TimeGrid
+from ddil_env.time_grid import TimeGrid
 
 
 @torch.no_grad()
@@ -22,15 +22,18 @@ def unroll(
     kernel: Kernel = "ddim",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Denoises x_T to the end: x at every time of the grid, (n, N + 1, *sample_shape), noise first, sample last.
+    """Denoises x_T with a policy.
 
     Args:
-        policy: Whose actions are followed.
-        grid: N steps.
+        policy: Chooses the actions.
+        grid: The times of the N steps.
         x_T: Noise at t_max, (n, *sample_shape).
         c: Condition ids, (n,), or None.
-        kernel: `ddim` follows the actions; `renoise` diffuses each action's estimate to the next time anew.
-        generator: Of the fresh noise of `renoise`.
+        kernel: The transition: `ddim` moves to the action; `renoise` diffuses the action's estimate of x_0 to the next time.
+        generator: Draws the fresh noise of `renoise`.
+
+    Returns:
+        x at every time of the grid, (n, N + 1, *sample_shape): the noise first, the sample last.
     """
     n = len(x_T)
     x = x_T.new_empty(n, grid.num_steps + 1, *x_T.shape[1:])

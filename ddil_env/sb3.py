@@ -1,7 +1,7 @@
-"""The diffusion MDP for stable-baselines3: its vector environment, and any policy where it expects a model.
+"""The diffusion MDP for stable-baselines3: a VecEnv, and a wrapper that lets any policy stand where a model is expected.
 
     env = SB3VecEnv(DenoisingVectorEnv("digits", 64, substeps=8, reward="expert_l2", action_bound=4.0, autoreset_mode="SameStep"))
-    evaluate_policy(SB3Policy(ExpertPolicy(env.env.expert, 8)), env)   # (0.0, 0.0): the expert is at no distance from itself
+    evaluate_policy(SB3Policy(ExpertPolicy(env.env.expert, 8)), env)   # (0.0, 0.0): the expert's actions are the reward's own a*
     PPO("MultiInputPolicy", env).learn(100_000)
 
 Needs `pip install 'ddil[sb3]'`.
@@ -25,18 +25,18 @@ Indices = int | Iterable[int] | None  # which of the environments; None is all
 
 
 def _device_of(policy: DdimPolicy) -> torch.device:
-    """Where the networks beneath compute; the CPU if there is none."""
+    """The device of the policy's networks, also of those that it wraps; the CPU if it has none."""
     experts = (part.expert.device for part in policy.modules() if isinstance(part, ExpertPolicy))
     students = (parameter.device for parameter in policy.parameters())
     return next(chain(experts, students), torch.device("cpu"))
 
 
 class SB3Policy:
-    """An expert's or a student's policy, with the `predict` of a stable-baselines3 model: `evaluate_policy` scores it.
+    """A policy of this library with the `predict` of a stable-baselines3 model, for `evaluate_policy`.
 
     Args:
-        policy: Who acts.
-        device: Where it computes; default: where its network is, also beneath a policy made of others.
+        policy: An expert's, a student's or a mixed policy.
+        device: Where it computes; default: where its networks are.
     """
 
     def __init__(self, policy: DdimPolicy, device: torch.device | str | None = None) -> None:
@@ -50,11 +50,14 @@ class SB3Policy:
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """The next latents, (n, *sample_shape), or (*sample_shape) for one observation alone, and the state as it came.
+        """The actions and the unchanged state, as stable-baselines3's models return them.
 
         Args:
             observation: x_t (n, *sample_shape), t and s (n, 1) and, if conditional, c (n,); or one environment's, without n.
-            state, episode_start, deterministic: Of no effect: the policies have no memory, and what a mixed one draws is its own seed's.
+            state, episode_start, deterministic: Ignored: the policies have no memory, and a mixed policy draws from its own seed.
+
+        Returns:
+            The next latents, (n, *sample_shape), or (*sample_shape) for a single observation, and `state`.
 
         Raises:
             ValueError: the observation lacks what the policy reads.
@@ -63,19 +66,19 @@ class SB3Policy:
         if missing := [key for key in keys if key not in observation]:
             raise ValueError(f"the observation lacks {', '.join(missing)}: this policy reads {', '.join(keys)}; use the env of its expert")
         single = np.ndim(observation["t"]) == 1
-        parts = {key: torch.as_tensor(np.asarray(observation[key])[None] if single else observation[key]) for key in keys}
-        parts = {key: value.to(self.device) for key, value in parts.items()}
-        action = self.policy.act(parts["x_t"], parts["t"][:, 0], parts["s"][:, 0], parts.get("c")).cpu().numpy()
+        batch = {key: torch.as_tensor(np.asarray(observation[key])[None] if single else observation[key]) for key in keys}
+        batch = {key: value.to(self.device) for key, value in batch.items()}
+        action = self.policy.act(batch["x_t"], batch["t"][:, 0], batch["s"][:, 0], batch.get("c")).cpu().numpy()
         return (action[0] if single else action), state
 
 
 class SB3VecEnv(VecEnv):
-    """A natively batched environment as stable-baselines3's: one process, one network call a step.
+    """A natively batched environment as a stable-baselines3 VecEnv: one process, one batched network call for each step.
 
-    `set_options` takes what the environment's `reset` does, without its batch axis: one mapping, or one an environment.
+    `set_options` takes the options of the environment's `reset` without the batch axis: one mapping for all, or one for each.
 
     Args:
-        env: With same-step reset, and numpy output.
+        env: An environment with same-step autoreset and numpy output.
 
     Raises:
         ValueError: another autoreset mode or output.
@@ -123,7 +126,7 @@ class SB3VecEnv(VecEnv):
         setattr(self.env, attr_name, value)
 
     def env_method(self, method_name: str, *method_args: Any, indices: Indices = None, **method_kwargs: Any) -> list[Any]:
-        """Calls the batched method once, and gives each environment its row of what it returns."""
+        """Calls the batched method once; returns each environment's row of its result."""
         self._check_all(indices)
         rows = getattr(self.env, method_name)(*method_args, **method_kwargs)
         return [None] * self.num_envs if rows is None else list(rows)

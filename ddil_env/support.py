@@ -1,11 +1,11 @@
-"""Reflected diffusion: where a clean sample may lie, and how an estimate is brought back there.
+"""Reflected diffusion: the set in which clean samples lie, and the projection of estimates onto it (thresholding).
 
-A projection acts on x̂_0 alone; `Prediction.projected` recomputes ε̂ so that α x̂_0 + σ ε̂ = x_t still holds.
-It leaves the exact posterior mean of data inside alone, for a mean lies in the convex hull of the data; what it moves
-is error, of a network or of guidance: at t = 999 of Stable Diffusion σ/α = 14.6, so that guidance 8 puts an error in ε̂
-into x̂_0 a hundredfold. Lou & Ermon 2023; DDIL §4.1, "Reflected Diffusion Distillation".
+A projection acts on x̂_0 alone; `Prediction.projected` recomputes ε̂ so that α x̂_0 + σ ε̂ = x_t still holds. The exact posterior mean
+lies in the convex hull of the data, so that a projection onto a convex support leaves it unchanged and moves only the errors of a
+network or of guidance. These can be large: at t = 999 of Stable Diffusion σ/α = 14.6, so that at guidance scale 8 an error in ε̂ is
+a hundred times as large in x̂_0. Lou & Ermon 2023; DDIL §4.1, "Reflected Diffusion Distillation".
 
-No projection waits for the device: it is enqueued like the network that it follows.
+No projection synchronises with the device.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ddil_env.errors import NoDataError
-from ddil_env.schedule import broadcast
+from ddil_env.broadcast import broadcast
+from ddil_env.errors import NoDataError, check_choice
 
 if TYPE_CHECKING:
     from ddil_env.expert import Expert
@@ -29,10 +29,10 @@ Role = Literal["teacher", "target", "student", "critic"]
 
 
 class Support(Protocol):
-    """The set on which clean samples lie."""
+    """The set in which clean samples lie."""
 
     def project(self, x_0: Tensor) -> Tensor:
-        """Brings x_0 (b, *sample_shape) onto the support; a sample inside is returned bit for bit."""
+        """Moves x_0 (b, *sample_shape) into the support; a sample that lies inside is returned bit for bit."""
 
 
 def _check_bound(bound: float, name: str = "bound") -> None:
@@ -41,18 +41,18 @@ def _check_bound(bound: float, name: str = "bound") -> None:
 
 
 def _quantile(x: Tensor, q: float) -> Tensor:
-    """The q-quantile of each row of x (b, n), linear between order statistics as numpy's default: (b,).
+    """The q-quantile (b,) of each row of x (b, n), linear between order statistics as numpy's default.
 
-    By the few largest, not by `torch.quantile`, which sorts each row, and in earlier releases refuses more than 16 million elements.
+    It takes the few largest entries, where `torch.quantile` sorts each row and, in earlier releases, refuses more than 16 million.
     """
     rank = q * (x.shape[1] - 1)
-    top = x.topk(x.shape[1] - int(rank), dim=1).values  # falling; its last is the order statistic below the rank
+    top = x.topk(x.shape[1] - int(rank), dim=1).values  # descending; the last is the order statistic below the rank
     return torch.lerp(top[:, -1], top[:, -2:][:, 0], rank - int(rank))
 
 
 @dataclass(frozen=True)
 class Unbounded:
-    """All of space: nothing is projected."""
+    """No bound: nothing is projected."""
 
     def project(self, x_0: Tensor) -> Tensor:
         return x_0
@@ -70,7 +70,7 @@ class Box:
 
     def __post_init__(self) -> None:
         if not self.bound > 0:
-            raise ValueError(f"bound={self.bound}: a box needs a positive half-width")
+            raise ValueError(f"bound={self.bound}: a box needs a positive half-width, such as 1 for pixels scaled to ±1")
 
     def project(self, x_0: Tensor) -> Tensor:
         return x_0.clamp(-self.bound, self.bound)
@@ -78,11 +78,11 @@ class Box:
 
 @dataclass(frozen=True)
 class DynamicPercentile:
-    """Dynamic thresholding: a sample that saturates is scaled down as a whole (Imagen, Saharia et al. 2022, §2.3).
+    """Dynamic thresholding: a saturated sample is scaled down as a whole (Imagen, Saharia et al. 2022, §2.3).
 
         s = max(quantile of |x_0| over the sample's entries, bound) ,   x_0' = (bound/s) clamp(x_0, −s, s)
 
-    For pixels. Latents lie beyond ±1 by nature and would be scaled down for no fault; `ChannelQuantiles` is for them.
+    This is for pixels. Correct latents lie beyond ±1 and would be scaled down too; use `ChannelQuantiles` for latents.
 
     Raises:
         ValueError: quantile outside (0, 1], or a bound that is not positive and finite.
@@ -98,20 +98,20 @@ class DynamicPercentile:
 
     def project(self, x_0: Tensor) -> Tensor:
         s = _quantile(x_0.abs().flatten(1), self.quantile).clamp(min=self.bound)  # (b,)
-        # A tensor over a tensor: bound/s with a number is bound · (1/s), which is not 1 at s = bound for every bound.
+        # A tensor over a tensor: torch computes number/s as number · (1/s), which is not exactly 1 at s = bound.
         shrink = broadcast(torch.full_like(s, self.bound) / s, x_0)  # (b, 1, …, 1)
         return (x_0 * shrink).clamp(-self.bound, self.bound)  # scaled first: s · (bound/s) may round to more than bound
 
 
 @dataclass(frozen=True)
 class ChannelQuantiles:
-    """Channel c of a sample (C, *rest) in [low_c, high_c], without rescaling; coordinates of a sample (d,) are channels.
+    """Each channel c of a sample (C, *rest) clamped to [low_c, high_c]; the coordinates of a sample (d,) count as channels.
 
     Args:
-        low, high: C numbers each. Kept as numbers, so that supports compare equal and a run can store them.
+        low, high: C numbers each. They are stored as Python floats, so that supports compare equal and a run can save them.
 
     Raises:
-        ValueError: lengths that differ, numbers that are not finite, low above high; when projecting, another number of channels.
+        ValueError: lengths that differ, numbers that are not finite, or low above high; when projecting, another number of channels.
     """
 
     low: Tensor | Sequence[float]
@@ -130,7 +130,11 @@ class ChannelQuantiles:
 
     @classmethod
     def calibrated(cls, x_0: Tensor, quantile: float) -> ChannelQuantiles:
-        """Between the (1 − quantile)- and the quantile-quantile of each channel of the samples x_0 (n, C, *rest).
+        """Takes low and high from samples: the (1 − quantile)-quantile and the quantile-quantile of each channel.
+
+        Args:
+            x_0: Samples, (n, C, *rest).
+            quantile: The upper quantile, above 0.5.
 
         Raises:
             ValueError: non-finite samples.
@@ -145,11 +149,12 @@ class ChannelQuantiles:
     def project(self, x_0: Tensor) -> Tensor:
         if x_0.shape[1] != len(self.low):
             raise ValueError(
-                f"x_0 of shape {tuple(x_0.shape)}: this support was made for {len(self.low)} channels, the axis after the batch"
+                f"x_0 of shape {tuple(x_0.shape)}: this support was made for {len(self.low)} channels, the axis after the batch; "
+                "calibrate it on samples of this shape"
             )
         bounds: dict[tuple[torch.device, torch.dtype], Tensor] = self.__dict__["_bounds"]
         key = x_0.device, x_0.dtype
-        if key not in bounds:  # uploaded once
+        if key not in bounds:  # copied to each device once
             bounds[key] = bounds[torch.device("cpu"), torch.float64].to(*key)
         low, high = bounds[key].reshape(2, -1, *(1,) * (x_0.ndim - 2))  # (C, 1, …, 1) each
         return x_0.clamp(low, high)
@@ -157,7 +162,7 @@ class ChannelQuantiles:
 
 @dataclass(frozen=True)
 class Folded:
-    """Reflection at the walls of [−bound, bound]: x_0 is folded back, by a triangle wave of period 4 bound (Lou & Ermon 2023).
+    """Reflection at ±bound: x_0 is folded back into the box by a triangle wave of period 4 bound (Lou & Ermon 2023).
 
         x_0' = |((x_0 − bound) mod 4 bound) − 2 bound| − bound            at bound 1: 1.2 → 0.8, 3 → −1, 5 → 1
 
@@ -172,65 +177,65 @@ class Folded:
 
     def project(self, x_0: Tensor) -> Tensor:
         folded = ((x_0 - self.bound).remainder(4 * self.bound) - 2 * self.bound).abs() - self.bound
-        return torch.where(x_0.abs() <= self.bound, x_0, folded)  # the wave itself rounds, inside too
+        return torch.where(x_0.abs() <= self.bound, x_0, folded)  # the wave would round values inside the box too
 
 
 class Metered:
-    """A support that projects as the one it wraps, and counts on the device what it moves.
+    """Wraps a support and counts, on the device, how many entries its projection changes.
 
     Args:
-        support: The one that projects.
+        support: The support that projects.
     """
 
     def __init__(self, support: Support) -> None:
         self.support = support
-        self._moved: Tensor | int = 0
-        self._seen = 0
+        self._num_moved: Tensor | int = 0
+        self._num_projected = 0
 
     def project(self, x_0: Tensor) -> Tensor:
         projected = self.support.project(x_0)
-        self._seen += x_0.numel()
+        self._num_projected += x_0.numel()
         if projected is not x_0:
-            self._moved = self._moved + (projected != x_0).sum()
+            self._num_moved = self._num_moved + (projected != x_0).sum()
         return projected
 
     def take(self) -> Tensor:
-        """Share of the entries that were moved since the last take, a scalar; NaN where none were projected."""
-        moved, seen = self.take_counts()
-        return moved / seen
+        """Returns the share of entries that were changed since the last call, a scalar, and starts again; NaN if none were projected."""
+        moved, total = self.take_counts()
+        return moved / total
 
     def take_counts(self) -> Tensor:
-        """Entries that were moved since the last take, and entries in all, (2,) int64, on the device."""
-        moved = torch.as_tensor(self._moved)
-        counts = torch.stack([moved, torch.full_like(moved, self._seen)])
-        self._moved, self._seen = 0, 0
+        """Returns the number of entries changed since the last call, and of all entries, (2,) int64 on the device; starts again."""
+        moved = torch.as_tensor(self._num_moved)
+        counts = torch.stack([moved, torch.full_like(moved, self._num_projected)])
+        self._num_moved, self._num_projected = 0, 0
         return counts
 
 
 @dataclass(frozen=True)
 class Thresholding:
-    """Whose estimates of x_0 are brought back onto the data's support, and how (reflected diffusion)."""
+    """Which networks' estimates of x_0 are projected onto the data's support, and how (reflected diffusion)."""
 
     kind: SupportKind = "expert"
-    """expert (the support that the expert states), none, static (clamp to the bound), dynamic (Imagen's percentile, for pixels),
-    quantile (clamp each channel to its quantiles, for latents), or reflection (fold back at the bound)."""
+    """The projection: expert (onto the expert's own support), none, static (clamp to the bound), dynamic (Imagen's percentile, for
+    pixels), quantile (clamp each channel to its quantiles, for latents), or reflection (fold back at the bound)."""
     roles: tuple[Role, ...] = ("teacher",)
-    """Whose estimates: teacher, target (what the student is pulled to: PD's x_tgt, LCM's averaged student), student, critic. Not the
-    student's alone: a target beyond the support would draw it outward for ever."""
+    """Whose estimates are projected: teacher, target (the regression target: PD's x_tgt, LCM's averaged student), student, critic.
+    Do not project the student's alone: an unprojected target beyond the support would pull it outward for ever."""
     bound: float = 1.0
     """Half-width of static, dynamic and reflection."""
     quantile: float = 0.995
-    """Of |x_0| in a sample, for dynamic; for quantile, each channel is clamped between its quantiles 1 - quantile and quantile."""
+    """For dynamic, the quantile of |x_0| in a sample; for quantile, each channel is clamped to its quantiles 1 - quantile and quantile."""
     calibrate_on: Literal["data", "teacher"] = "data"
-    """Samples that give the channels' quantiles: the expert's data, or, where there are none, samples of the teacher."""
+    """Samples that give the channels' quantiles: the expert's data, or samples of the teacher for an expert that has no data."""
     samples: int = 512
-    """How many of them."""
+    """Number of samples to calibrate on."""
 
     def __post_init__(self) -> None:
-        named = [("kind", self.kind, SupportKind), *(("roles", role, Role) for role in self.roles)]
-        for name, value, allowed in (*named, ("calibrate_on", self.calibrate_on, Literal["data", "teacher"])):
-            if value not in get_args(allowed):
-                raise ValueError(f"unknown thresholding.{name} {value!r}; choose one of: {', '.join(get_args(allowed))}")
+        check_choice("thresholding.kind", self.kind, SupportKind)
+        for role in self.roles:
+            check_choice("thresholding.roles", role, Role)
+        check_choice("thresholding.calibrate_on", self.calibrate_on, Literal["data", "teacher"])
         if len(set(self.roles)) < len(self.roles):
             raise ValueError(f"thresholding.roles={list(self.roles)}: name each role once")
         _check_bound(self.bound, "thresholding.bound")
@@ -241,13 +246,13 @@ class Thresholding:
 
 
 def build_support(config: Thresholding, expert: Expert, sample: Callable[[int], Tensor] | None = None, seed: int = 0) -> Support:
-    """The support of the configured kind, calibrated where the kind asks for it.
+    """Builds the support of the configured kind, calibrated if the kind needs it.
 
     Args:
-        config: The kind and its numbers; `roles` are for the caller to apply.
+        config: The kind and its numbers; the caller applies `roles`.
         expert: Gives its own support, or the data to calibrate on.
         sample: Draws n samples of the teacher, (n, *sample_shape); needed to calibrate on the teacher.
-        seed: Of the data that are drawn to calibrate on.
+        seed: Seed of the draw of the data to calibrate on.
 
     Raises:
         NoDataError: calibration on data that the expert does not have.
@@ -282,7 +287,7 @@ def _calibration_samples(config: Thresholding, expert: Expert, sample: Callable[
         ) from error
 
 
-_CLASSES: dict[str, type[Any]] = {
+_CLASS_OF_KIND: dict[str, type[Any]] = {
     "none": Unbounded,
     "static": Box,
     "dynamic": DynamicPercentile,
@@ -292,7 +297,7 @@ _CLASSES: dict[str, type[Any]] = {
 
 
 def support_to_dict(support: Support) -> dict[str, Any]:
-    """The support in words and numbers, {"kind": …, its fields}, ready for JSON; what a meter wraps, without the meter.
+    """Describes a support as {"kind": …, its fields}, ready for JSON; for a `Metered` support, the one that it wraps.
 
     Raises:
         ValueError: a support of another class than this module's.
@@ -300,23 +305,24 @@ def support_to_dict(support: Support) -> dict[str, Any]:
     inner: Any = support
     while isinstance(inner, Metered):
         inner = inner.support
-    for kind, cls in _CLASSES.items():
+    for kind, cls in _CLASS_OF_KIND.items():
         if type(inner) is cls:
             return {"kind": kind, **asdict(inner)}
-    raise ValueError(f"{type(inner).__name__} cannot be stored; supports that can: {', '.join(c.__name__ for c in _CLASSES.values())}")
+    classes = ", ".join(cls.__name__ for cls in _CLASS_OF_KIND.values())
+    raise ValueError(f"{type(inner).__name__} cannot be stored; supports that can: {classes}")
 
 
 def support_from_dict(stored: dict[str, Any]) -> Support:
-    """The support that `support_to_dict` described, number for number.
+    """Builds the support that `support_to_dict` described, number for number.
 
     Raises:
         ValueError: an unknown kind, or fields that do not make a support of it.
     """
     kind = stored.get("kind") if isinstance(stored, dict) else None
-    if kind not in list(_CLASSES):
-        raise ValueError(f"unknown kind of support {kind!r} in {stored!r}; choose one of: {', '.join(_CLASSES)}")
+    if kind not in list(_CLASS_OF_KIND):  # a list: what is stored may not be hashable
+        raise ValueError(f"unknown kind of support {kind!r} in {stored!r}; choose one of: {', '.join(_CLASS_OF_KIND)}")
     try:
-        support: Support = _CLASSES[kind](**{name: value for name, value in stored.items() if name != "kind"})
+        support: Support = _CLASS_OF_KIND[kind](**{name: value for name, value in stored.items() if name != "kind"})
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"damaged support {stored!r}: {error}") from error
     return support

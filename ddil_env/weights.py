@@ -1,4 +1,4 @@
-"""Reading weights that a stranger could have made: safetensors only, with errors that name the file and the cure."""
+"""Reads weights from safetensors files: a pickle could run any code."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 
 def read_tensors(path: Path, cure: str = "fetch or train it again") -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Reads the tensors of a safetensors file.
 
     Args:
         path: The file.
-        cure: What to do about a damaged one.
+        cure: What the error advises for a damaged file.
 
     Raises:
         ValueError: the file is absent, is not safetensors, or is damaged.
     """
     if path.suffix != ".safetensors":
-        raise ValueError(f"refusing to read weights from {path}: only .safetensors is read, since a pickle can run any code")
+        raise ValueError(
+            f"refusing to read weights from {path}: only .safetensors is read, since a pickle can run any code; convert it if you trust it"
+        )
     if not path.is_file():
-        raise ValueError(f"no weights at {path}")
+        raise ValueError(f"no weights at {path}: the file does not exist; {cure}")
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -34,7 +36,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     """Loads a safetensors file into a module, strictly.
 
     Raises:
-        ValueError: as `read_tensors`; or names, shapes or values do not fit the module.
+        ValueError: as in `read_tensors`; or the names or shapes do not fit the module, or a value is not finite.
     """
     tensors = read_tensors(path)
     for name, tensor in tensors.items():
@@ -43,4 +45,4 @@ def load_weights(module: nn.Module, path: Path) -> None:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {type(module).__name__}: {error}") from error
+        raise ValueError(f"{path} does not fit {type(module).__name__}: {error}; pass the weights of this network") from error

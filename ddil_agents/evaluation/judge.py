@@ -26,7 +26,7 @@ from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.training.checkpoint import write_atomically
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, TimeGrid
 from ddil_env.mdp import Kernel
-from ddil_env.schedule import GridKind
+from ddil_env.time_grid import GridKind
 from ddil_env.weights import read_tensors
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ddil_agents.training.checkpoint import write_atomically
 from ddil_env import DdimPolicy, ExpertPolicy, TimeGrid, invert_ddim
 from ddil_env.mdp import Kernel
-from ddil_env.schedule import renoise_step
+from ddil_env.steps import renoise_step
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Where pairs of a picture and a caption come from. A source is listed, not read: of a pair, where its picture's bytes lie.
+"""Lists pairs of a picture and a caption where people keep them. Pictures are not read: a pair says where the bytes of its picture lie.
 
     pictures/cat.jpg + pictures/cat.txt              a folder, and the folders in it
     metadata.jsonl of {"file_name", "text"}          beside its pictures, as the datasets library's imagefolder has it
     coco/annotations/captions_train2017.json         COCO, the first caption of each picture
     shards/{00000..00099}.tar, shards/*.tar          webdataset: key.jpg with key.txt, or key.json of {"caption"}
 
-The order is that of names, image ids, or of the shards and what is in them: the same on every machine.
+Pairs are ordered by name, by image id, or as they lie in the shards, so that the order is the same on every machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NO_CAPTION = "no caption (none there, an empty one, or not UTF-8)"
 
 
 class Pair(NamedTuple):
-    """A caption, and the bytes [offset, offset + size) of a file, which are its picture; size −1 if there is no such file."""
+    """A caption and its picture, which is the bytes [offset, offset + size) of a file; size −1 if the file does not exist."""
 
     name: str
     caption: str
@@ -38,13 +38,18 @@ class Pair(NamedTuple):
     size: int
 
     def read(self) -> bytes:
+        """Reads the picture's bytes.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
 
 
 class Skipped(NamedTuple):
-    """What was left out, and why."""
+    """A pair that was left out, and the reason."""
 
     name: str
     reason: str
@@ -52,12 +57,12 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A listed source, some 500 bytes of memory a pair.
+    """The listing of a source; a pair takes some 500 bytes of memory.
 
     Attributes:
-        kind: folder, metadata.jsonl, COCO or webdataset.
-        path: What the user named.
-        pairs: Those with a picture and a caption, in order.
+        kind: folder, metadata.jsonl, COCO, webdataset or pictures.
+        path: The path that the user gave.
+        pairs: The pairs that have a picture and a caption, in order.
         skipped: The others.
     """
 
@@ -68,7 +73,7 @@ class Source:
 
     @cached_property
     def sha256(self) -> str:
-        """Of names, captions and the pictures' sizes in bytes; a folder that is moved keeps it."""
+        """The SHA-256 of names, captions and the pictures' sizes in bytes; moving the folder does not change it."""
         digest = hashlib.sha256()
         for pair in self.pairs:
             digest.update(json.dumps([pair.name, pair.caption, pair.size]).encode())
@@ -76,35 +81,35 @@ class Source:
 
 
 def read_pairs(path: str | Path, images: str | Path | None = None) -> Source:
-    """Lists the pairs of a source, of the kind that its path shows.
+    """Lists the pairs of a source; its path shows of which kind it is.
 
     Args:
         path: A folder, a COCO captions file (.json), a metadata.jsonl, or shards (.tar; a glob or a range in braces).
-        images: COCO's folder of pictures, where it is not beside the captions.
+        images: COCO's folder of pictures, if it is not beside the captions.
 
     Raises:
-        ValueError: the path is none of these, what it names is damaged, or no pair is in it.
+        ValueError: the path is none of these, a file of the source is damaged, or the source has no pair.
     """
-    given = Path(path).expanduser()
-    if given.is_dir():
-        listings = sorted(given.glob("metadata.jsonl")) or sorted(given.glob("*/metadata.jsonl"))
+    root = Path(path).expanduser()
+    if root.is_dir():
+        listings = sorted(root.glob("metadata.jsonl")) or sorted(root.glob("*/metadata.jsonl"))
         if listings:
-            kind, found = "metadata.jsonl", _listed(given, listings)
-        elif annotations := _coco_annotations(given):
-            kind, found = "COCO", _coco(annotations, images)
-        elif shards := sorted(given.glob("*.tar")):
-            kind, found = "webdataset", _webdataset(shards)
+            kind, found = "metadata.jsonl", _list_metadata(root, listings)
+        elif annotations := _find_coco_annotations(root):
+            kind, found = "COCO", _list_coco(annotations, images)
+        elif shards := sorted(root.glob("*.tar")):
+            kind, found = "webdataset", _list_webdataset(shards)
         else:
-            kind, found = "folder", _folder(given)
-    elif ".tar" in given.name:
-        kind, found = "webdataset", _webdataset(_expand(str(given)))
-    elif given.suffix == ".json":
-        kind, found = "COCO", _coco(given, images)
-    elif given.suffix == ".jsonl":
-        kind, found = "metadata.jsonl", _listed(given.parent, [given])
+            kind, found = "folder", _list_folder(root)
+    elif ".tar" in root.name:
+        kind, found = "webdataset", _list_webdataset(_expand(str(root)))
+    elif root.suffix == ".json":
+        kind, found = "COCO", _list_coco(root, images)
+    elif root.suffix == ".jsonl":
+        kind, found = "metadata.jsonl", _list_metadata(root.parent, [root])
     else:
         raise ValueError(
-            f"{str(path)!r} is no source of pictures and captions (looked for {given.absolute()}): pass a folder of pictures with "
+            f"{str(path)!r} is no source of pictures and captions (looked for {root.absolute()}): pass a folder of pictures with "
             "captions beside them (a.jpg, a.txt) or in metadata.jsonl, COCO's folder or its .json, or shards such as 'x/{000..099}.tar'"
         )
     pairs: list[Pair] = []
@@ -126,51 +131,55 @@ def read_pairs(path: str | Path, images: str | Path | None = None) -> Source:
 
 
 def read_pictures(path: str | Path) -> Source:
-    """Lists the pictures of a folder and the folders in it; a caption is the name of the folder that is one's class, or "".
+    """Lists the pictures of a folder and its subfolders; the caption of one is the name of its first subfolder, its class, or "".
 
     Raises:
-        ValueError: no folder, or no picture in it.
+        ValueError: the folder does not exist, or has no picture.
     """
     root = Path(path).expanduser()
-    found = {file.relative_to(root).as_posix(): file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES}
-    if not found:
+    pictures = _find_pictures(root)
+    if not pictures:
         raise ValueError(f"no picture ({', '.join(SUFFIXES)}) in {str(path)!r} (looked in {root.absolute()}); pass a folder of pictures")
-    pairs = [_pair(name, name.rpartition("/")[0].partition("/")[0], file) for name, file in sorted(found.items())]
+    pairs = [_make_pair(name, name.rpartition("/")[0].partition("/")[0], file) for name, file in pictures.items()]
     return Source("pictures", str(path), pairs, [])
 
 
-def _pair(name: str, caption: str, path: Path) -> Pair:
+def _find_pictures(root: Path) -> dict[str, Path]:
+    """The pictures of a folder and its subfolders by their names relative to it, sorted."""
+    return dict(sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*") if path.suffix.lower() in SUFFIXES))
+
+
+def _make_pair(name: str, caption: str, path: Path) -> Pair:
     try:
         return Pair(name, caption, str(path), 0, path.stat().st_size)
     except OSError:  # an absent picture is skipped and named when it is read
         return Pair(name, caption, str(path), 0, -1)
 
 
-def _folder(root: Path) -> Iterator[Pair | Skipped]:
-    pictures = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES}
-    for name, path in sorted(pictures.items()):
+def _list_folder(root: Path) -> Iterator[Pair | Skipped]:
+    for name, path in _find_pictures(root).items():
         try:
             caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError):
             caption = ""
-        yield _pair(name, caption, path)
+        yield _make_pair(name, caption, path)
 
 
-def _listed(root: Path, listings: list[Path]) -> Iterator[Pair | Skipped]:
+def _list_metadata(root: Path, listings: list[Path]) -> Iterator[Pair | Skipped]:
     for listing in listings:
         number = 0
         try:
-            for number, line in enumerate(listing.read_text(encoding="utf-8-sig").split("\n"), 1):  # noqa: B007  # the error's
+            for number, line in enumerate(listing.read_text(encoding="utf-8-sig").split("\n"), 1):  # noqa: B007  # used in the error
                 if line.strip():
                     row = json.loads(line)
                     path = listing.parent / row["file_name"]
-                    yield _pair(Path(os.path.relpath(path, root)).as_posix(), str(row.get("text") or ""), path)
+                    yield _make_pair(Path(os.path.relpath(path, root)).as_posix(), str(row.get("text") or ""), path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'{listing}, line {number}: {error!r}; a line is {{"file_name": "a.jpg", "text": "a caption"}}') from error
 
 
-def _coco_annotations(root: Path) -> Path | None:
-    """COCO's captions in its folder: those of training where there are several."""
+def _find_coco_annotations(root: Path) -> Path | None:
+    """The captions file of COCO's folder: the one for training if there are several; None if there is none."""
     found = [*root.glob("captions_*.json"), *root.glob("annotations/captions_*.json")]
     training = [path for path in found if "train" in path.name] or found
     if len(training) > 1:
@@ -178,7 +187,7 @@ def _coco_annotations(root: Path) -> Path | None:
     return training[0] if training else None
 
 
-def _coco(annotations: Path, images: str | Path | None) -> Iterator[Pair | Skipped]:
+def _list_coco(annotations: Path, images: str | Path | None) -> Iterator[Pair | Skipped]:
     try:
         content = json.loads(annotations.read_text(encoding="utf-8"))
         files = {image["id"]: str(image["file_name"]) for image in content["images"]}
@@ -187,13 +196,13 @@ def _coco(annotations: Path, images: str | Path | None) -> Iterator[Pair | Skipp
             captions[annotation["image_id"]] = captions[annotation["image_id"]] or annotation["caption"].strip()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{annotations} is no COCO captions file ({error!r}); it holds images with id and file_name, "
+            f"{annotations} is no COCO captions file ({error!r}); pass one, which holds images with id and file_name, "
             "and annotations with image_id, id and caption"
         ) from error
     split = annotations.stem.removeprefix("captions_")
     parents = (annotations.absolute().parent, annotations.absolute().parent.parent)
-    beside = [parent / name for parent in parents for name in (split, f"images/{split}", "images", ".")]
-    folders = beside if images is None else [Path(images).expanduser()]
+    usual = [parent / name for parent in parents for name in (split, f"images/{split}", "images", ".")]
+    folders = usual if images is None else [Path(images).expanduser()]
     folder = next((folder for folder in folders if any((folder / name).is_file() for name in list(files.values())[:100])), None)
     if files and folder is None:
         raise ValueError(
@@ -201,32 +210,31 @@ def _coco(annotations: Path, images: str | Path | None) -> Iterator[Pair | Skipp
             f"{', '.join(map(str, folders))}; pass their folder as images"
         )
     for i, caption in captions.items():
-        yield _pair(files[i], caption, (folder or annotations.parent) / files[i])
+        yield _make_pair(files[i], caption, (folder or annotations.parent) / files[i])
 
 
 def _expand(pattern: str) -> list[Path]:
-    """The files of a path, of a glob (those that are there, sorted), or of ranges in braces (all, in order)."""
+    """The files of a path, of a glob (those that exist, sorted), or of ranges in braces (all of the range, in order)."""
     if Path(pattern).is_file():
         return [Path(pattern)]
     if match := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         first, last = match.groups()
         numbers = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
         return [path for number in numbers for path in _expand(pattern[: match.start()] + number + pattern[match.end() :])]
-    found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-    return list(map(Path, found))
+    return [Path(path) for path in (sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern])]
 
 
-def _webdataset(shards: list[Path]) -> Iterator[Pair | Skipped]:
+def _list_webdataset(shards: list[Path]) -> Iterator[Pair | Skipped]:
     for shard in shards:
         samples: dict[str, dict[str, tarfile.TarInfo]] = {}
         try:
-            with tarfile.open(shard, "r:") as tar:  # not compressed: a picture's bytes are read from their place in the file
+            with tarfile.open(shard, "r:") as tar:  # uncompressed only: a picture's bytes are read from their offset in the file
                 for member in tar:
                     folder, _, base = member.name.rpartition("/")
                     key, _, suffix = base.partition(".")
                     if member.isreg() and key:
                         samples.setdefault(f"{folder}/{key}".lstrip("/"), {})[f".{suffix.lower()}"] = member
-                with shard.open("rb") as file:  # tarfile takes a damaged header for the end, which is zeros or nothing
+                with shard.open("rb") as file:  # tarfile takes a damaged header for the end, which is zeros or the end of the file
                     file.seek(tar.offset)
                     if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                         raise tarfile.ReadError(f"a damaged header at byte {tar.offset}")
@@ -235,14 +243,14 @@ def _webdataset(shards: list[Path]) -> Iterator[Pair | Skipped]:
                     if picture is None:
                         yield Skipped(f"{shard.name}/{key}", "no picture")
                     else:
-                        yield Pair(f"{shard.name}/{key}", _caption(tar, files), str(shard), picture.offset_data, picture.size)
+                        yield Pair(f"{shard.name}/{key}", _read_caption(tar, files), str(shard), picture.offset_data, picture.size)
         except (OSError, tarfile.TarError) as error:
             raise ValueError(
                 f"cannot read the shard {shard} ({error}); shards are uncompressed .tar files: unpack or fetch it again, or leave it out"
             ) from error
 
 
-def _caption(tar: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) -> str:
+def _read_caption(tar: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) -> str:
     for suffix in (".txt", ".json"):
         content = tar.extractfile(files[suffix]) if suffix in files else None
         if content is not None:

@@ -1,4 +1,4 @@
-"""Data in memory: pairs (x_0, c) on the device, drawn with replacement."""
+"""Draws pairs (x_0, c) from tensors in the device's memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class TensorData:
-    """A data set of clean latents and condition ids that fits on the device.
+    """A data set of clean latents and condition ids that fits in the device's memory.
 
     Args:
         x_0: Clean latents, (n, *sample_shape).
@@ -26,13 +26,13 @@ class TensorData:
                 f"{int(bad.sum())} of {len(x_0)} samples hold NaN or infinite values, the first at {int(bad.nonzero()[0])}; remove them"
             )
         if c is not None and len(c) != len(x_0):
-            raise ValueError(f"{len(x_0)} samples but {len(c)} conditions: there must be one a sample")
+            raise ValueError(f"{len(x_0)} samples but {len(c)} conditions: there must be one for each sample")
         self.x_0, self.c = x_0, c
 
     def __len__(self) -> int:
         return len(self.x_0)
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
-        """n pairs with replacement: x_0 (n, *sample_shape), c (n,) or None."""
+        """Draws n pairs with replacement: x_0 (n, *sample_shape), c (n,) or None."""
         index = torch.randint(len(self.x_0), (n,), generator=generator, device=self.x_0.device)
         return self.x_0[index], None if self.c is None else self.c[index]

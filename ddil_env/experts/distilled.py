@@ -1,9 +1,9 @@
-"""A student as the next expert: the teacher of a stage of progressive distillation is the last stage's student.
+"""A student as an expert: in progressive distillation the student of one stage is the teacher of the next.
 
     expert_{k+1} = student_k        Salimans & Ho 2021, Alg. 2: θ ← η after each halving of the steps
 
-A guided teacher took a pair of forwards a sample. Its student takes one: the guidance was either learned, at one scale,
-or is told to the network (Meng et al. 2023, §3.1).
+A guided teacher takes two forwards for each sample. Its student takes one: it has either learned the guidance at one scale, or takes
+the scale as an input (Meng et al. 2023, §3.1).
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from ddil_env.expert import Expert, NetworkDenoiser
-from ddil_env.schedule import Prediction, TimeGrid
+from ddil_env.prediction import Prediction
+from ddil_env.time_grid import TimeGrid
 
 
 class Distilled(Expert):
-    """A student that stands where its expert stood; data, conditions, pictures and the making of students remain the expert's.
+    """An expert that predicts with a student; data, conditions, pictures and students remain those of the student's own expert.
 
-    Its own students start from the origin's weights: to start one from the student, load that one's state_dict.
+    Students that it makes start from the original expert's weights. To start one from the student, load the student's state_dict.
 
     Args:
-        origin: The expert that the student was made by.
-        student: Copied, so that it may go on learning.
-        guidance_scale: What a student with a guidance embedding is told unless `guided` says otherwise; default: the origin's.
-            One without has its guidance built in, and answers to 1 alone.
-        grid: The times that it was trained on, which its policy steps over; default: the origin's.
+        origin: The expert that made the student.
+        student: The student. It is copied, so that training it further does not change this expert.
+        guidance_scale: Default guidance scale of a student with a guidance embedding; default: the origin's. A student without one has
+            its guidance built in, and supports a scale of 1 alone.
+        grid: The times that the student was trained on, which its policy steps over; default: those of the origin.
 
     Raises:
-        ValueError: a guidance scale that is not finite, or is for a student without a guidance embedding.
+        ValueError: a guidance scale that is not finite, or is not 1 for a student without a guidance embedding.
     """
 
     guided_nfe = 1
@@ -70,27 +71,27 @@ class Distilled(Expert):
 
     @torch.no_grad()
     def guided(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, guidance_scale: Tensor | float | None = None) -> Prediction:
-        """The student's prediction, in one forward.
+        """Predicts with guidance in one forward for each sample.
 
         Args:
             x_t, t, c: As in `predict`.
-            guidance_scale: w, a number or (b,) tensor, told to the network; default: the expert's own.
+            guidance_scale: w, a number or (b,) tensor, an input of the network; default: the expert's own.
 
         Raises:
             ValueError: a scale other than 1 for a student without a guidance embedding.
         """
         w = self.guidance_scale if guidance_scale is None else guidance_scale
         if self.student.guidance_embedding:
-            told = w if isinstance(w, Tensor) else torch.full_like(t, w)
+            scales = w if isinstance(w, Tensor) else torch.full_like(t, w)
         else:
-            told = None
+            scales = None
             for scale in w.unique().tolist() if isinstance(w, Tensor) else [w]:
                 self.check_guidance(scale)
         self.nfe += len(x_t)
-        return self.student.predict(x_t, t, c, told)
+        return self.student.predict(x_t, t, c, scales)
 
     def times_between(self, t: Tensor, s: Tensor, k: int) -> Tensor:
-        """k + 1 times from t to s, (k + 1, b): those between are of its grid, evenly by index."""
+        """The times (k + 1, b) that the expert's policy steps over from t (b,) to s (b,): times of its grid, evenly by index."""
         if self.grid is None:
             return self.origin.times_between(t, s, k)
         i, j = ((self.grid.times[:, None] > u).sum(0) for u in (t, s))  # t = grid.times[i], s = grid.times[j]; (b,) each

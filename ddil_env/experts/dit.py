@@ -1,8 +1,8 @@
-"""Class-conditional transformers over latents as an expert: any `DiTPipeline` (Peebles & Xie 2023).
+"""Class-conditional transformers of latents as an expert: any `DiTPipeline` (Peebles & Xie 2023).
 
-    [ε̂, Σ̂] = Transformer(x_t, t, c)        channels in that order; Σ̂, where it is learned, is for ancestral sampling and unused here
+    [ε̂, Σ̂] = Transformer(x_t, t, c)        channels in that order; Σ̂, if it is learned, is for ancestral sampling and unused here
 
-A condition c is a class; the last id, `null_condition`, is "no class". Data are a folder that holds one folder of pictures a class.
+A condition id c is a class; the last id, `null_condition`, is "no class". Data are a folder that holds a folder of pictures for each class.
 
     python -m ddil_agents.dagger --env dit --env.model ./DiT-XL-2-256 --data ./imagenet/train
 """
@@ -22,8 +22,9 @@ from ddil_env.data.pairs import Pairs
 from ddil_env.data.sources import Source, read_pictures
 from ddil_env.expert import NetworkDenoiser
 from ddil_env.pipelines.data import OwnData
-from ddil_env.pipelines.expert import Dtype, LatentExpert
+from ddil_env.pipelines.expert import Dtype
 from ddil_env.pipelines.folder import PipelineFolder, read_json
+from ddil_env.pipelines.latent_expert import LatentExpert
 from ddil_env.pipelines.networks import PipelineNetwork, token_features
 from ddil_env.pipelines.samplers import DiffusionNoise
 
@@ -39,7 +40,7 @@ class DiT(PipelineNetwork):
         super().__init__()
         self.transformer = transformer
         for block in transformer.transformer_blocks:
-            # In training mode it would replace a tenth of the classes by "no class", which the loss knows nothing of.
+            # In training mode the block would replace a tenth of the classes by "no class", which the loss does not know of.
             block.norm1.emb.class_embedder.dropout_prob = 0.0
 
     @property
@@ -47,7 +48,7 @@ class DiT(PipelineNetwork):
         return self.transformer
 
     def features(self, sample_shape: tuple[int, ...]) -> nn.Module:
-        """The tokens of the block in the middle, (b, channels, h, w)."""
+        """A layer that returns the tokens of the block in the middle, (b, channels, h, w)."""
         return token_features(self.transformer.transformer_blocks, self.transformer.config.patch_size, sample_shape)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
@@ -58,10 +59,14 @@ class DiT(PipelineNetwork):
 
 
 def read_classes(path: str, classes: int) -> Source:
-    """Lists the pictures of a folder with a folder for each class; a caption is a class's number.
+    """Lists the pictures of a folder with a folder for each class; the caption of a picture is the number of its class.
+
+    Args:
+        path: The folder. `classes.json` in it may give the number of each folder's class.
+        classes: Number of the model's classes.
 
     Raises:
-        ValueError: no pictures, a folder that is of no class, or not a folder for each class where classes.json does not number them.
+        ValueError: there are no pictures, a folder has no class, or there is no classes.json and not one folder for each class.
     """
     source = read_pictures(path)
     names = sorted({pair.caption for pair in source.pairs})
@@ -72,30 +77,31 @@ def read_classes(path: str, classes: int) -> Source:
             f"{path!r} holds pictures in {len(names)} folders, and the model has {classes} classes: "
             f'say in {listing} which class each is, {{"{names[0] or "folder"}": 0}}'
         )
-    if strange := [name for name in names if numbers.get(name) not in range(classes)]:
-        raise ValueError(f"{listing} gives the folder {strange[0]!r} the class {numbers.get(strange[0])!r}; classes are 0 to {classes - 1}")
+    if wrong := [name for name in names if numbers.get(name) not in range(classes)]:
+        raise ValueError(f"{listing} gives the folder {wrong[0]!r} the class {numbers.get(wrong[0])!r}; classes are 0 to {classes - 1}")
     return replace(source, pairs=[pair._replace(caption=f"{numbers[pair.caption]:d}") for pair in source.pairs])
 
 
 class ClassConditionalDiT(LatentExpert):
-    """A DiT teacher. No pipeline can tell its students the guidance scale: they have no guidance embedding.
+    """A DiT teacher. Its students have no guidance embedding, since DiTPipeline cannot pass the guidance scale to a network.
 
     Args:
         model: A folder that holds model_index.json, or a hub id.
-        guidance_scale: Classifier-free guidance in diffusers' convention, 1 is none.
-        dtype: Of the transformer and the VAE. x̂_0 and ε̂ are float32 in any case.
-        max_batch: Samples put through the transformer at once (a guided pair counts as one) when states are labelled or sampled.
-        local_files_only: Never ask the hub.
-        data: A folder with a folder of pictures for each class, or a cache of it. Classes are numbered in order of the folders' names,
-            which must be all of them, or as `classes.json` among them says, {"folder": class}.
-        data_cache: Folder for the data's latents; default: the data's name with .pairs at its end.
-        held_out: Share of the pictures that is never trained on, to judge by.
-        workers: Processes that read pictures.
+        guidance_scale: Scale of classifier-free guidance in diffusers' convention; 1 is no guidance.
+        dtype: Precision of the transformer and the VAE. x̂_0 and ε̂ are float32 in any case.
+        max_batch: Largest batch that goes through the transformer at once (a guided pair counts as one) when states are labelled or
+            sampled.
+        local_files_only: Whether the hub is never asked.
+        data: A folder with a folder of pictures for each class, or a cache of it. Classes are numbered in the order of the folders'
+            names, of which there must be one for each class, or as `classes.json` beside them says, {"folder": class}.
+        data_cache: Folder of the cache; default: the name of the data with .pairs at its end.
+        held_out: Share of the pictures that is held out of training, for evaluation.
+        workers: Number of processes that read pictures.
         device: Where it computes.
 
     Raises:
-        ValueError: no weights to be had, weights that are damaged, pickled or of another pipeline, an unsupported noise schedule,
-            data that cannot be read, an absent device.
+        ValueError: weights that cannot be found, are damaged or pickled, or are of another pipeline; an unsupported noise schedule;
+            data that cannot be read; or an unavailable device.
     """
 
     noise_kind = DiffusionNoise

@@ -5,7 +5,7 @@
     x̂_0     = Σ_k r_k [μ_k + (α s_k²/v_k)(x_t − α μ_k)]
     ε̂       = Σ_k r_k (σ/v_k)(x_t − α μ_k)              = −σ ∇ log p_t(x_t)
 
-Written in x_t − α μ_k and computed in float64, so that nothing cancels as σ → 0.
+The sums are over x_t − α μ_k and in float64, so that no digits cancel as σ → 0.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from ddil_env.expert import Expert, NetworkDenoiser
 from ddil_env.guidance import guidance_features, zero_projection
-from ddil_env.schedule import Kind, NoiseSchedule, Prediction, PredictionType
+from ddil_env.prediction import Prediction, PredictionType
+from ddil_env.schedule import Kind, NoiseSchedule
 
 
 class TimeConditionedMLP(nn.Module):
-    """A student for vector-like samples: (x_t, features of t, one-hot c) → output of x_t's shape.
+    """A student for samples of few numbers: (x_t, features of t, one-hot c) → output of x_t's shape.
 
     With a guidance embedding the projected features of w are added before the first activation.
     """
@@ -41,7 +42,7 @@ class TimeConditionedMLP(nn.Module):
         widths = [d + 13 + self.num_ids, *[width] * depth]
         hidden = [layer for n, m in pairwise(widths) for layer in (nn.Linear(n, m), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(widths[-1], d))
-        self.cond_proj = zero_projection(width) if guidance_embedding else None  # last: the layers' draws stay as they are without it
+        self.cond_proj = zero_projection(width) if guidance_embedding else None  # last: the layers' weights are the same without it
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None, w: Tensor | None = None) -> Tensor:
         u = (t / self.t_max)[:, None]  # (b, 1)
@@ -59,15 +60,15 @@ class TimeConditionedMLP(nn.Module):
 
 
 class GaussianMixtureExpert(Expert):
-    """A mixture of isotropic Gaussians, diffused: exact predictions, exact data.
+    """A mixture of isotropic Gaussians: predictions and data are exact.
 
     Args:
         means: μ, (k, d) or (k, *sample_shape).
-        stds: s > 0, (k,); one number serves all.
-        weights: w > 0, (k,), normalised here; default: equal.
+        stds: s > 0, (k,), or one number for all components.
+        weights: w > 0, (k,); they are normalised. Default: equal.
         schedule: A NoiseSchedule, or the name of a kind.
-        labels: Class of each component, (k,) whole numbers 0 … ; makes the expert class-conditional.
-        guidance_scale: Classifier-free guidance between a class and the whole mixture; 1 is none.
+        labels: Class of each component, (k,) whole numbers from 0 on; the expert is then class-conditional.
+        guidance_scale: Scale of classifier-free guidance from the whole mixture to a class; 1 is no guidance.
         device: Where it computes.
 
     Raises:
@@ -148,7 +149,7 @@ class GaussianMixtureExpert(Expert):
         return (self.means[component] + self.stds[component, None] * noise).reshape(n, *self.sample_shape).float(), c
 
     def sample_condition(self, n: int, generator: torch.Generator | None = None) -> Tensor | None:
-        """Classes in the proportions of the mixture, so that (x_0, c) is its joint distribution."""
+        """Draws n classes (n,) in the proportions of the mixture, so that (x_0, c) has its joint distribution."""
         if not self.num_conditions:
             return None
         class_weights = (self._class_log_weights[:-1] > -torch.inf).double() @ self.log_weights.exp()
@@ -157,15 +158,15 @@ class GaussianMixtureExpert(Expert):
     def make_student(
         self, *, width: int = 128, depth: int = 3, prediction_type: PredictionType | None = None, guidance_embedding: bool = False
     ) -> NetworkDenoiser:
-        """An MLP from random weights: the closed form has none to inherit.
+        """Makes an MLP with random weights: the closed form has no weights to start from.
 
         Args:
-            width, depth: Units of a hidden layer, and how many of those; at least one.
+            width, depth: Units of a hidden layer, and number of hidden layers; each at least 1.
             prediction_type: What its output means; default: v, or the flow velocity on a flow schedule.
-            guidance_embedding: Whether it is told the guidance scale.
+            guidance_embedding: Whether the network takes the guidance scale as an input.
 
         Raises:
-            ValueError: no hidden layer, or a prediction type that the schedule does not hold for.
+            ValueError: width or depth below 1, or a prediction type that the schedule does not support.
         """
         if min(width, depth) < 1:
             raise ValueError(f"width={width}, depth={depth}: a student has at least one hidden layer of at least one unit")
@@ -175,15 +176,16 @@ class GaussianMixtureExpert(Expert):
         return NetworkDenoiser(network.to(self.device), self.schedule, kind, guidance_embedding)
 
     def critic_features(self, student: NetworkDenoiser) -> nn.Module:
-        """The last activation, (b, width)."""
+        """The last activation, whose output is (b, width)."""
         if not isinstance(student.network, TimeConditionedMLP):
             raise ValueError(
-                f"cannot take features of a {type(student.network).__name__}; a student of {type(self).__name__} is a TimeConditionedMLP"
+                f"cannot take features of a {type(student.network).__name__}; a student of {type(self).__name__} is a TimeConditionedMLP; "
+                "make one with make_student()"
             )
         return student.network.layers[-2]
 
     def decode(self, x_0: Tensor) -> Tensor | None:
-        """A dot on a 64 × 64 map of the plane, for mixtures in two dimensions."""
+        """Draws each sample as a dot on a 64 × 64 map of the plane; None unless the mixture has two dimensions."""
         if self.sample_shape != (2,):
             return None
         reach = float(self.means.abs().max() + 4 * self.stds.max())
@@ -197,10 +199,10 @@ class GaussianMixtureExpert(Expert):
 
 
 class Grid25(GaussianMixtureExpert):
-    """A 5×5 grid of narrow modes in ±0.8, one class a column, uneven weights within it: mode loss and mode drift both show.
+    """A 5×5 grid of narrow modes in ±0.8, on which mode loss and mode drift both show: each column is a class with uneven weights.
 
     Args:
-        guidance_scale: Classifier-free guidance, 1 is none.
+        guidance_scale: Scale of classifier-free guidance; 1 is no guidance.
         device: Where it computes.
     """
 

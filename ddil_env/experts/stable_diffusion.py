@@ -2,8 +2,8 @@
 
     ε̂, v̂ or x̂_0 = UNet(x_t, t, text(c))        Rombach et al. 2022; latents at 1/8 of the picture's size
 
-A condition c is the number of a prompt; the last id, `null_condition`, is the empty prompt "" that guidance pushes away
-from. A student may be told the guidance scale, and its pipeline then is, too.
+A condition id c is the number of a prompt; the last id, `null_condition`, is the empty prompt "" that guidance pushes away from.
+A student with a guidance embedding takes the guidance scale as an input, and so does its pipeline.
 
     python -m ddil_agents.dagger --env sd15 --env.model ./stable-diffusion-v1-5 --env.prompts prompts.txt
     python -m ddil_agents.dagger --env sd15 --env.model ./stable-diffusion-v1-5 --data ./coco
@@ -19,10 +19,12 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ddil_env.data.cache import Embed
 from ddil_env.pipelines.data import OwnData
-from ddil_env.pipelines.expert import Dtype, Embed, PromptedExpert
+from ddil_env.pipelines.expert import Dtype
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.networks import PromptedUNet
+from ddil_env.pipelines.prompted_expert import PromptedExpert
 from ddil_env.pipelines.prompts import PROMPTS, TextReader, coco_captions, read_prompts
 from ddil_env.pipelines.samplers import DiffusionNoise
 
@@ -38,22 +40,23 @@ class StableDiffusion(PromptedExpert):
     Args:
         model: A folder that holds model_index.json, or a hub id.
         prompts: A list, a text file with one prompt a line, or COCO's captions (.json); default: 16 built-in ones. All
-            embeddings stay on the device.
-        guidance_scale: Classifier-free guidance in diffusers' convention, 1 is none.
-        dtype: Of the UNet and the VAE. x̂_0 and ε̂ are float32 in any case: at t = 999 an error in ε̂ is 14.6 × in x̂_0.
-        height, width: Of the pictures, in pixels; default: what the UNet was trained on.
-        max_batch: Samples put through the UNet at once (a guided pair counts as one) when states are labelled or sampled.
-        local_files_only: Never ask the hub.
-        data: Pictures with captions, which are then the prompts: a folder, COCO's, webdataset shards, or a cache of them.
-        images: COCO's folder of pictures, where it is not beside the captions.
-        data_cache: Folder for the data's latents and embeddings; default: the data's name with .pairs at its end.
-        held_out: Share of the pairs that is never trained on, to judge by.
-        workers: Processes that read pictures.
+            embeddings stay in the device's memory.
+        guidance_scale: Scale of classifier-free guidance in diffusers' convention; 1 is no guidance.
+        dtype: Precision of the UNet and the VAE. x̂_0 and ε̂ are float32 in any case: at t = 999 an error in ε̂ is 14.6 times as large in x̂_0.
+        height, width: Size of the pictures, in pixels; default: what the UNet was trained on.
+        max_batch: Largest batch that goes through the UNet at once (a guided pair counts as one) when states are labelled or sampled.
+        local_files_only: Whether the hub is never asked.
+        data: Pictures with captions, which serve as the prompts: a folder, COCO's, webdataset shards, or a cache of them.
+        images: COCO's folder of pictures, if it is not beside the captions.
+        data_cache: Folder of the cache of latents and embeddings; default: the name of the data with .pairs at its end.
+        held_out: Share of the pairs that is held out of training, for evaluation.
+        workers: Number of processes that read pictures.
         device: Where it computes.
 
     Raises:
-        ValueError: no weights to be had, weights that are damaged, pickled or of another pipeline, an unsupported noise
-            schedule, unreadable prompts or data, prompts and data, a size that the VAE does not divide, an absent device.
+        ValueError: weights that cannot be found, are damaged or pickled, or are of another pipeline; an unsupported noise schedule;
+            prompts or data that cannot be read; both prompts and data; a size that the VAE's stride does not divide; or an unavailable
+            device.
     """
 
     noise_kind = DiffusionNoise

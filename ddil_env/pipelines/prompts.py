@@ -1,4 +1,4 @@
-"""Texts as conditions: read from a file, embedded once by a pipeline's own encoders, and looked up by id ever after."""
+"""Texts as conditions: read from a file, embedded once by a pipeline's own encoders, and then looked up by id."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ PROMPTS = (
 
 
 def read_prompts(prompts: str | list[str] | None) -> tuple[str, ...]:
-    """The prompts: a list, the lines of a text file (empty ones left out), COCO's captions, or the built-in ones.
+    """Reads prompts; empty ones are left out.
 
-    Of a COCO captions file (.json), one caption an image, the one of lowest id, in the order of image ids.
+    Args:
+        prompts: A list, the path of a text file with one prompt a line, or the path of a COCO captions file (.json), of which each image
+            gives the caption of lowest id, in the order of image ids. Default: the built-in prompts.
 
     Raises:
         ValueError: an unreadable file, or no prompt.
@@ -55,7 +57,7 @@ def read_prompts(prompts: str | list[str] | None) -> tuple[str, ...]:
             raise ValueError(f"cannot read {source} ({error}); it must be a UTF-8 text file with one prompt a line") from error
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{source} is no COCO captions file ({error!r}); it holds annotations with image_id, id and caption"
+                f"{source} is no COCO captions file ({error!r}); pass one, which holds annotations with image_id, id and caption"
             ) from error
     kept = tuple(line.strip() for line in prompts if line.strip())
     if not kept:
@@ -64,7 +66,7 @@ def read_prompts(prompts: str | list[str] | None) -> tuple[str, ...]:
 
 
 def coco_captions(text: str) -> list[str]:
-    """The first caption of each image of a COCO captions file."""
+    """The first caption of each image, from the text of a COCO captions file."""
     first: dict[int, str] = {}
     for annotation in sorted(json.loads(text)["annotations"], key=lambda a: (a["image_id"], a["id"])):
         first.setdefault(annotation["image_id"], " ".join(annotation["caption"].split()))
@@ -72,18 +74,18 @@ def coco_captions(text: str) -> list[str]:
 
 
 class TextReader:
-    """A tokenizer and its encoder: texts → tensors, 64 texts at a time.
+    """A tokenizer and its text encoder: texts → tensors, 64 texts at a time.
 
-    The encoder runs in float32, which costs nothing where it runs once. It goes when the reader does.
+    The encoder runs in float32, since it runs only once. It is freed with the reader.
 
     Args:
-        files: The pipeline's.
-        number: Ending of the two components' names, "" or "_2".
+        files: The files of the pipeline.
+        number: Ending of the two components' names, such as "" or "_2".
         device: Where the encoder computes.
-        max_length: Tokens that a text is padded or cut to; default: what tokenizer and encoder allow.
+        max_length: Number of tokens that a text is padded or truncated to; default: what tokenizer and encoder allow.
 
     Raises:
-        ValueError: either does not load.
+        ValueError: the tokenizer or the encoder does not load.
     """
 
     def __init__(self, files: PipelineFolder, number: str, device: torch.device, max_length: int | None = None) -> None:
@@ -94,8 +96,16 @@ class TextReader:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], read: Callable[[Any], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What `read` takes from the encoder's output, each (n, *any) float32."""
-        self._warn_of_cuts(texts)
+        """Encodes n texts.
+
+        Args:
+            texts: The texts.
+            read: Takes tensors, (b, *any) each, from the encoder's output.
+
+        Returns:
+            What `read` took, (n, *any) float32 each.
+        """
+        self._warn_of_truncation(texts)
         batches = []
         for start in range(0, len(texts), 64):
             tokens = self.tokenizer(
@@ -104,24 +114,24 @@ class TextReader:
             batches.append(read(self.encoder(tokens.input_ids.to(self.encoder.device), output_hidden_states=True)))
         return tuple(torch.cat(column) for column in zip(*batches, strict=True))
 
-    def _warn_of_cuts(self, texts: Sequence[str]) -> None:
-        """Once a reader, where texts are too long."""
+    def _warn_of_truncation(self, texts: Sequence[str]) -> None:
+        """Warns, at most once, of texts that are too long."""
         ids = self.tokenizer(list(texts), verbose=False).input_ids
-        cut = [text for text, found in zip(texts, ids, strict=True) if len(found) > self.max_length]
-        if cut and not self._warned:
+        too_long = [text for text, tokens in zip(texts, ids, strict=True) if len(tokens) > self.max_length]
+        if too_long and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{len(cut)} of {len(texts)} prompts are cut to the {self.max_length} tokens that {type(self.encoder).__name__} reads; "
-                f"the first: {cut[0]!r}",
+                f"{len(too_long)} of {len(texts)} prompts are cut to the {self.max_length} tokens that "
+                f"{type(self.encoder).__name__} reads; the first: {too_long[0]!r}",
                 stacklevel=2,
             )
 
 
 class Lookup(ABC):
-    """What a network reads for each condition id: tables of one row an id, the last row that of the null condition.
+    """Tables with a row of embeddings for each condition id; the last row is the null condition's.
 
-    One object serves an expert, its students and all their copies, and is in no state_dict: 118 kB a prompt for Stable Diffusion 1.x
-    in half precision.
+    An expert, its students and all their copies share one object, and it is in no state_dict: a prompt takes 118 kB for Stable
+    Diffusion 1.x in half precision.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -129,14 +139,14 @@ class Lookup(ABC):
 
     @abstractmethod
     def rows(self, c: Tensor | None, n: int) -> dict[str, Tensor]:
-        """The rows of ids c (n,), or n times that of the null condition: name → (n, *any), on the device."""
+        """Looks up the rows of ids c (n,), or n times the null condition's if c is None: name → (n, *any), on the device."""
 
 
 class Embeddings(Lookup):
-    """Tables on the device.
+    """Tables in the device's memory.
 
     Args:
-        tables: name → (ids, *any).
+        tables: name → (number of ids, *any).
     """
 
     def __init__(self, tables: Mapping[str, Tensor]) -> None:
@@ -149,7 +159,7 @@ class Embeddings(Lookup):
 
 
 class MappedEmbeddings(Lookup):
-    """Tables that stay on the disk, as a cache of pairs has them: of a batch, each row that it names goes to the device once.
+    """Tables that stay on the disk, in a cache of pairs; each row that a batch needs is copied to the device once.
 
     Args:
         pairs: The cache.
@@ -168,18 +178,18 @@ class MappedEmbeddings(Lookup):
     def rows(self, c: Tensor | None, n: int) -> dict[str, Tensor]:
         if c is None:
             return {name: row.expand(n, *row.shape[1:]) for name, row in self.null.items()}
-        if self._last is not None and self._last[0] is c and self._last[1] == c._version:  # teacher, student and critic ask for one batch
+        if self._last is not None and self._last[0] is c and self._last[1] == c._version:  # teacher, student and critic share a batch
             return self._last[2]
-        ids, place = c.cpu().unique(return_inverse=True)  # of a guided pair, the null condition is read once
-        place = place.to(self.device)
-        rows = {name: table[place] for name, table in self._read(ids).items()}
-        if not c.is_inference():  # such a tensor does not tell whether it was changed since
+        ids, index = c.cpu().unique(return_inverse=True)  # in a guided batch the null condition is read once
+        index = index.to(self.device)
+        rows = {name: table[index] for name, table in self._read(ids).items()}
+        if not c.is_inference():  # an inference tensor has no version that shows whether it was changed
             self._last = c, c._version, rows
         return rows
 
 
 def look_up(pairs: Pairs, device: torch.device, limit: int) -> Lookup:
-    """The embeddings of a cache: on the device if all of them take no more than `limit` bytes, else from the disk."""
+    """The embeddings of a cache: in the device's memory if they take at most `limit` bytes, otherwise on the disk."""
     ids = torch.arange(len(pairs) + 1)
     size = len(ids) * sum(row.nbytes for row in pairs.embeddings(ids[-1:]).values())
     if size > limit:

@@ -1,12 +1,12 @@
-"""A pipeline's scheduler, read as the noise that its network was trained on, and written as the sampler of a student.
+"""Pipelines' schedulers: the noise schedule that a scheduler describes, and the scheduler that samples as this library does.
 
     kernel    variance preserving                          flow matching
     ddim      DPMSolverMultistepScheduler, first order     FlowMatchEulerDiscreteScheduler
     renoise   LCMScheduler                                 FlowMatchEulerDiscreteScheduler, stochastic_sampling
 
-First-order DPM-Solver++ that ends at σ = 0 is DDIM; diffusers' DDIMScheduler does not take these times. LCMScheduler's
-c_skip x_t + c_out x̂_0 is x̂_0 but for c_skip = 0.25/(0.25 + (10 t)²), 7e-6 at t = 19. Euler's step along u is DDIM's too:
-x_s = x_t + (σ_s − σ_t) u = (1 − σ_s) x̂_0 + σ_s ε̂.
+First-order DPM-Solver++ that ends at σ = 0 is DDIM; diffusers' DDIMScheduler does not accept these times. LCMScheduler's
+c_skip x_t + c_out x̂_0 equals x̂_0 except for c_skip = 0.25/(0.25 + (10 t)²), which is 7e-6 at t = 19. Euler's step along u is DDIM's
+too: x_s = x_t + (σ_s − σ_t) u = (1 − σ_s) x̂_0 + σ_s ε̂.
 """
 
 from __future__ import annotations
@@ -14,21 +14,24 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self, get_args
+from typing import Any, NamedTuple, Protocol, Self
 
 import diffusers
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
 
+from ddil_env.errors import check_choice
 from ddil_env.mdp import Kernel
 from ddil_env.pipelines.folder import PipelineFolder, read_json
-from ddil_env.schedule import LCM_SOLVER_STEPS, Kind, NoiseSchedule, PredictionType, TimeGrid
+from ddil_env.prediction import PredictionType
+from ddil_env.schedule import Kind, NoiseSchedule
+from ddil_env.time_grid import LCM_SOLVER_STEPS, TimeGrid
 
 KINDS: dict[str, Kind] = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 PREDICTION_TYPES: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
 
 
 class Sampler(NamedTuple):
-    """A scheduler, and the arguments of a pipeline's call under which it steps over a grid's times."""
+    """A scheduler, and the arguments of a pipeline's call with which it steps over a grid's times."""
 
     scheduler: Any
     arguments: dict[str, Any]
@@ -39,34 +42,24 @@ class Noise(Protocol):
 
     @classmethod
     def read(cls, files: PipelineFolder) -> Self:
-        """From the scheduler of a folder."""
+        """Reads it from the scheduler of a folder."""
 
     @property
     def prediction_type(self) -> PredictionType:
         """What the network's output means."""
 
     def schedule(self) -> NoiseSchedule:
-        """α_t and σ_t."""
+        """The schedule of α_t and σ_t."""
 
     def check_student(self, prediction_type: PredictionType) -> None:
-        """Refuses a prediction type that no scheduler of diffusers reads over this noise."""
+        """Refuses a prediction type for which diffusers has no scheduler over this noise."""
 
     def sampler(self, prediction_type: PredictionType, grid: TimeGrid, kernel: str) -> Sampler:
         """The scheduler that samples over the grid as this library does."""
 
 
-def check_kernel(kernel: str) -> None:
-    """The kernels that have a scheduler.
-
-    Raises:
-        ValueError: another.
-    """
-    if kernel not in get_args(Kernel):
-        raise ValueError(f"unknown kernel {kernel!r}; choose one of: {', '.join(get_args(Kernel))}")
-
-
 def _read_config(files: PipelineFolder) -> tuple[Path, str, dict[str, Any]]:
-    """A scheduler's file, its class's name, and its configuration with the defaults of that class.
+    """Reads a scheduler's file: its path, the name of the class, and the configuration with the defaults of that class.
 
     Raises:
         ValueError: an unreadable file, or a scheduler that diffusers does not have.
@@ -76,7 +69,8 @@ def _read_config(files: PipelineFolder) -> tuple[Path, str, dict[str, Any]]:
     class_name = str(config.get("_class_name"))
     scheduler_class = getattr(diffusers, class_name, None)
     if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
-        raise ValueError(f"{path} names the scheduler {class_name!r}, which diffusers {diffusers.__version__} does not have")
+        version = diffusers.__version__
+        raise ValueError(f"{path} names the scheduler {class_name!r}, which diffusers {version} does not have; update diffusers")
     defaults = {name: parameter.default for name, parameter in inspect.signature(scheduler_class).parameters.items()}
     return path, class_name, {**defaults, **config}
 
@@ -89,17 +83,17 @@ def _check_supported(path: Path, class_name: str, config: dict[str, Any], suppor
 
 @dataclass(frozen=True)
 class DiffusionNoise:
-    """Variance-preserving noise over discrete times: every scheduler of betas.
+    """Variance-preserving noise over discrete times, of any diffusers scheduler with betas.
 
     Args:
-        options: beta_schedule, beta_start, beta_end, num_train_timesteps and prediction_type, as diffusers has them.
+        options: beta_schedule, beta_start, beta_end, num_train_timesteps and prediction_type, with diffusers' values.
     """
 
     options: dict[str, Any]
 
     @classmethod
     def read(cls, files: PipelineFolder) -> Self:
-        """From the scheduler of a folder.
+        """Reads it from the scheduler of a folder.
 
         Raises:
             ValueError: an unknown scheduler, or noise that `NoiseSchedule` does not describe.
@@ -127,14 +121,14 @@ class DiffusionNoise:
         self.schedule().check_prediction_type(prediction_type)
 
     def sampler(self, prediction_type: PredictionType, grid: TimeGrid, kernel: str) -> Sampler:
-        """By number of steps where the scheduler's own times are the grid's, by `timesteps` otherwise.
+        """Passes a number of steps if the scheduler's own times for it are the grid's, `timesteps` otherwise.
 
         Raises:
             ValueError: an unknown kernel.
         """
-        check_kernel(kernel)
-        names = {ours: theirs for theirs, ours in PREDICTION_TYPES.items()}
-        options: dict[str, Any] = {**self.options, "prediction_type": names[prediction_type]}
+        check_choice("kernel", kernel, Kernel)
+        diffusers_names = {kind: name for name, kind in PREDICTION_TYPES.items()}
+        options: dict[str, Any] = {**self.options, "prediction_type": diffusers_names[prediction_type]}
         options["steps_offset"] = 1  # unused by these two; another value makes a pipeline warn
         times, n = grid.times[:-1].long().tolist(), grid.num_steps
         candidates: list[Any]
@@ -142,9 +136,9 @@ class DiffusionNoise:
             spacing = "linspace" if grid.kind == "linspace" else "trailing"
             ddim = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero", "timestep_spacing": spacing}
             candidates = [DPMSolverMultistepScheduler(**options, **ddim)]
-        else:  # its times are every so many-th of `original_inference_steps` strides: of 50, or of as many as there are steps
-            most = min(max(LCM_SOLVER_STEPS, n), options["num_train_timesteps"])
-            candidates = [LCMScheduler(**options, original_inference_steps=k) for k in (most, n)]
+        else:  # LCMScheduler selects its times, evenly, from `original_inference_steps` strides: try 50, then the number of steps
+            solver_steps = min(max(LCM_SOLVER_STEPS, n), options["num_train_timesteps"])
+            candidates = [LCMScheduler(**options, original_inference_steps=k) for k in (solver_steps, n)]
         for scheduler in candidates:
             scheduler.set_timesteps(n)
             if scheduler.timesteps.tolist() == times:
@@ -154,17 +148,17 @@ class DiffusionNoise:
 
 @dataclass(frozen=True)
 class FlowNoise:
-    """Rectified flow, shifted: FlowMatchEulerDiscreteScheduler.
+    """The shifted rectified flow of diffusers' FlowMatchEulerDiscreteScheduler.
 
     Args:
-        options: num_train_timesteps and shift.
+        options: num_train_timesteps and shift, with diffusers' values.
     """
 
     options: dict[str, Any]
 
     @classmethod
     def read(cls, files: PipelineFolder) -> Self:
-        """From the scheduler of a folder.
+        """Reads it from the scheduler of a folder.
 
         Raises:
             ValueError: another scheduler, or a shift that is not one number.
@@ -192,12 +186,12 @@ class FlowNoise:
             )
 
     def sampler(self, prediction_type: PredictionType, grid: TimeGrid, kernel: str) -> Sampler:
-        """By `sigmas`, before their shift: the scheduler's own end one step away from where the network was trained.
+        """Passes `sigmas`, before their shift: the scheduler's own end at the last training step's sigma, not at the grid's last.
 
         Raises:
             ValueError: an unknown kernel, or a prediction type other than `flow`.
         """
-        check_kernel(kernel)
+        check_choice("kernel", kernel, Kernel)
         self.check_student(prediction_type)
         scheduler = FlowMatchEulerDiscreteScheduler(**self.options, stochastic_sampling=kernel == "renoise")
         return Sampler(scheduler, {"sigmas": (grid.times[:-1].double() / self.options["num_train_timesteps"]).tolist()})

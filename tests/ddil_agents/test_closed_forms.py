@@ -23,8 +23,9 @@ from ddil_agents.lcm import Distance
 from ddil_agents.states.batch import Batch
 from ddil_env import ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, NoiseSchedule, TimeGrid, invert_ddim, unroll
 from ddil_env.experts.digits import Digits
-from ddil_env.schedule import GridKind, Kind
+from ddil_env.schedule import Kind
 from ddil_env.support import Thresholding
+from ddil_env.time_grid import GridKind
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 

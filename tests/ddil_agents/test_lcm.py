@@ -20,7 +20,7 @@ from ddil_agents.states.batch import Batch
 from ddil_agents.states.collect import STREAMS, stream_seed
 from ddil_agents.training.metrics import clipped_shares
 from ddil_env import ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, NoiseSchedule, TimeGrid, unroll
-from ddil_env.schedule import PredictionType
+from ddil_env.prediction import PredictionType
 from ddil_env.support import Thresholding
 
 pytestmark = pytest.mark.usefixtures("own_generator")

@@ -36,10 +36,10 @@ from ddil_agents.commands.load import load_run
 from ddil_agents.devices import sharding
 from ddil_agents.training.stages import learners, plan
 from ddil_env import GaussianMixtureExpert, NetworkDenoiser, check_expert, load_expert
-from ddil_env.adapters import LORA_FILE, LoRA, Shared, adapted, adapters, merge
+from ddil_env.adapters import LORA_FILE, LoRA, SharedWeight, adapter_layers, add_adapters, merge_adapters
 from ddil_env.policy import StudentPolicy
 from ddil_env.rollout import unroll
-from ddil_env.schedule import TimeGrid
+from ddil_env.time_grid import TimeGrid
 
 WRITE = {"sd15": write_tiny_sd, **WRITERS}
 FAMILIES = tuple(WRITE)
@@ -117,7 +117,7 @@ def test_a_student_starts_as_its_teacher_bit_for_bit_and_owns_adapters_alone(fam
     assert set(student.state_dict()) == {name for name, _ in student.named_parameters()}
     assert all(".lora_" in name for name in student.state_dict())
     layers = [m for m in expert.network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    assert len(adapters(student.network)) == len(layers)
+    assert len(adapter_layers(student.network)) == len(layers)
     check_expert(expert, student=student)
 
 
@@ -125,10 +125,10 @@ def test_copies_read_the_teachers_memory(sd: Any) -> None:
     theirs = {weight.data_ptr() for weight in (*sd.network.parameters(), *sd.network.buffers())}
     student = sd.make_student(lora=RANK_4)
     for each in (student, copy.deepcopy(student), copy.deepcopy(copy.deepcopy(student).eval().requires_grad_(False))):
-        shared = [value for module in each.modules() for value in vars(module).values() if isinstance(value, Shared)]
+        shared = [value for module in each.modules() for value in vars(module).values() if isinstance(value, SharedWeight)]
         assert {weight.data_ptr() for weight in shared} == theirs
         assert not theirs & {p.data_ptr() for p in each.parameters()}
-    assert not any(isinstance(value, Shared) for module in sd.network.modules() for value in vars(module).values())
+    assert not any(isinstance(value, SharedWeight) for module in sd.network.modules() for value in vars(module).values())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -254,7 +254,7 @@ def test_a_command_trains_resumes_and_starts_from_adapters(folders: dict[str, Pa
     dagger.main([*argv, "--out", str(tmp_path / "first")])
     first = load_run(tmp_path / "first")
     assert first.config.lora == RANK_4
-    assert adapters(first.average.network)
+    assert adapter_layers(first.average.network)
     assert (tmp_path / "first" / "student" / LORA_FILE).is_file()
     given = {**SMALL, "init": str(tmp_path / "first")}
     second = Dagger(opened(folders, "sd15"), DaggerConfig(**given, beta=OWN))
@@ -357,13 +357,13 @@ def test_embedded_experts_save_what_was_learned(tmp_path: Path) -> None:
 
 def test_merged_weights_are_w_plus_alpha_over_r_b_a() -> None:
     teacher = nn.Sequential(nn.Linear(5, 7), nn.SiLU(), nn.Linear(7, 3, bias=False)).requires_grad_(False)
-    network = adapted(teacher, LoRA(rank=2, alpha=6.0))
+    network = add_adapters(teacher, LoRA(rank=2, alpha=6.0))
     with torch.no_grad():
         for p in network.parameters():
             p.normal_()
     plain = copy.deepcopy(teacher)
-    merge(network, plain)
-    for name, layer in adapters(network).items():
+    merge_adapters(network, plain)
+    for name, layer in adapter_layers(network).items():
         low, high = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         torch.testing.assert_close(plain.get_submodule(name).weight, teacher.get_submodule(name).weight + 3 * high @ low)
     x = torch.randn(4, 5)
@@ -395,7 +395,7 @@ def test_a_full_student_and_adapters_of_another_teacher_are_refused(sd: Any, tmp
     other.save_student(moved(other.make_student(lora=RANK_4)), tmp_path / "theirs", num_steps=2)
     with pytest.raises(ValueError, match="trained over other weights; pass the model"):
         sd.load_student(tmp_path / "theirs", lora=RANK_4)
-    assert not adapters(sd.load_student(tmp_path / "theirs").network)
+    assert not adapter_layers(sd.load_student(tmp_path / "theirs").network)
 
 
 def test_settings_are_refused_by_name(sd: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from ddil_agents import Evaluation, Judge
 from ddil_agents.evaluation.trajectories import Trajectories, record
 from ddil_env import DdimPolicy, DenoisingEnv, ExpertPolicy, GaussianMixtureExpert, Prediction, StudentPolicy, TimeGrid, unroll
+from ddil_env.broadcast import broadcast
 from ddil_env.corrections import Mixed, ScaledEpsilon, TimeShifted
 from ddil_env.mdp import Kernel
-from ddil_env.schedule import broadcast
 
 
 def gaussian(std: float = 1.0, d: int = 2) -> GaussianMixtureExpert:

@@ -25,7 +25,9 @@ from ddil_env import (
     renoise_step,
     unroll,
 )
-from ddil_env.schedule import LCM_SOLVER_STEPS, GridKind, Kind, PredictionType, substep_times
+from ddil_env.prediction import PredictionType
+from ddil_env.schedule import Kind
+from ddil_env.time_grid import LCM_SOLVER_STEPS, GridKind, substep_times
 
 KINDS = get_args(Kind)
 VP = [kind for kind in KINDS if kind != "flow"]

@@ -14,7 +14,7 @@ from ddil_agents import BCConfig, BehaviourCloning, Dagger, DaggerConfig, SafeDa
 from ddil_agents.training.stages import learners, plan
 from ddil_env import ExpertPolicy, NoiseSchedule, TimeGrid, unroll
 from ddil_env.experts.distilled import Distilled
-from ddil_env.schedule import substep_times
+from ddil_env.time_grid import substep_times
 
 SMALL: dict[str, Any] = {
     "num_updates": 4,

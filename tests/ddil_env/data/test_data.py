@@ -29,7 +29,8 @@ from ddil_agents.commands.parse import find_agent, parse
 from ddil_agents.commands.run import refuse_early
 from ddil_agents.training.metrics import read_metrics
 from ddil_env import NoDataError, check_expert, load_expert
-from ddil_env.data.pairs import Pairs, load_picture
+from ddil_env.data.pairs import Pairs
+from ddil_env.data.pictures import load_picture
 from ddil_env.data.sources import read_pairs
 from ddil_env.experts.ddpm import DDPM
 from ddil_env.experts.dit import ClassConditionalDiT

@@ -22,15 +22,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import ddil_env.data.pairs
 from ddil_agents.evaluation.metrics.pictures import resize
-from ddil_env.data.pairs import Pairs, cache_pairs, load_picture
+from ddil_env.data.cache import cache_pairs
+from ddil_env.data.pairs import Pairs
+from ddil_env.data.pictures import load_picture
 from ddil_env.data.sources import read_pairs
 
 SIZES = {"height": 12, "width": 8}
 SETTINGS = {"model": "fake-1", "batch_size": 2, "shard_size": 4, "workers": 0, **SIZES}
 SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["ddil_env.data.pairs", "ddil_agents.evaluation.metrics.pictures", "pytest"])
+SPAWN.set_forkserver_preload(["ddil_env.data.cache", "ddil_agents.evaluation.metrics.pictures", "pytest"])
 
 
 def encode(pictures):
@@ -205,7 +206,7 @@ def test_any_number_of_workers_and_a_second_run_make_the_same_bytes(tmp_path, fo
 
 def test_a_finished_cache_is_not_touched_and_may_be_read_only(tmp_path, folder, monkeypatch):
     cache(folder, tmp_path / "cache")
-    monkeypatch.setattr(ddil_env.data.pairs, "_write", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("written"))
     cache_pairs(read_pairs(folder), tmp_path / "cache", lambda _: pytest.fail("encoded"), lambda _: pytest.fail("embedded"), **SETTINGS)
 
 
@@ -278,7 +279,7 @@ def killed(moment, source, out, workers):
         if second and moment == "between shards":
             die()
 
-    ddil_env.data.pairs.os.replace = counted_replace
+    os.replace = counted_replace
     cache_pairs(read_pairs(source), out, counted_encode, embed, **{**SETTINGS, "workers": workers})
 
 

@@ -79,7 +79,7 @@ def test_another_ink_is_another_caption() -> None:
 def barely_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline after two gradient steps."""
     with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_coloured_digits, "BANK", 16)
+        patch.setattr(train_coloured_digits, "NUM_LATENTS", 16)
         return train_coloured_digits.train(tmp_path_factory.mktemp("coloured"), vae_updates=2, updates=2, batch_size=4)
 
 

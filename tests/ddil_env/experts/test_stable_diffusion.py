@@ -26,7 +26,8 @@ from ddil_env.mdp import Kernel
 from ddil_env.pipelines import folder as pipeline_folder
 from ddil_env.policy import StudentPolicy
 from ddil_env.rollout import unroll
-from ddil_env.schedule import TimeGrid, ddim_step
+from ddil_env.steps import ddim_step
+from ddil_env.time_grid import TimeGrid
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction", "sample"])
