@@ -244,7 +244,7 @@ class PPOAgent(Agent):
                 device=expert.device,
             )
         self.model.policy.set_training_mode(False)
-        self.student_policy = StudentPolicy(self.student, expert)
+        self.student_policy = StudentPolicy(self.student, expert, grid=self.grid, kernel=self.kernel)
 
     @property
     def student(self) -> NetworkDenoiser:

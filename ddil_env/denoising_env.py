@@ -87,6 +87,20 @@ class DenoisingEnv(EnvBase):
         self._generators: list[torch.Generator] = []
         self._set_seed(int(torch.randint(2**31, ()).item()))
 
+    def rollout(self, max_steps: int, policy: Any = None, *args: Any, **kwargs: Any) -> TensorDictBase:
+        """As in TorchRL.
+
+        Raises:
+            ValueError: the policy is a student's that samples by another kernel, or steps through other times.
+        """
+        kernel = getattr(policy, "kernel", None)
+        if kernel not in (None, self.mdp.kernel):
+            raise ValueError(
+                f"kernel={self.mdp.kernel}, and this student samples by {kernel}; make its environment with agent.make_env(), or pass "
+                f"kernel={kernel!r}"
+            )
+        return super().rollout(max_steps, policy, *args, **kwargs)
+
     def _set_seed(self, seed: int | None) -> None:
         first = 0 if seed is None else seed
         self._generators = [torch.Generator(self.device).manual_seed(first + i) for i in range(self.batch_size.numel())]

@@ -14,7 +14,7 @@ from ddil_env.prediction import Prediction
 from ddil_env.schedule import NoiseSchedule
 from ddil_env.steps import invert_ddim, renoise_step
 from ddil_env.support import Support, Unbounded
-from ddil_env.time_grid import substep_times
+from ddil_env.time_grid import TimeGrid, substep_times
 
 
 class DdimPolicy(TensorDictModuleBase):
@@ -161,12 +161,40 @@ class StudentPolicy(DdimPolicy):
         support: Where the student's estimates of x_0 are projected; default: they are not.
         guidance_scale: The guidance scale that a student with a guidance embedding gets where `act` is given no w; None for a student
             without a guidance embedding.
+        grid: The times that the student was trained for; an environment of other times is refused. None: any times.
+        kernel: How it samples, `ddim` or `renoise`; an environment of another kernel is refused. None: either.
     """
 
-    def __init__(self, student: Denoiser, expert: Expert, support: Support | None = None, guidance_scale: float | None = None) -> None:
+    def __init__(
+        self,
+        student: Denoiser,
+        expert: Expert,
+        support: Support | None = None,
+        guidance_scale: float | None = None,
+        *,
+        grid: TimeGrid | None = None,
+        kernel: str | None = None,
+    ) -> None:
         super().__init__(None, expert.schedule, support=support, conditional=expert.num_conditions > 0, max_batch=expert.max_batch)
         self.student = student
         self.guidance_scale = guidance_scale
+        self.grid, self.kernel = grid, kernel
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The action at an environment's states.
+
+        Raises:
+            ValueError: the environment steps to a time that the student was not trained to step to.
+        """
+        if self.grid is not None:
+            strange = tensordict["s"][~torch.isin(tensordict["s"], self.grid.times.to(tensordict["s"]))]
+            if len(strange):
+                times = ", ".join(f"{t:g}" for t in self.grid.times.tolist())
+                raise ValueError(
+                    f"the environment steps to t = {float(strange[0]):g}, and this student was trained to step through {times}; make its "
+                    "environment with agent.make_env()"
+                )
+        return super().forward(tensordict)
 
     def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
         if self.guidance_scale is None:

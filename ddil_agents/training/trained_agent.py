@@ -63,7 +63,7 @@ class TrainedAgent(Agent):
     def policy(self, student: NetworkDenoiser, support: Support | None) -> StudentPolicy:
         """A student of this agent as a policy; one with a guidance embedding gets the guidance that it is evaluated at."""
         w = None if self.config.guidance_range is None else self.reference.guidance_scale
-        return StudentPolicy(student, self.expert, support, w)
+        return StudentPolicy(student, self.expert, support, w, grid=self.grid, kernel=self.kernel)
 
     def update_student_policy(self) -> None:
         """Makes `student_policy` of the averaged network that there is now."""

@@ -491,3 +491,14 @@ def test_policies_take_batches_of_any_shape(shape):
     assert trajectory["x_t"].shape == (*shape, 4, 2)
     relabelled = policy(trajectory.select("x_t", "t", "s", "c"))["action"]  # a trajectory has one axis more
     assert torch.allclose(relabelled, trajectory["action"], atol=1e-6)
+
+
+def test_an_environment_of_other_times_or_another_kernel_than_the_students_is_refused() -> None:
+    expert = mixture()
+    agent = DistributionMatching(expert, DistributionMatching.Config(student={"width": 8, "depth": 1}))  # 999, 749, 499, 249 by renoise
+    agent.make_env([2]).rollout(4, agent.student_policy)
+    other_times = DenoisingEnv(expert, 4, [2], kernel="renoise")  # 999, 749, 500, 250
+    with pytest.raises(ValueError, match=r"steps to t = 500, and this student was trained to step through 999, 749, 499, 249, 0; .*make_env"):
+        other_times.rollout(4, agent.student_policy)
+    with pytest.raises(ValueError, match=r"kernel=ddim, and this student samples by renoise; .*make_env"):
+        DenoisingEnv(expert, 4, [2], grid="dmd2").rollout(4, agent.student_policy)
