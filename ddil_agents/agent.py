@@ -109,28 +109,47 @@ class Agent(ABC):
         self.train(directory, progress=progress, callbacks=callbacks)
         return self
 
-    def sample(self, n: int, c: Tensor | Sequence[int] | int | None = None, seed: int = 0) -> Tensor:
+    def sample(
+        self,
+        n: int | None = None,
+        c: Tensor | Sequence[int] | int | None = None,
+        prompts: Sequence[str] | str | None = None,
+        seed: int = 0,
+    ) -> Tensor:
         """Samples of the averaged student, by its own times and kernel, (n, *sample_shape); `expert.decode` shows them.
 
         Args:
-            n: How many.
+            n: How many; default: one for each prompt, or 1.
             c: Condition ids, (n,), or one for all; default: drawn.
+            prompts: In the place of c, for an expert whose conditions are texts: n texts of one's own, or one for all.
             seed: Of the noise, and of the conditions.
 
         Raises:
-            ValueError: conditions that are not n, do not exist, or are for an unconditional expert.
+            ValueError: conditions that are not n, do not exist, or are for an unconditional expert; prompts where conditions are no texts.
         """
         generator = torch.Generator(self.expert.device).manual_seed(stream_seed(seed, "sample"))
+        texts = [prompts] if isinstance(prompts, str) else [] if prompts is None else list(prompts)
+        n = len(texts) or 1 if n is None else n
         x_T = torch.randn(n, *self.expert.sample_shape, generator=generator, device=self.expert.device)
-        ids = self.expert.sample_condition(n, generator)
-        if c is not None:
-            ids, known = torch.as_tensor(c, device=self.expert.device), self.expert.num_conditions
-            if not known:
-                raise ValueError(f"c={ids.tolist()}: this expert is unconditional; leave c out")
-            if ids.shape not in ((), (n,)) or ids.dtype != torch.int64 or not bool(((ids >= 0) & (ids < known)).all()):
-                raise ValueError(f"c={ids.tolist()}: need {n} condition ids, or one for all, whole numbers from 0 to {known - 1}")
-            ids = ids.expand(n)
-        return unroll(self.student_policy, self.grid, x_T, ids, kernel=self.kernel, generator=generator)[:, -1]
+        if prompts is not None:
+            if c is not None or len(texts) not in (1, n):
+                raise ValueError(f"prompts={texts[:3]}: need one text for all of n={n} samples, or as many, and no c beside them")
+            with self.expert.prompted(texts) as ids:
+                return self._denoise(x_T, ids.expand(n), generator)
+        drawn = self.expert.sample_condition(n, generator)
+        return self._denoise(x_T, drawn if c is None else self._check_condition(c, n), generator)
+
+    def _denoise(self, x_T: Tensor, c: Tensor | None, generator: torch.Generator) -> Tensor:
+        return unroll(self.student_policy, self.grid, x_T, c, kernel=self.kernel, generator=generator)[:, -1]
+
+    def _check_condition(self, c: Tensor | Sequence[int] | int, n: int) -> Tensor:
+        """Condition ids as (n,) on the device."""
+        ids, known = torch.as_tensor(c, device=self.expert.device), self.expert.num_conditions
+        if not known:
+            raise ValueError(f"c={ids.tolist()}: this expert is unconditional; leave c out")
+        if ids.shape not in ((), (n,)) or ids.dtype != torch.int64 or not bool(((ids >= 0) & (ids < known)).all()):
+            raise ValueError(f"c={ids.tolist()}: need {n} condition ids, or one for all, whole numbers from 0 to {known - 1}")
+        return ids.expand(n)
 
     def make_env(self, batch_size: Sequence[int] = (64,), **settings: Any) -> DenoisingEnv:
         """The environment that its student acts in: its own times and kernel, the teacher's guidance and steps.

@@ -18,7 +18,8 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -316,6 +317,16 @@ class Expert(ABC):
         student = self.make_student(*args, **overrides)
         load_weights(student, directory / "student.safetensors")
         return student
+
+    @contextmanager
+    def prompted(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+        """Inside, texts of one's own are conditions too, of the expert and its students; gives their condition ids, (len(prompts),).
+
+        Raises:
+            ValueError: this expert's conditions are no texts.
+        """
+        raise ValueError(f"{type(self).__name__}'s conditions are no texts; pass condition ids, c, in the place of prompts")
+        yield
 
     def captions(self, c: Tensor) -> list[str]:
         """The texts of condition ids (n,).

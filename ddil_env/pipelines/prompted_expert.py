@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
 
@@ -57,6 +59,14 @@ class PromptedExpert(LatentExpert):
 
         The rows of "" are those of the null condition.
         """
+
+    @contextmanager
+    def prompted(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+        embed = self.embedder()
+        tables = {name: table.to(self.device) for name, table in embed(prompts).items()}
+        del embed  # and with it the text encoders
+        with self.embeddings.adding(tables) as ids:
+            yield ids
 
     def sample_condition(self, n: int, generator: torch.Generator | None = None) -> Tensor | None:
         """Draws n condition ids (n,) uniformly, of all prompts or of the captions that are not held out."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -134,12 +135,32 @@ class Lookup(ABC):
     Diffusion 1.x in half precision.
     """
 
+    size: int
+    added: Mapping[str, Tensor] | None = None  # rows of the ids from `size` on
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
-    @abstractmethod
     def rows(self, c: Tensor | None, n: int) -> dict[str, Tensor]:
         """Looks up the rows of ids c (n,), or n times the null condition's if c is None: name → (n, *any), on the device."""
+        if c is None or self.added is None:
+            return self.look_up(c, n)
+        rows, beyond = self.look_up(c.clamp(max=self.size - 1), n), c >= self.size
+        return {name: row.index_put((beyond,), self.added[name][c[beyond] - self.size]) for name, row in rows.items()}
+
+    @contextmanager
+    def adding(self, tables: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """Inside, there are more rows, name → (n, *any); gives their ids, (n,)."""
+        self.added = tables
+        try:
+            n, device = next((len(table), table.device) for table in tables.values())
+            yield torch.arange(self.size, self.size + n, device=device)
+        finally:
+            self.added = None
+
+    @abstractmethod
+    def look_up(self, c: Tensor | None, n: int) -> dict[str, Tensor]:
+        """The rows of ids below `size`, or of the null condition."""
 
 
 class Embeddings(Lookup):
@@ -151,8 +172,9 @@ class Embeddings(Lookup):
 
     def __init__(self, tables: Mapping[str, Tensor]) -> None:
         self.tables = dict(tables)
+        self.size = len(next(iter(tables.values())))
 
-    def rows(self, c: Tensor | None, n: int) -> dict[str, Tensor]:
+    def look_up(self, c: Tensor | None, n: int) -> dict[str, Tensor]:
         if c is None:
             return {name: table[-1:].expand(n, *table.shape[1:]) for name, table in self.tables.items()}
         return {name: table[c] for name, table in self.tables.items()}
@@ -169,13 +191,14 @@ class MappedEmbeddings(Lookup):
     def __init__(self, pairs: Pairs, device: torch.device) -> None:
         self.pairs = pairs
         self.device = device
+        self.size = len(pairs) + 1
         self.null = self._read(torch.tensor([len(pairs)]))
         self._last: tuple[Tensor, int, dict[str, Tensor]] | None = None
 
     def _read(self, ids: Tensor) -> dict[str, Tensor]:
         return {name: table.to(self.device) for name, table in self.pairs.embeddings(ids).items()}
 
-    def rows(self, c: Tensor | None, n: int) -> dict[str, Tensor]:
+    def look_up(self, c: Tensor | None, n: int) -> dict[str, Tensor]:
         if c is None:
             return {name: row.expand(n, *row.shape[1:]) for name, row in self.null.items()}
         if self._last is not None and self._last[0] is c and self._last[1] == c._version:  # teacher, student and critic share a batch

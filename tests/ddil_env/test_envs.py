@@ -498,7 +498,7 @@ def test_an_environment_of_other_times_or_another_kernel_than_the_students_is_re
     agent = DistributionMatching(expert, DistributionMatching.Config(student={"width": 8, "depth": 1}))  # 999, 749, 499, 249 by renoise
     agent.make_env([2]).rollout(4, agent.student_policy)
     other_times = DenoisingEnv(expert, 4, [2], kernel="renoise")  # 999, 749, 500, 250
-    with pytest.raises(ValueError, match=r"steps to t = 500, and this student was trained to step through 999, 749, 499, 249, 0; .*make_env"):
+    with pytest.raises(ValueError, match=r"steps to t = 500, and this student was trained to step through 999, 749, 499, 249, 0; make"):
         other_times.rollout(4, agent.student_policy)
     with pytest.raises(ValueError, match=r"kernel=ddim, and this student samples by renoise; .*make_env"):
         DenoisingEnv(expert, 4, [2], grid="dmd2").rollout(4, agent.student_policy)

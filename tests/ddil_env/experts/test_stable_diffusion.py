@@ -20,6 +20,7 @@ from tiny_sd import WORDS, write_tiny_sd
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from ddil_agents import Dagger, DaggerConfig
 from ddil_env.expert import Denoiser, Expert, NetworkDenoiser
 from ddil_env.experts.stable_diffusion import PROMPTS, Dtype, PromptedUNet, StableDiffusion
 from ddil_env.mdp import Kernel
@@ -563,3 +564,27 @@ def test_students_that_do_not_belong_are_refused(eps_expert: StableDiffusion, tm
     config.write_text(json.dumps({**json.loads(config.read_text()), "cross_attention_dim": 32}))
     with pytest.raises(ValueError, match="cannot load"):
         eps_expert.load_student(tmp_path)
+
+
+def test_prompts_of_ones_own_are_sampled_as_if_the_expert_had_them(eps_folder: Path, eps_expert: StableDiffusion) -> None:
+    texts = ["a blue cat", "a dog"]
+    theirs = Dagger(StableDiffusion(str(eps_folder), texts), DaggerConfig(num_steps=2, teacher_steps=4))
+    agent = Dagger(eps_expert, DaggerConfig(num_steps=2, teacher_steps=4))
+    samples = agent.sample(prompts=texts, seed=3)
+    assert torch.equal(samples, theirs.sample(2, c=[0, 1], seed=3))
+    assert not torch.equal(samples[0], agent.sample(prompts="a dog", seed=3)[0])
+    assert agent.sample(3, prompts="a dog").shape == (3, 4, 8, 8)
+    with eps_expert.prompted(texts) as ids:  # the teacher under guidance, whose batch holds the null condition too
+        own = eps_expert.guided(torch.ones(2, 4, 8, 8), torch.full((2,), 500.0), ids, 4.0).x_0
+    expected = theirs.expert.guided(torch.ones(2, 4, 8, 8), torch.full((2,), 500.0), torch.arange(2), 4.0).x_0
+    assert torch.equal(own, expected)
+    assert eps_expert.embeddings.added is None
+    for arguments in ({"n": 3, "prompts": texts}, {"n": 2, "c": 0, "prompts": texts}):
+        with pytest.raises(ValueError, match="need one text for all of n="):
+            agent.sample(**arguments)  # type: ignore[arg-type]
+
+
+def test_prompts_of_an_expert_without_texts_are_refused() -> None:
+    agent = Dagger("digits8", DaggerConfig(num_steps=2, teacher_steps=4))
+    with pytest.raises(ValueError, match="conditions are no texts; pass condition ids, c"):
+        agent.sample(prompts="a seven")
