@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +103,10 @@ class Distilled(Expert):
     def sample_condition(self, n: int, generator: torch.Generator | None = None) -> Tensor | None:
         return self.origin.sample_condition(n, generator)
 
-    def prompted(self, prompts: Sequence[str]) -> AbstractContextManager[Tensor]:
-        return self.origin.prompted(prompts)
+    @contextmanager
+    def prompted(self, prompts: Sequence[str]) -> Iterator[Tensor]:
+        with self.origin.prompted(prompts) as ids:
+            yield ids
 
     def sample_data(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor | None]:
         return self.origin.sample_data(n, generator)
