@@ -17,6 +17,7 @@ In a run's YAML, `callbacks: [{class_path: my_pkg.StopAtLoss, init_args: {loss: 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ from ddil_agents.states.batch import Batch
 
 if TYPE_CHECKING:
     from ddil_agents.algorithm import Algorithm
+
+TIMED_UPDATES = 20  # after which the time that a run takes is known
+LONG = 300.0  # seconds from which on it is said
 
 
 class Callback:
@@ -84,17 +88,24 @@ class Callback:
 
 
 class ProgressBarCallback(Callback):
-    """A bar of the updates, with the last line of metrics behind it."""
+    """A bar of the updates, with the last line of metrics behind it; of a long run also says after 20 updates how long it will take."""
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
+        self._first, self._began = 0, 0.0
 
     def on_start(self, agent: Algorithm, out: Path | None) -> None:
+        self._first, self._began = agent.step, time.monotonic()
         self.bar = tqdm(total=agent.horizon, initial=agent.step, desc=agent.name, unit="update", disable=not ranks.is_main())
 
     def on_update(self, agent: Algorithm, batch: Batch, measured: dict[str, Tensor]) -> bool | None:
         assert self.bar is not None
         self.bar.update()
+        if agent.step == self._first + TIMED_UPDATES and ranks.is_main():
+            each = (time.monotonic() - self._began) / TIMED_UPDATES
+            left = (agent.horizon - agent.step) * each
+            if left > LONG:
+                tqdm.write(f"{each:.3g} s an update; about {describe_duration(left)} left, and the evaluation", file=sys.stderr)
         return None
 
     def on_log(self, agent: Algorithm, row: dict[str, Any]) -> None:
@@ -107,6 +118,12 @@ class ProgressBarCallback(Callback):
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def describe_duration(seconds: float) -> str:
+    """As in `2 h 5 min`."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 class CheckpointCallback(Callback):

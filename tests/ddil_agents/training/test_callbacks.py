@@ -1,6 +1,7 @@
 """Callbacks: when they are called, what they see, and that a run ends in the same weights with and without them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ddil_agents.algorithm import Algorithm
 from ddil_agents.dmd2 import DistributionMatching, DMD2Config
 from ddil_agents.evaluation.callback import EvalCallback, Validation
 from ddil_agents.lcm import LatentConsistency
+from ddil_agents.training.callbacks import describe_duration
 from ddil_agents.training.metrics import read_metrics
 from ddil_env import GaussianMixtureExpert
 
@@ -215,3 +217,18 @@ def test_a_metric_that_is_not_measured_here_is_refused_before_the_first_update()
     with pytest.raises(ValueError, match=r"validation\.metrics: endpoint_rmse is not measured here; choose from frechet, "):
         learner.train(None, progress=False, callbacks=[EvalCallback(4, Validation(n=16, metrics=("endpoint_rmse",)))])
     assert learner.step == 0
+
+
+@pytest.mark.parametrize(("updates", "said"), [(100_000, "s an update; about .* left, and the evaluation"), (30, "")])
+def test_a_long_run_says_after_20_updates_how_long_it_will_take(
+    updates: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(0, 10**9, 2))
+    monkeypatch.setattr("ddil_agents.training.callbacks.time.monotonic", lambda: float(next(now)))
+    make(num_updates=updates, updates_per_collect=100).train(None, log_every=1000, callbacks=[Record(stop_after=25)])
+    found = [line for line in capsys.readouterr().err.splitlines() if "s an update" in line]
+    assert (re.search(said, found[0]) is not None) if said else found == []
+
+
+def test_durations_are_in_hours_and_minutes() -> None:
+    assert [describe_duration(x) for x in (400, 3600, 7530)] == ["7 min", "1 h 0 min", "2 h 6 min"]
