@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_sd import write_tiny_sd
@@ -282,6 +283,38 @@ def test_a_wrong_command_is_refused(argv: list[str], message: str, capsys: pytes
     assert re.search(message, error, re.DOTALL), error
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch_size", "two"], "batch_size=two: need a whole number"),
+        (["--log_every", "0"], "log_every=0: need a whole number from 1"),
+        (["--lora.rank", "x"], "lora.rank=x: need a whole number"),
+        (["--lora", "{rank: x}"], "lora.rank=x: need a whole number"),
+        (["--lora.rnak", "3"], "unknown setting lora.rnak; did you mean lora.rank"),
+        (["--leaning_rate", "1"], "unknown flag --leaning_rate; did you mean --learning_rate?"),
+        (["--learning_rate", "1e-4", "--capacity", "some"], "capacity=some: need a whole number or null"),
+        (["--guidance_range", "[5]"], "guidance_range=[5]: need two numbers, such as [1, 5] or null"),
+        (["--adam_betas", "[.9, x]"], 'adam_betas=[0.9, "x"]: need two numbers, such as [1, 5]'),
+        (["--thresholding.roles", "[teacher, nobody]"], "need a list of teacher, target, student, critic"),
+        (["--config", "bad.yaml"], "evaluate.n=many: need a whole number"),
+        (["--agent", "bc"], "agent=bc: need one of dagger"),
+        (["stray"], "'stray' belongs to no flag; settings are given as --name VALUE"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_no_message_is_made_of_the_librarys(
+    argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reworded(self: Any, message: str, ex: Exception | None = None) -> None:
+        raise ArgumentError(None, "worded otherwise") from ex
+
+    monkeypatch.setattr(ArgumentParser, "error", reworded)
+    Path("bad.yaml").write_text("learning_rate: 1.0e-4\nevaluate: {n: many}\n")
+    error = refused(dagger.main, [*ENV, *argv, "--out", "run"], capsys)
+    assert message in error
+    assert "worded otherwise" not in error
+
+
 def test_a_flag_of_true_or_false_that_stands_alone_means_true(capsys: pytest.CaptureFixture[str]) -> None:
     _, alone = parse(dagger.Dagger, [*ENV, "--prioritised", "--evaluate.lpips", "--seed", "3"])
     assert (alone.prioritised, alone.evaluate.lpips, alone.seed) == (True, True, 3)
@@ -421,7 +454,7 @@ def test_evaluate_prints_the_teachers_quality_by_steps(capsys: pytest.CaptureFix
         (["--env", "nonesuch"], "unknown env 'nonesuch'"),
         ([*ENV, "--steps", "0"], "num_steps=0: need 1 ≤ num_steps"),
         ([*ENV, "--n", "2"], "n=2: the metrics need at least 10"),
-        ([*ENV, "--steps", "four"], "Got value: four"),
+        ([*ENV, "--steps", "four"], "steps=four: need a whole number"),
     ],
 )
 def test_a_wrong_evaluation_is_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

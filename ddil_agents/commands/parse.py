@@ -20,7 +20,7 @@ from jsonargparse.typing import PositiveInt
 from ddil_agents.agent import Agent
 from ddil_agents.config import LearnerConfig
 from ddil_agents.evaluation.settings import Evaluation
-from ddil_agents.settings import in_words, read_arguments
+from ddil_agents.settings import build, read_arguments
 from ddil_agents.training.tracking import Tracker
 from ddil_env import Expert
 from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
@@ -183,11 +183,7 @@ def expert_and_config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace
 
 
 def build_config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> LearnerConfig:
-    try:
-        made = parser.instantiate(cfg)
-    except ValueError as error:
-        raise ValueError(in_words(str(error))) from error
-    return agent.Config(**{f.name: getattr(made, f.name) for f in fields(agent.Config)})
+    return build(agent.Config, {f.name: cfg[f.name] for f in fields(agent.Config)})
 
 
 def name_of_env(cfg: Namespace) -> str:
