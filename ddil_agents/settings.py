@@ -122,6 +122,21 @@ def given_flags(argv: list[str]) -> Iterator[tuple[str, Any]]:
         yield name, True if not read else read[0] if len(read) == 1 else read
 
 
+def nested_flags(argv: list[str]) -> dict[str, Any]:
+    """The flags of a command line as a config file holds them: --beta.student 1 is {beta: {student: 1}}."""
+    nested: dict[str, Any] = {}
+    for name, value in given_flags(argv):
+        *outer, last = name.split(".")
+        place = nested
+        for key in outer:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                break
+        else:
+            place[last] = place[last] | value if isinstance(value, dict) and isinstance(place.get(last), dict) else value
+    return nested
+
+
 def _loaded(word: str) -> Any:
     try:
         return yaml.safe_load(word)
@@ -169,8 +184,11 @@ def _check_setting(name: str, value: Any, actions: dict[str, Action], flag: str 
         action = actions[name]
         hint = Literal[tuple(action.choices)] if action.choices is not None else type_hint(action)
         several = isinstance(action.nargs, str) and action.nargs in "+*"
-        for one in (value if isinstance(value, list) else [value]) if several else [value]:
-            if hint is not None:
+        if hint is None and isinstance(value, dict):  # a group
+            for key, one in value.items():
+                _check_setting(f"{name}.{key}", one, actions)
+        elif hint is not None:
+            for one in value if several and isinstance(value, list) else [value]:
                 check(name, one, hint)
         return
     outer, _, inner = name.partition(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_sd import write_tiny_sd
 
-from ddil_agents import Dagger, DistributionMatching, LatentConsistency, Learner, bc, dagger, evaluate, load, report
+from ddil_agents import Dagger, DistributionMatching, LatentConsistency, Learner, bc, compare, dagger, dmd2, evaluate, load, report
 from ddil_agents.commands.load import load_run
 from ddil_agents.commands.parse import parse
 from ddil_agents.states.collect import stream_seed
@@ -186,9 +187,111 @@ def test_flags_of_beta_and_of_the_expert_are_read(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         dagger.main([*ENV, *flags.split(), "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert [printed["beta"][key] for key in ("forward", "teacher", "student", "schedule")] == [2, 1, 1, "linear"]
+    assert [printed["beta"][key] for key in ("forward", "teacher", "student", "schedule")] == [0.5, 0.25, 0.25, "linear"]
     assert printed["env"]["guidance_scale"] == 3
     assert printed["capacity"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "shares", "told"),
+    [
+        ("--beta.student 1", (0, 0, 1), "beta.student=1: shares sum to 1, so that β is forward 0, teacher 0, student 1"),
+        ("--beta.student .5", (5 / 12, 1 / 12, 0.5), "β is forward 0.417, teacher 0.0833, student 0.5"),
+        ("--beta '{student: 1}'", (0, 0, 1), "β is forward 0, teacher 0, student 1"),
+        ("--beta.forward 2 --beta.teacher 1 --beta.student 1", (0.5, 0.25, 0.25), "β is forward 0.5, teacher 0.25, student 0.25"),
+        ("--beta.forward .5 --beta.teacher .1 --beta.student .4", (0.5, 0.1, 0.4), ""),
+        ("--beta.schedule linear", (0.5, 0.1, 0.4), ""),
+    ],
+)
+def test_shares_are_recorded_as_they_are_used(flags: str, shares: tuple[float, ...], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, cfg = parse(dagger.Dagger, [*ENV, *shlex.split(flags)])
+    assert (cfg.beta.forward, cfg.beta.teacher, cfg.beta.student) == pytest.approx(shares)
+    said = capsys.readouterr().err
+    assert told in said
+    assert bool(said) == bool(told)
+    with pytest.raises(SystemExit):
+        dagger.main([*ENV, *shlex.split(flags), "--print_config"])
+    assert list(yaml.safe_load(capsys.readouterr().out)["beta"].values())[:3] == pytest.approx(shares)
+
+
+def test_a_stages_shares_are_recorded_as_they_are_used(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("staged.yaml").write_text("stages: [{beta: {student: .5}}, {num_steps: 2, beta: {forward: 2, teacher: 1, student: 1}}]\n")
+    _, cfg = parse(dagger.Dagger, [*ENV, "--config", "staged.yaml"])
+    first, second = (stage["beta"] for stage in cfg.stages)
+    assert first == pytest.approx({"forward": 5 / 12, "teacher": 1 / 12, "student": 0.5})
+    assert second == {"forward": 0.5, "teacher": 0.25, "student": 0.25}
+    assert "stage 2: shares sum to 1, so that β is forward 0.5, teacher 0.25, student 0.25" in capsys.readouterr().err
+
+
+def test_a_run_of_odd_shares_reruns_and_resumes_from_what_it_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    dagger.main([*ENV, *SMALL, "--beta.forward", "1", "--beta.teacher", "1", "--beta.student", "1", "--out", "run"])
+    recorded = yaml.safe_load(Path("run/config.yaml").read_text())["beta"]
+    assert sum(recorded[name] for name in ("forward", "teacher", "student")) == pytest.approx(1, abs=1e-12)
+    capsys.readouterr()
+    dagger.main(["--config", "run/config.yaml", "--out", "again"])
+    assert same_students(Path("run"), Path("again"))
+    dagger.main(["--resume", "run"])
+    assert "shares sum to 1" not in capsys.readouterr().err
+
+
+# --help
+
+
+def help_of(main: Callable[[list[str]], None], argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with contextlib.suppress(SystemExit):
+        main([*argv, "--help"])
+    return capsys.readouterr().out
+
+
+def told_of(flag: str, text: str) -> str:
+    """What the help says of one flag, in one line."""
+    (found,) = re.findall(rf"^  {re.escape(flag)} .*(?:\n {{10,}}\S.*)*", text, re.MULTILINE)
+    return " ".join(found.split())
+
+
+def test_help_starts_with_usage_and_the_flags_of_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = help_of(dagger.main, ["--env", "digits8"], capsys)
+    assert [line.split()[0] for line in text.splitlines()[:3] if line] == ["usage:", "python"]
+    titles = re.findall(r"^(\S.*):$", text, re.MULTILINE)
+    assert titles[:3] == ["most used", "teacher and student", "states that are trained on"]
+    assert titles[-1] == "about the command"
+    first = re.findall(r"^  (--\S+)", text.partition("most used:")[2].partition("teacher and student:")[0], re.MULTILINE)
+    assert first[:6] == ["--env", "--out", "--resume", "--config", "--device", "--num_updates"]
+    assert {"--beta.student", "--batch_size", "--learning_rate", "--guidance_scale", "--seed", "--evaluate.n"} <= {*first}
+    flags = re.findall(r"^  (--\S+)", text, re.MULTILINE)
+    assert len(flags) == len({*flags})
+    assert max(map(len, text.partition("most used:")[2].splitlines())) <= 100
+    assert told_of("--lora.rank", text).endswith("(default: 64)")
+    assert "SUPPRESS" not in text
+
+
+def test_help_knows_the_defaults_of_the_env_and_of_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    plain, sd15 = (help_of(dagger.main, ["--env", env], capsys) for env in ("digits8", "sd15"))
+    assert told_of("--beta.forward", plain).endswith("(default: 0.5)")
+    assert told_of("--beta.forward", sd15).endswith("(default: 0.0)")
+    assert told_of("--env.dataset", plain).endswith("(default: digits8)")
+    assert told_of("--env.guidance_scale", sd15).endswith("(default: 7.5)")
+    assert told_of("--data", sd15).endswith("(default: null)")
+    assert "--data" not in plain
+    assert told_of("--num_updates", help_of(dagger.main, ["--env", "digits8", "--config", "demo"], capsys)).endswith("(default: 400)")
+    without = help_of(dagger.main, [], capsys)
+    assert "pass --env NAME to see its own" in without
+    assert "--env.dataset" not in without
+
+
+def test_every_setting_of_every_agent_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for main, agent in ((dagger.main, Dagger), (dmd2.main, DistributionMatching)):
+        text = help_of(main, ENV, capsys)
+        for field in dataclasses.fields(agent.Config):
+            assert f"\n  --{field.name} " in text or f"\n  --{field.name}." in text, field.name
+
+
+def test_help_of_evaluate_and_compare_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert told_of("--n", help_of(evaluate.main, [], capsys)).endswith("(default: 500)")
+    text = help_of(compare.main, [], capsys)
+    assert told_of("--out", text).endswith("(required)")
+    assert told_of("--seeds", text).endswith("(default: 3)")
 
 
 def test_resuming_a_finished_run_trains_no_further(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
