@@ -25,10 +25,13 @@ from tiny_sd import write_tiny_sd
 
 from ddil_agents import Dagger, DistributionMatching, LatentConsistency, Learner, bc, compare, dagger, dmd2, evaluate, load, report
 from ddil_agents.commands.load import load_run
-from ddil_agents.commands.parse import parse
+from ddil_agents.commands.parse import build_config, parse
+from ddil_agents.commands.plan import print_plan
+from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.loop import read_metrics
-from ddil_env import GaussianMixtureExpert, unroll
+from ddil_agents.training.stages import plan
+from ddil_env import GaussianMixtureExpert, load_expert, unroll
 from ddil_env.presets import preset_names
 
 SMALL = shlex.split(
@@ -549,6 +552,50 @@ def test_evaluate_prints_the_teachers_quality_by_steps(capsys: pytest.CaptureFix
     (result,) = json.loads(Path("teacher.json").read_text())
     assert result["models"]["teacher@16"]["frechet"] < result["models"]["teacher@2"]["frechet"]
     assert result["models"]["teacher@2"]["nfe_per_sample"] == 2
+
+
+def test_an_evaluation_in_one_batch_shows_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main([*ENV, "--steps", "16", "2", "--n", "40"])
+    shown = capsys.readouterr().err
+    for name, steps in (("teacher@16", 16), ("teacher@2", 2)):
+        assert re.search(rf"{name}:   0%\|.*\| 0/{steps} ", shown)
+
+
+def planned(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The columns of the plan of a run in one stage; the forwards that its result counts under `counted`."""
+    dagger.main([*argv, "--out", "run"])
+    lines = capsys.readouterr().err.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("dagger, planned"))
+    head, row = (re.split(r" {2,}", line.strip()) for line in lines[start + 1 : start + 3])
+    assert "run: a checkpoint every 7 updates" in lines[start + 4]
+    return {f"{name} {place}": cell for place, (name, cell) in enumerate(zip(head, row, strict=True))} | {"evaluation": lines[start + 3]}
+
+
+def test_a_run_first_says_what_it_will_do(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned([*ENV, *SMALL, "--env.guidance_scale", "2"], capsys)
+    evaluation = found.pop("evaluation")
+    assert evaluation.strip() == "then an evaluation: 30 samples of the teacher in 8 and 4 steps, and of dagger's student in 4"
+    cells = list(found.values())
+    assert cells[:5] == ["1", "the expert, guided", "8 → 4", "12", "16"]
+    assert cells[5:8] == ["48", "10", "38"]  # of 3 collections of 32
+    result = json.loads(Path("run/result.json").read_text())
+    for cell, name in zip(cells[8:], ("teacher_nfe", "student_nfe"), strict=True):
+        assert int(cell.replace(",", "")) == pytest.approx(result[name], rel=0.1)
+
+
+def test_a_chains_plan_has_a_line_for_each_stage_and_runs_no_network(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser, cfg = parse(dagger.Dagger, ["--env", "digits8", "--config", "staged"])
+    config = build_config(dagger.Dagger, parser, cfg)
+    expert = load_expert("digits8")
+    monkeypatch.setattr(expert, "predict", None)
+    print_plan(dagger.Dagger, config, plan(config), expert, Evaluation(), Path("run"), 500)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + 1 + 8 + 2
+    assert lines[2].split() == ["1", "the", "expert", "32", "→", "8", "150", "32", "1,280", "0", "0", "5,120", "4,800"]
+    assert [line.split()[1:3] for line in lines[3:6]] == [["the", "same"], ["the", "last"], ["the", "same"]]
+    assert lines[-2].strip().startswith("then after each stage an evaluation: 500 samples of the teacher in 32 and 1 steps")
 
 
 @pytest.mark.parametrize(

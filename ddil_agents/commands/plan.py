@@ -166,7 +166,7 @@ def evaluation_of(agent: type[Agent], config: LearnerConfig, stages: list[Stage]
     last = judged(config, stages[-1].config)
     steps = [last.num_steps, *evaluation.also_steps]
     teacher = sorted({last.teacher_steps, *steps}, reverse=True)
-    told = f"{listed(teacher)} steps, and of the student of {agent.name} in {listed(steps)}"
+    told = f"{listed(teacher)} steps, and of {agent.name}'s student in {listed(steps)}"
     each = "after each stage " if len(stages) > 1 else ""
     return f"{each}an evaluation: {evaluation.n:,} samples of the teacher in {told}"
 
