@@ -7,7 +7,7 @@ The paper is forward-heavy early and shifts toward the student as it gets better
 divides the rest between teacher and student in their given proportion.
 
 The defaults differ by method, as the methods do: `Beta()`, forward alone, is plain distillation; DAgger's is a mixture of all three; that
-of DMD2 is the student's own states. A preset for a teacher without data (configs/dagger/sd15.yaml) has no forward share to give.
+of DMD2 is the student's own states. A preset for a teacher without data (configs/dagger/text_to_image.yaml) has no forward share to give.
 """
 
 from __future__ import annotations
