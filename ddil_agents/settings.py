@@ -21,6 +21,8 @@ from jsonargparse.typing import PositiveInt
 
 T = TypeVar("T")
 
+ALONE = object()  # the value of a flag that is given none
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's help is the text below it
 
 WORDS = {
@@ -103,7 +105,7 @@ def type_hint(action: Action) -> Any:
 
 
 def given_flags(argv: list[str]) -> Iterator[tuple[str, Any]]:
-    """Name and value of each flag: true where it stands alone, a list where several words follow.
+    """Name and value of each flag: `ALONE` where it has none, a list where several words follow.
 
     Raises:
         ValueError: a word that belongs to no flag.
@@ -119,13 +121,14 @@ def given_flags(argv: list[str]) -> Iterator[tuple[str, Any]]:
             words.append(argv[i])
             i += 1
         read = [_loaded(word) for word in words]
-        yield name, True if not read else read[0] if len(read) == 1 else read
+        yield name, ALONE if not read else read[0] if len(read) == 1 else read
 
 
 def nested_flags(argv: list[str]) -> dict[str, Any]:
     """The flags of a command line as a config file holds them: --beta.student 1 is {beta: {student: 1}}."""
     nested: dict[str, Any] = {}
     for name, value in given_flags(argv):
+        value = True if value is ALONE else value
         *outer, last = name.split(".")
         place = nested
         for key in outer:
@@ -184,10 +187,17 @@ def _check_setting(name: str, value: Any, actions: dict[str, Action], flag: str 
         action = actions[name]
         hint = Literal[tuple(action.choices)] if action.choices is not None else type_hint(action)
         several = isinstance(action.nargs, str) and action.nargs in "+*"
-        if hint is None and isinstance(value, dict):  # a group
+        group = [known for known in actions if known.startswith(f"{name}.")]
+        if value is ALONE and hint is not bool and action.nargs != 0:
+            raise ValueError(f"{flag}{name} needs a value" + (f": {describe(hint)}" if hint is not None else ""))
+        if hint is None and group:
+            value = yaml.safe_load(Path(value).read_text()) if isinstance(value, str) and Path(value).is_file() else value
+            if not isinstance(value, dict):
+                inner = ", ".join(known.removeprefix(f"{name}.") for known in group)
+                raise ValueError(f"{name}={as_text(value)}: need a mapping of {inner}, or a YAML file of them; or give --{group[0]}")
             for key, one in value.items():
                 _check_setting(f"{name}.{key}", one, actions)
-        elif hint is not None:
+        elif hint is not None and value is not ALONE:
             for one in value if several and isinstance(value, list) else [value]:
                 check(name, one, hint)
         return

@@ -139,7 +139,10 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
             raise ValueError(f"{flag} is given more than once")
     env_name, config, device, data = (take_flag(argv, flag) for flag in ("--env", "--config", "--device", "--data"))
     expert_name = take_flag(argv, "--env.expert")
-    config_path = None if config is None else find_preset(agent.name, config)
+    try:
+        config_path = None if config is None else find_preset(agent.name, config)
+    except ValueError as error:
+        raise ValueError(f"--config {config}: {error}") from error
     given = {} if config_path is None else read_yaml(config_path)
     in_config: Any = given.get("env") or {}
     if isinstance(in_config, str):  # `env: digits` in a config names the preset

@@ -54,12 +54,14 @@ class Shown:
         self.policy, self.bar = policy, bar
 
     def act(self, *args: Any) -> Tensor:
-        self.bar.update()
-        return self.policy.act(*args)
+        return self._moved(self.policy.act(*args))
 
     def jump(self, *args: Any) -> Tensor:
+        return self._moved(self.policy.jump(*args))
+
+    def _moved(self, x_s: Tensor) -> Tensor:
         self.bar.update()
-        return self.policy.jump(*args)
+        return x_s
 
 
 class Samples:
