@@ -2,7 +2,8 @@
 
     python benchmarks/scaling.py [--gpus 1 8 64 256] [--peak 989e12] [--utilisation .35] [--inside 300e9] [--between 50e9]
 
-The formulas of `forwards` are counted on toys in the tests; the throughput is arithmetic on assumptions, and has not been measured.
+The formulas of `forwards`, by which a run's plan is made too, are counted on toys in the tests; the throughput is arithmetic on
+assumptions, and has not been measured.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import yaml
 
 from ddil_agents import DMD2Config, LCMConfig, LearnerConfig
+from ddil_agents.commands.plan import forwards
 from ddil_agents.states.beta import Beta
 from ddil_agents.training.stages import _changed
 
@@ -32,64 +34,6 @@ class Network:
 
 
 SD15 = Network(859_520_964, 803_273_441_280)  # Stable Diffusion 1.5's UNet at 64 × 64 latents
-
-
-@dataclass(frozen=True)
-class Forwards:
-    """Forwards of one process in one update, on average over the updates of a run.
-
-    Attributes:
-        teacher: Of the teacher, a guided pair as two.
-        student, critic: Of those without gradient into their weights.
-        trained_student, trained_critic: Of those with.
-    """
-
-    teacher: float
-    student: float
-    critic: float
-    trained_student: float
-    trained_critic: float
-
-    @property
-    def student_nfe(self) -> float:
-        """What `student_nfe` counts."""
-        return self.student + self.critic + self.trained_student + self.trained_critic
-
-    def work(self, checkpointing: bool = False) -> float:
-        """In forwards, a backward counted as two; with gradient checkpointing a trained forward is done twice."""
-        trained = self.trained_student + self.trained_critic
-        return self.teacher + self.student + self.critic + (4 if checkpointing else 3) * trained
-
-
-def forwards(config: LearnerConfig, guided: bool = False, j: float | None = None) -> Forwards:
-    """Forwards an update, of bc, dagger, lcm and dmd2; β is that of the end of its schedule.
-
-    Args:
-        config: The learner's.
-        guided: Whether the teacher is guided.
-        j: Steps of dmd2's backward simulation; default: their mean over the grid.
-    """
-    b, n, g, k, p = config.batch_size, config.num_steps, 2 if guided else 1, config.substeps, config.p_expert
-    _, teacher, student = config.beta(1.0)
-    collected = config.collect_size / config.updates_per_collect  # states an update
-    if isinstance(config, DMD2Config):
-        m = b if config.on_policy else collected
-        j = (n - 1) / 2 if j is None else j
-        turn = 1 / config.critic_updates  # the share of the updates in which the student takes a step
-        gan = config.gan_weight > 0
-        return Forwards(
-            teacher=m * (teacher + student * p) * j * k * g + turn * b * g,
-            student=m * student * (1 - p) * j + (1 - turn) * b,
-            critic=turn * b * (1 + gan),
-            trained_student=turn * b,
-            trained_critic=b * (1 + 2 * gan),
-        )
-    every = config.states_per_rollout == "all"
-    lengths = config.inference_steps if isinstance(config, LCMConfig) else (n,)
-    own = sum((m - 1) / (m if every else 2) for m in lengths) / len(lengths)  # steps of a rollout for each of its states
-    solver, k, average = (config.solver_steps, 1, b) if isinstance(config, LCMConfig) else (n, k, 0)
-    led = 0 if every else teacher * (solver - 1) / 2 + student * p * own  # the teacher's that are no label
-    return Forwards(collected * (1 + led) * k * g, collected * student * (1 - p) * own + average, 0, b, 0)
 
 
 def memory(config: LearnerConfig, network: Network, teacher_bytes: int = 2, ranks: int = 1) -> dict[str, float]:
@@ -170,9 +114,10 @@ def update_seconds(
 
 
 def example() -> DMD2Config:
-    """configs/dmd2/sd15.yaml."""
-    path = Path(__file__).parents[1] / "configs" / "dmd2" / "sd15.yaml"
-    settings = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "evaluate"}
+    """configs/dmd2/paper.yaml."""
+    path = Path(__file__).parents[1] / "configs" / "dmd2" / "paper.yaml"
+    own = {field.name for field in dataclasses.fields(DMD2Config)}
+    settings = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key in own}
     made = _changed(DMD2Config(), settings)
     assert isinstance(made, DMD2Config)
     return made

@@ -12,7 +12,7 @@ relative, in losses, gradient norms and samples. How far their weights come apar
 
     rollout   diffusers' StableDiffusionPipeline on ready embeddings, to latents, against `unroll` and TorchRL's `env.rollout`
     lcm       the step of diffusers' LCM script (peers.py) against collect, draw, update and metrics as `train` runs them
-              "fresh": every state is labelled anew, as the script does;  "reused": each label serves 4 steps, as in configs/lcm/sd15.yaml,
+              "fresh": every state is labelled anew, as the script does;  "reused": each label serves 4 steps, as in configs/lcm/paper.yaml,
               which is less work than the script's
     dmd2      the iteration of the official code (peers.py), with two steps of backward simulation, against collect, update and metrics
     buffer    a raw index of the same tensors against a draw by β, of 256 states of two 4 × 64 × 64 latents

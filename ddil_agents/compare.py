@@ -14,7 +14,6 @@ as many as the baseline's teacher forwards, forwards of both networks, or second
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -31,6 +30,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
 from ddil_agents.commands.errors import clear_errors
+from ddil_agents.commands.help import help_of
 from ddil_agents.commands.parse import find_agent, with_preset
 from ddil_agents.commands.run import refuse_early
 from ddil_agents.comparison.arms import BETAS, Budget, Comparison, Run, arms_of, given_settings, merged, settings_of
@@ -41,6 +41,8 @@ from ddil_agents.evaluation.results import read_result
 from ddil_agents.settings import read_arguments
 from ddil_agents.training.checkpoint import write_atomically
 from ddil_env.presets import preset_names, read_yaml
+
+FIRST = ("out", "config", "env", "agents", "betas", "num_updates", "seeds", "jobs", "equal", "report_only")  # in --help
 
 
 def compare(comparison: Comparison, out: Path, jobs: int, command: str = "", report_only: bool = False) -> dict[str, Any]:
@@ -120,18 +122,21 @@ def check(comparison: Comparison, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(prog="python -m ddil_agents.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog="python -m ddil_agents.compare", description=__doc__)
     presets = ", ".join(preset_names("ablations"))
     parser.add_argument("--config", action="config", help=f"settings as YAML: a file, or one of configs/ablations: {presets}")
     parser.add_class_arguments(Comparison, None, instantiate=False)
     parser.add_argument("--agents", type=str, default=[], nargs="+", help="arms: these agents …")
     parser.add_argument("--betas", type=str, default=["own"], nargs="+", help=f"… with each of these priors: own, {', '.join(BETAS)}")
-    parser.add_argument("--num_updates", type=PositiveInt | None, default=None, help="gradient steps of every arm")
+    parser.add_argument("--num_updates", type=PositiveInt | None, default=None, help="gradient steps of every arm; null: each arm's own")
     jobs = torch.cuda.device_count() or os.cpu_count() or 1
-    parser.add_argument("--jobs", type=PositiveInt, default=jobs, help="runs at a time; default: one a GPU, or one a core")
+    parser.add_argument("--jobs", type=PositiveInt, default=jobs, help="runs at a time; if not given, one a GPU, or one a core")
     parser.add_argument("--out", type=str, required=True, help="directory of the comparison; it goes on with one that is there")
     parser.add_argument("--report_only", type=bool, default=False, help="train nothing, show what is there")
     with clear_errors(parser):
+        if {"--help", "-h"} & set(argv):
+            print(help_of(parser, "--out DIR (--config NAME|FILE | --env NAME --agents AGENT …) [--SETTING VALUE …]", FIRST))
+            return
         args = read_arguments(parser, with_preset("ablations", argv))
         given = {f.name: args[f.name] for f in dataclasses.fields(Comparison)}
         given["arms"] = {**arms_of(args.agents, args.betas), **given["arms"]}

@@ -25,7 +25,7 @@ class DaggerConfig(BCConfig):
     """Settings of DAgger: those of progressive distillation, with states from all three sources."""
 
     beta: Beta = field(default_factory=lambda: Beta(forward=0.5, teacher=0.1, student=0.4))
-    """Source priors."""
+    """Source priors; by default all three: data for breadth, the teacher's states, and the student's own."""
 
 
 class Dagger(BehaviourCloning):

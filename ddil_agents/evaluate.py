@@ -11,7 +11,6 @@ evaluation goes on at its last batch.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import json
@@ -23,6 +22,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from ddil_agents.commands.errors import clear_errors
+from ddil_agents.commands.help import help_of
 from ddil_agents.commands.load import Checkpoint, load_run
 from ddil_agents.commands.parse import with_preset
 from ddil_agents.evaluation.judge import evaluate_expert, evaluate_run
@@ -32,6 +32,8 @@ from ddil_agents.settings import read_arguments
 from ddil_agents.training.checkpoint import write_atomically
 from ddil_env import load_expert
 from ddil_env.presets import find_expert, preset_names, read_env, read_yaml
+
+FIRST = ("run", "env", "steps", "config", "n", "out", "device", "guidance_scale", "captions", "images", "scores", "seeds")  # in --help
 
 
 def _settings_of_expert(run: str | None, env: str) -> dict[str, Any]:
@@ -43,35 +45,37 @@ def _settings_of_expert(run: str | None, env: str) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(
-        prog="python -m ddil_agents.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = ArgumentParser(prog="python -m ddil_agents.evaluate", description=__doc__)
     presets = ", ".join(preset_names("evaluate"))
     parser.add_argument("--config", action="config", help=f"settings as YAML: a file, or one of configs/evaluate: {presets}")
-    parser.add_argument("--run", type=str | None, default=None, help="run directory whose student to judge; default: the expert itself")
+    parser.add_argument("--run", type=str | None, default=None, help="run directory whose student to judge; null: the expert itself")
     parser.add_argument(
         "--checkpoint",
         type=Checkpoint,
         default="last",
         help="of --run: last (its saved student, or the newest checkpoint of an unfinished run), best (with --evaluate_every), or a step",
     )
-    parser.add_argument("--env", type=str | None, default=None, help="preset or YAML file of the expert (default: digits); not with --run")
-    parser.add_argument("--steps", type=int, nargs="+", default=[], help="numbers of sampling steps (default: 32 8 4 2 1); not with --run")
+    parser.add_argument("--env", type=str | None, default=None, help="preset or YAML file of the expert; null: digits; not with --run")
+    parser.add_argument("--steps", type=int, nargs="+", default=[], help="numbers of sampling steps; none: 32 8 4 2 1; not with --run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noise seeds")
     parser.add_argument(
         "--guidance_scale",
         type=float | None,
         default=None,
-        help="default: the expert's, or the run's; with --run for a student that is told it",
+        help="null: the expert's, or the run's; with --run for a student that is told it",
     )
     parser.add_argument(
         "--captions", type=str | None, default=None, help="prompts in the place of the expert's own, or of its data: text or COCO's JSON"
     )
-    parser.add_argument("--device", type=str | None, default=None, help="default: the expert's own")
+    parser.add_argument("--device", type=str | None, default=None, help="where it computes; null: on the expert's own device")
     parser.add_argument("--out", type=str | None, default=None, help="JSON file for the results; beside it, batches until it is done")
     parser.add_class_arguments(Evaluation, None, skip={"seed"})
     with clear_errors(parser):
-        args = read_arguments(parser, with_preset("evaluate", sys.argv[1:] if argv is None else argv))
+        if {"--help", "-h"} & set(argv):
+            print(help_of(parser, "[--env NAME|FILE] [--steps N …] | --run DIR  [--SETTING VALUE …]", FIRST))
+            return
+        args = read_arguments(parser, with_preset("evaluate", argv))
         given = {f.name: args[f.name] for f in dataclasses.fields(Evaluation) if f.name != "seed"}
         out = None if args.out is None else Path(args.out)
         if out is not None and (out.is_dir() or not out.parent.is_dir()):

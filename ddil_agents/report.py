@@ -8,17 +8,14 @@ from __future__ import annotations
 import argparse
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddil_agents.commands.errors import clear_errors
 from ddil_agents.commands.load import judge_of, load_run
-from ddil_agents.training.checkpoint import write_atomically
-from ddil_agents.training.metrics import read_metrics
-
-if TYPE_CHECKING:
-    pass
 from ddil_agents.evaluation.pictures import save_pictures
 from ddil_agents.evaluation.results import read_result, table
+from ddil_agents.training.checkpoint import write_atomically
+from ddil_agents.training.metrics import read_metrics
 
 
 def save_curves(path: Path, runs: dict[str, list[dict[str, Any]]], results: dict[str, dict[str, Any]]) -> None:
@@ -85,7 +82,8 @@ def merge(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m ddil_agents.report", description=__doc__, formatter_class=raw)
     parser.add_argument("runs", type=Path, nargs="+", help="run directories with a result.json")
     parser.add_argument("--out", type=Path, required=True, help="folder for report.md, curves.png and samples.png")
     args = parser.parse_args(argv)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -18,9 +18,12 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from ddil_agents.agent import Agent
+from ddil_agents.commands.help import show_help
 from ddil_agents.config import LearnerConfig
+from ddil_agents.devices import ranks
 from ddil_agents.evaluation.settings import Evaluation
-from ddil_agents.settings import in_words, read_arguments
+from ddil_agents.settings import build, nested_flags, read_arguments
+from ddil_agents.states.beta import SHARES, Beta
 from ddil_agents.training.tracking import Tracker
 from ddil_env import Expert
 from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
@@ -102,48 +105,106 @@ def take_flag(argv: list[str], flag: str) -> str | None:
     return value
 
 
+def own_settings(agent: type[Agent], env: str, config: Path | None, data: bool) -> tuple[list[Path], list[Path]]:
+    """The shipped files whose settings are defaults of this agent on an env preset, and those of --config; the later go over the earlier.
+
+    Of both, what differs where the user gives data is in the file of that name in `data/`. An env that has a file in configs/learner, of
+    what fits its model on one GPU, takes its agent's `text_to_image.yaml` too.
+    """
+    folder, fits = config_dir() / agent.name, config_dir() / "learner" / f"{env}.yaml"
+    defaults = [folder / f"{env}.yaml"]
+    if fits.is_file() and issubclass(agent.Config, LearnerConfig):
+        defaults = [fits, folder / "text_to_image.yaml", *defaults]
+    if data:
+        defaults += [folder / "data" / path.name for path in defaults if path.parent == folder]
+    if find_preset("env", env).parent != config_dir() / "env":  # a file of the user's own has no settings of ours
+        defaults = []
+    defaults, chosen = [path for path in defaults if path.is_file()], [] if config is None else [config]
+    if config is not None and data and config.parent == folder and (more := folder / "data" / config.name).is_file():
+        chosen.append(more)
+    return defaults, chosen
+
+
 def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespace]:
-    """The parser for this agent and the env that argv names, and what it reads."""
+    """The parser for this agent and the env that argv names, and what it reads.
+
+    Raises:
+        ValueError: what is wrong with the command line.
+        SystemExit: after --help and --print_config.
+    """
     argv = list(argv)
+    asks_help = bool({"--help", "-h"} & set(argv))
     for flag in ("--env", "--config", "--device", "--data", "--env.expert"):
         if sum(word == flag or word.startswith(f"{flag}=") for word in argv) > 1:
             raise ValueError(f"{flag} is given more than once")
     env_name, config, device, data = (take_flag(argv, flag) for flag in ("--env", "--config", "--device", "--data"))
     expert_name = take_flag(argv, "--env.expert")
-    config_path = None if config is None else find_preset(agent.name, config)
+    try:
+        config_path = None if config is None else find_preset(agent.name, config)
+    except ValueError as error:
+        raise ValueError(f"--config {config}: {error}") from error
     given = {} if config_path is None else read_yaml(config_path)
-    in_config, from_config = given.get("env") or {}, [] if config_path is None else ["--config", str(config_path)]
+    in_config: Any = given.get("env") or {}
     if isinstance(in_config, str):  # `env: digits` in a config names the preset
         env_name, in_config = env_name or in_config, {}
-        from_config = ["--config", json.dumps({key: value for key, value in given.items() if key != "env"})]
     preset: dict[str, Any] = {}
-    own_settings: list[Path] = []
+    defaults: list[Path] = []
+    chosen = [] if config_path is None else [config_path]
     if env_name is not None:
+        has_data = data is not None or in_config.get("data") is not None or "--env.data" in {word.partition("=")[0] for word in argv}
+        defaults, chosen = own_settings(agent, env_name, config_path, has_data)
         preset = read_env(env_name)
-        if find_preset("env", env_name).parent == config_dir() / "env":  # a file of the user's own has no settings of ours
-            own_settings.append(config_dir() / agent.name / f"{env_name}.yaml")
-            if data is not None or in_config.get("data") is not None or "--env.data" in {word.partition("=")[0] for word in argv}:
-                own_settings.append(config_dir() / agent.name / "data" / f"{env_name}.yaml")
-    elif expert_name is None and "expert" not in in_config and not {"--help", "-h"} & set(argv):
+        for path in defaults:
+            preset |= read_yaml(path).get("env") or {}
+    elif expert_name is None and "expert" not in in_config and not asks_help:
         raise ValueError(
             f"which expert? pass --env NAME; presets: {', '.join(preset_names('env'))}. Or a YAML path, or --env.expert my_pkg.MyExpert"
         )
     expert = expert_name or in_config.get("expert") or preset.get("expert") or "ddil_env.experts.digits.Digits"
 
+    parser = make_parser(agent, expert, defaults)
+    known = {action.dest for action in parser._actions}
+    if "env.device" in known:
+        preset = {"device": "cuda" if torch.cuda.is_available() else "cpu", **preset}
+    elif device is not None:
+        raise ValueError(f"--device {device}: {expert} takes no device")
+    if data is not None and "env.data" not in known:
+        raise ValueError(f"--data {data}: {expert} takes no data; leave it out, or choose an expert of pictures, such as --env sd15")
+    if unknown := sorted(key for key in preset if f"env.{key}" not in known):
+        raise ValueError(f"{env_name}: {expert} takes no argument {', '.join(unknown)}")
+    before = [f"--env.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in preset.items() if key != "expert"]
+    contents = [read_yaml(path) for path in chosen]
+    for path, content in zip(chosen, contents, strict=True):
+        named = isinstance(content.get("env"), str)
+        before.append(f"--config={json.dumps({k: v for k, v in content.items() if k != 'env'}) if named else path}")
+    if asks_help:
+        show_help(parser, agent, env_name, [*defaults, *chosen], read_arguments(parser, before))
+    after = [*(["--env.device", device] if device is not None else []), *(["--env.data", data] if data is not None else [])]
+    printing = [word for word in argv if word.partition("=")[0] == "--print_config"]
+    argv = [*before, *(word for word in argv if word not in printing), *after]
+    cfg = read_arguments(parser, argv)
+    if "beta.forward" in known:
+        settle_beta(agent, cfg, [*map(read_yaml, defaults), *contents, nested_flags(argv[len(before) :])])
+        argv += [f"--beta.{name}={getattr(cfg.beta, name)!r}" for name in SHARES]
+        argv += [f"--stages={json.dumps(cfg.stages)}"] if "stages" in known else []
+    if printing:
+        read_arguments(parser, [*argv, *printing])  # which ends the process
+    return parser, cfg
+
+
+def make_parser(agent: type[Agent], expert: str, defaults: list[Path]) -> ArgumentParser:
+    """The parser of an agent's command on an expert of that class."""
     parser = ArgumentParser(
         prog=shlex.join(["python", *command_of(identify(agent))]),
         description=sys.modules[agent.__module__].__doc__,
-        default_config_files=[str(path) for path in own_settings if path.is_file()],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        default_config_files=[str(path) for path in defaults],
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", action="config", help=f"settings that differ from the defaults, a YAML file or a preset of configs/{agent.name}"
-    )
+    parser.add_argument("--config", action="config", help=f"settings over the defaults: a YAML file, or a preset of configs/{agent.name}")
     parser.add_argument(
         "--agent", choices=[identify(agent)], default=identify(agent), help="recorded, so that no other agent resumes the run"
     )
-    parser.add_argument("--out", type=str | None, default=None, help="new run directory (default: runs/AGENT-ENV-SEED-TIME)")
+    parser.add_argument("--out", type=str | None, default=None, help="new run directory; null: runs/AGENT-ENV-SEED-TIME")
     parser.add_argument("--checkpoint_every", type=PositiveInt, default=500, help="gradient steps between checkpoints")
     parser.add_argument("--log_every", type=PositiveInt, default=10, help="gradient steps that a line of metrics.jsonl sums up")
     parser.add_argument("--track", type=Tracker, default="none", help="also send the metrics to a live page: trackio or wandb")
@@ -155,24 +216,54 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
         "--env.expert", type=str, default=expert, help="class path or entry point; --env NAME takes it from a preset of configs/env"
     )
     parser.add_class_arguments(find_expert(expert), "env", instantiate=False)
-    known = {action.dest for action in parser._actions}
-    if "env.device" in known:
-        preset = {"device": "cuda" if torch.cuda.is_available() else "cpu", **preset}
-    elif device is not None:
-        raise ValueError(f"--device {device}: {expert} takes no device")
-    if data is not None and "env.data" not in known:
-        raise ValueError(f"--data {data}: {expert} takes no data; leave it out, or choose an expert of pictures, such as --env sd15")
-    if unknown := sorted(key for key in preset if f"env.{key}" not in known):
-        raise ValueError(f"{env_name}: {expert} takes no argument {', '.join(unknown)}")
-    from_preset = [
-        f"--env.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in preset.items() if key != "expert"
-    ]
-    argv = from_preset + from_config + argv
-    if device is not None:
-        argv += ["--env.device", device]
-    if data is not None:
-        argv += ["--env.data", data]
-    return parser, read_arguments(parser, argv)
+    return parser
+
+
+def settle_beta(agent: type[Agent], cfg: Namespace, layers: list[dict[str, Any]]) -> None:
+    """Sets the shares of β in cfg, and in its stages, as they will be used, and says where they differ from those that were given.
+
+    A share that is given alone holds, and the others divide the rest in their proportion; of three, the proportion counts.
+
+    Args:
+        agent: Whose defaults the first layer goes over.
+        cfg: What was read.
+        layers: Nested settings, as they go over one another; each names some shares, or none.
+
+    Raises:
+        ValueError: shares that leave less than nothing, or something to sources that have none.
+    """
+    beta: Beta = agent.Config().beta
+    for layer in layers:
+        beta = beta.with_shares(**_shares(layer.get("beta")))
+    read = [getattr(cfg.beta, name) for name in SHARES]
+    vars(cfg.beta).update(zip(SHARES, beta.shares, strict=True))
+    if not _close(read, beta.shares):
+        given = _shares(layers[-1].get("beta")) or _shares(layers[-2].get("beta"))
+        _say(f"{', '.join(f'beta.{name}={share:g}' for name, share in given.items())}: shares sum to 1, so that β is {_told(beta)}")
+    for number, stage in enumerate(getattr(cfg, "stages", ()), 1):
+        if given := _shares(stage.get("beta")):
+            stage["beta"] = stage["beta"] | dict(zip(SHARES, beta.with_shares(**given).shares, strict=True))
+            if not _close([stage["beta"][name] for name in given], list(given.values())):
+                _say(f"stage {number}: shares sum to 1, so that β is {_told(beta.with_shares(**given))}")
+
+
+def _shares(given: Any) -> dict[str, float]:
+    """The shares in a mapping of β's settings, or in a file of it; of what is no mapping none."""
+    given = read_yaml(Path(given)) if isinstance(given, str) and Path(given).is_file() else given
+    return {name: float(given[name]) for name in SHARES if name in given} if isinstance(given, dict) else {}
+
+
+def _close(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(abs(x - y) < 1e-9 for x, y in zip(a, b, strict=True))
+
+
+def _told(beta: Beta) -> str:
+    return ", ".join(f"{name} {share:.3g}" for name, share in zip(SHARES, beta.shares, strict=True))
+
+
+def _say(message: str) -> None:
+    if ranks.is_main():
+        print(message, file=sys.stderr)
 
 
 def expert_and_config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> tuple[Expert, LearnerConfig]:
@@ -183,18 +274,14 @@ def expert_and_config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace
 
 
 def build_config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> LearnerConfig:
-    try:
-        made = parser.instantiate(cfg)
-    except ValueError as error:
-        raise ValueError(in_words(str(error))) from error
-    return agent.Config(**{f.name: getattr(made, f.name) for f in fields(agent.Config)})
+    return build(agent.Config, {f.name: cfg[f.name] for f in fields(agent.Config)})
 
 
 def name_of_env(cfg: Namespace) -> str:
     """The preset that the env is, or else its class's name."""
-    env = {k: v for k, v in vars(cfg.env).items() if k != "device"}
+    env = {k: v for k, v in vars(cfg.env).items() if k not in ("device", "dtype")}
     for name in preset_names("env"):
-        preset = read_env(name)
+        preset = {k: v for k, v in read_env(name).items() if k != "dtype"}
         if all(env.get(key) == value for key, value in preset.items()):
             return name
     return str(env["expert"]).rpartition(".")[2]

@@ -32,6 +32,7 @@ from ddil_agents.commands.card import complete_card
 from ddil_agents.commands.errors import clear_errors
 from ddil_agents.commands.hub import check_push, push
 from ddil_agents.commands.parse import build_config, command_of, expert_and_config, identify, name_of_env, parse, take_flag
+from ddil_agents.commands.plan import print_plan
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import ranks, sharding
 from ddil_agents.evaluation.judge import Judge, judge_student
@@ -95,6 +96,8 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
         out = Path(resume) if resume is not None else ranks.from_main(lambda: begin(agent, parser, cfg))
         if not (out / "config.yaml").is_file():
             raise ValueError(f"{out} is not to be seen from here; give an --out on a disk that all machines share")
+        if ranks.is_main() and resume is None:
+            print_plan(agent, config, stages, expert, evaluation, out, cfg.checkpoint_every)
         env = {"env": name_of_env(cfg), "env_config": {k: v for k, v in vars(cfg.env).items() if k != "device"}}
         chain = itertools.chain([first], chain)
         del first  # so that each learner goes before the next one is built

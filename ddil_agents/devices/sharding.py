@@ -2,7 +2,7 @@
 
 Of each its share of the weights, gradients and momenta:
 
-    accelerate launch --config_file configs/accelerate/fsdp.yaml -m ddil_agents.dmd2 --env sdxl
+    accelerate launch --config_file configs/accelerate/fsdp.yaml -m ddil_agents.dmd2 --env ssd1b --config paper_ssd1b
 
 accelerate shards on GPUs alone, one model at a time with its optimiser; here its settings are read and torch's fully_shard is called,
 on a CPU as on a GPU. In a step of its own a network is gathered layer by layer. In rollouts, and in another network's step, it is gathered

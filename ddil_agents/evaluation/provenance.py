@@ -23,7 +23,7 @@ PROVENANCE = ("date", "hardware", "python", *PACKAGES)
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Versions, date, and the hardware of the device."""
-    on_cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    on_cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
     return {
         "date": date.today().isoformat(),

@@ -64,6 +64,11 @@ def markdown_table(cells: list[list[str]]) -> list[str]:
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
+def without_rounding(value: float) -> float:
+    """0 for what is 0 but for rounding, as the distance of data from themselves."""
+    return 0 if abs(value) < 1e-6 else value
+
+
 def table(result: dict[str, Any]) -> str:
     """A Markdown table, a line for each metric and cost and a column for each floor and model, and how they were measured."""
     rows = {**{called(name, values): values for name, values in result["floors"].items()}, **result["models"]}
@@ -72,7 +77,7 @@ def table(result: dict[str, Any]) -> str:
     for key, (_, form) in COLUMNS.items():
         if any(row.get(key) is not None for row in rows.values()):
             values = (row.get(key) for row in rows.values())
-            cells.append([heading(key, result), *("–" if value is None else form.format(value) for value in values)])
+            cells.append([heading(key, result), *("–" if value is None else form.format(without_rounding(value)) for value in values)])
     return "\n".join([*markdown_table(cells), "", measured(result["settings"], result)])
 
 

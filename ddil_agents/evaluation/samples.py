@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from safetensors.torch import save
@@ -45,6 +45,23 @@ class Drawn(NamedTuple):
     """The first trajectories, (n_paths, N + 1, *sample_shape)."""
     seconds: float
     """Of sampling."""
+
+
+class Shown:
+    """A policy whose steps move a progress bar, also within a batch."""
+
+    def __init__(self, policy: DdimPolicy, bar: tqdm[Any]) -> None:
+        self.policy, self.bar = policy, bar
+
+    def act(self, *args: Any) -> Tensor:
+        return self._moved(self.policy.act(*args))
+
+    def jump(self, *args: Any) -> Tensor:
+        return self._moved(self.policy.jump(*args))
+
+    def _moved(self, x_s: Tensor) -> Tensor:
+        self.bar.update()
+        return x_s
 
 
 class Samples:
@@ -161,25 +178,28 @@ class Samples:
         b, count = self.settings.batch_size, math.ceil(self.n / self.settings.batch_size)
         kept: list[dict[str, Tensor]] = []
         stem = self._place(name, policy, grid, kernel, "")
-        for k in tqdm(range(count), desc=name or "samples", unit="batch", disable=count == 1, leave=False):
-            place = None if stem is None else stem.with_name(f"{stem.name}{k:05d}.safetensors")
-            if place is not None and place.is_file():
-                stored = read_tensors(place, "remove it, and the batch is drawn again")
-                if stored.keys() >= set(self.settings.scores):
-                    others = set(get_args(Score)) - set(self.settings.scores)  # that were not asked for now
-                    kept.append({key: value for key, value in stored.items() if key not in others})
-                    continue
-            start = time.monotonic()
-            c = None if self.c is None else self.c[k * b : (k + 1) * b]
-            with out_of_memory.named(f"while judging {min(b, self.n)} samples at a time", "lower the evaluation's batch_size"):
-                path = unroll(policy, grid, self.noise(k), c, kernel=kernel, generator=self._generator("steps", k))
-                if path.is_cuda:
-                    torch.cuda.synchronize()
-                seconds = torch.tensor(time.monotonic() - start)
-                shown = max(self.settings.n_paths - k * b, 0)
-                kept.append(self._measured(path[:, -1], c) | {"path": path[:shown].clone(), "seconds": seconds})
-            if place is not None:
-                write_atomically(place, save({key: value.cpu().contiguous() for key, value in kept[-1].items()}))
+        with tqdm(total=count * grid.num_steps, desc=name or "samples", unit="step", leave=False) as bar:
+            for k in range(count):
+                place = None if stem is None else stem.with_name(f"{stem.name}{k:05d}.safetensors")
+                if place is not None and place.is_file():
+                    stored = read_tensors(place, "remove it, and the batch is drawn again")
+                    if stored.keys() >= set(self.settings.scores):
+                        others = set(get_args(Score)) - set(self.settings.scores)  # that were not asked for now
+                        kept.append({key: value for key, value in stored.items() if key not in others})
+                        bar.update(grid.num_steps)
+                        continue
+                start = time.monotonic()
+                c = None if self.c is None else self.c[k * b : (k + 1) * b]
+                with out_of_memory.named(f"while judging {min(b, self.n)} samples at a time", "lower the evaluation's batch_size"):
+                    shown_policy = cast(DdimPolicy, Shown(policy, bar))
+                    path = unroll(shown_policy, grid, self.noise(k), c, kernel=kernel, generator=self._generator("steps", k))
+                    if path.is_cuda:
+                        torch.cuda.synchronize()
+                    seconds = torch.tensor(time.monotonic() - start)
+                    shown = max(self.settings.n_paths - k * b, 0)
+                    kept.append(self._measured(path[:, -1], c) | {"path": path[:shown].clone(), "seconds": seconds})
+                if place is not None:
+                    write_atomically(place, save({key: value.cpu().contiguous() for key, value in kept[-1].items()}))
         device = self.expert.device
         whole = {key: torch.cat([part[key].to(device) for part in kept]) for key in kept[0] if key != "seconds"}
         features = Features(self.extractor.name, whole.pop("features"))

@@ -5,20 +5,24 @@
 The paper is forward-heavy early and shifts toward the student as it gets better, without ever leaving the data
 ("Student Selection Prior"). A schedule therefore moves the forward share from 1 down to its floor, `forward`, and
 divides the rest between teacher and student in their given proportion.
+
+The defaults differ by method, as the methods do: `Beta()`, forward alone, is plain distillation; DAgger's is a mixture of all three; that
+of DMD2 is the student's own states. A preset for a teacher without data (configs/dagger/text_to_image.yaml) has no forward share to give.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, get_args
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "dagger", "per_round"]
+SHARES = ("forward", "teacher", "student")
 
 
 @dataclass(frozen=True)
 class Beta:
-    """Source priors; the three shares are normalised to sum to 1."""
+    """Source priors. Shares that do not sum to 1 are divided by their sum, and held so."""
 
     forward: float = 1.0
     """Share of forward-diffused data; under a schedule, the floor that it falls to."""
@@ -37,7 +41,7 @@ class Beta:
     """Forward share of each round, for `per_round`; the last one holds on."""
 
     def __post_init__(self) -> None:
-        shares = (self.forward, self.teacher, self.student)
+        shares = self.shares
         if not all(math.isfinite(b) and b >= 0 for b in shares) or sum(shares) <= 0:
             raise ValueError(f"beta={shares} (forward, teacher, student): need finite shares ≥ 0 that do not sum to 0")
         if self.schedule not in get_args(Schedule):
@@ -50,6 +54,33 @@ class Beta:
             raise ValueError(f"beta.rounds={self.rounds}: need at least 1")
         if self.schedule == "per_round" and not (self.per_round and all(0 <= f <= 1 for f in self.per_round)):
             raise ValueError(f"beta.per_round={self.per_round}: schedule `per_round` needs the forward share of each round, in [0, 1]")
+        if abs((total := sum(shares)) - 1) > 1e-9:  # shares that sum to 1 stay as they are, to the last bit
+            for name, share in zip(SHARES, shares, strict=True):
+                object.__setattr__(self, name, share / total)
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Of forward, teacher and student."""
+        return self.forward, self.teacher, self.student
+
+    def with_shares(self, **given: float) -> Self:
+        """These priors with one, two or three shares given; where not all are, the others divide the rest in their present proportion.
+
+        Raises:
+            ValueError: shares that leave less than nothing, or something to others that have none.
+        """
+        others = {name: share for name, share in zip(SHARES, self.shares, strict=True) if name not in given}
+        shares: dict[str, Any] = {**given}
+        rest, present = 1 - sum(given.values()), sum(others.values())
+        if not others or not all(share >= 0 for share in given.values()):
+            return replace(self, **shares)  # of all three the proportion counts
+        told = ", ".join(f"beta.{name}={share:g}" for name, share in given.items())
+        if rest < -1e-9:
+            raise ValueError(f"{told}: more than 1 in all; give shares of 1, or all three, of which the proportion counts")
+        if rest > 1e-9 and not present:
+            raise ValueError(f"{told}: leaves {rest:g} to {' and '.join(others)}, which have no share; give beta.{[*others][-1]} too")
+        shares |= {name: max(rest, 0) * share / (present or 1) for name, share in others.items()}
+        return replace(self, **shares)
 
     def __call__(self, progress: float) -> tuple[float, float, float]:
         """β at progress 0 … 1 of the run, summing to 1."""

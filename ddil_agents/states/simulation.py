@@ -32,7 +32,7 @@ class BackwardSimulation(Collector):
     """
 
     # j, and how many states each source gives: the work of a collection, for which the ranks would otherwise wait for one another. A
-    # state of the teacher's takes k guided forwards for each of the student's: drawn apart, 64 ranks of configs/dmd2/sd15.yaml would
+    # state of the teacher's takes k guided forwards for each of the student's: drawn apart, 64 ranks of configs/dmd2/paper.yaml would
     # spend two fifths of their time waiting.
     shared: ClassVar[tuple[str, ...]] = ("time", "mixture")
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from helpers import ROOT
-from scaling import SD15, Cluster, Forwards, Network, all_reduce, example, forwards, memory, moved, tables, update_seconds
+from scaling import SD15, Cluster, Network, all_reduce, example, memory, moved, tables, update_seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddil_agents import Algorithm, BehaviourCloning, Beta, Dagger, DistributionMatching, LatentConsistency
+from ddil_agents.commands.plan import Forwards, forwards
 from ddil_env import GaussianMixtureExpert
 
 OWN, TEACHERS = Beta(0, 0, 1), Beta(0, 1, 0)

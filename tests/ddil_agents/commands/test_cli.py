@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -12,21 +13,26 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from helpers import refused, same_students, student
+from jsonargparse import ArgumentError, ArgumentParser
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_sd import write_tiny_sd
 
-from ddil_agents import Algorithm, Dagger, DistributionMatching, LatentConsistency, bc, dagger, evaluate, load, report
+from ddil_agents import Algorithm, Dagger, DistributionMatching, LatentConsistency, bc, compare, dagger, dmd2, evaluate, load, report
 from ddil_agents.commands.load import load_run
-from ddil_agents.commands.parse import parse
+from ddil_agents.commands.parse import build_config, parse
+from ddil_agents.commands.plan import print_plan
+from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.metrics import read_metrics
-from ddil_env import GaussianMixtureExpert, unroll
+from ddil_agents.training.stages import plan
+from ddil_env import GaussianMixtureExpert, load_expert, unroll
 from ddil_env.presets import preset_names
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -158,9 +164,111 @@ def test_flags_of_beta_and_of_the_expert_are_read(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         dagger.main([*ENV, *flags.split(), "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert [printed["beta"][key] for key in ("forward", "teacher", "student", "schedule")] == [2, 1, 1, "linear"]
+    assert [printed["beta"][key] for key in ("forward", "teacher", "student", "schedule")] == [0.5, 0.25, 0.25, "linear"]
     assert printed["env"]["guidance_scale"] == 3
     assert printed["capacity"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "shares", "told"),
+    [
+        ("--beta.student 1", (0, 0, 1), "beta.student=1: shares sum to 1, so that β is forward 0, teacher 0, student 1"),
+        ("--beta.student .5", (5 / 12, 1 / 12, 0.5), "β is forward 0.417, teacher 0.0833, student 0.5"),
+        ("--beta '{student: 1}'", (0, 0, 1), "β is forward 0, teacher 0, student 1"),
+        ("--beta.forward 2 --beta.teacher 1 --beta.student 1", (0.5, 0.25, 0.25), "β is forward 0.5, teacher 0.25, student 0.25"),
+        ("--beta.forward .5 --beta.teacher .1 --beta.student .4", (0.5, 0.1, 0.4), ""),
+        ("--beta.schedule linear", (0.5, 0.1, 0.4), ""),
+    ],
+)
+def test_shares_are_recorded_as_they_are_used(flags: str, shares: tuple[float, ...], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, cfg = parse(dagger.Dagger, [*ENV, *shlex.split(flags)])
+    assert (cfg.beta.forward, cfg.beta.teacher, cfg.beta.student) == pytest.approx(shares)
+    said = capsys.readouterr().err
+    assert told in said
+    assert bool(said) == bool(told)
+    with pytest.raises(SystemExit):
+        dagger.main([*ENV, *shlex.split(flags), "--print_config"])
+    assert list(yaml.safe_load(capsys.readouterr().out)["beta"].values())[:3] == pytest.approx(shares)
+
+
+def test_a_stages_shares_are_recorded_as_they_are_used(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("staged.yaml").write_text("stages: [{beta: {student: .5}}, {num_steps: 2, beta: {forward: 2, teacher: 1, student: 1}}]\n")
+    _, cfg = parse(dagger.Dagger, [*ENV, "--config", "staged.yaml"])
+    first, second = (stage["beta"] for stage in cfg.stages)
+    assert first == pytest.approx({"forward": 5 / 12, "teacher": 1 / 12, "student": 0.5})
+    assert second == {"forward": 0.5, "teacher": 0.25, "student": 0.25}
+    assert "stage 2: shares sum to 1, so that β is forward 0.5, teacher 0.25, student 0.25" in capsys.readouterr().err
+
+
+def test_a_run_of_odd_shares_reruns_and_resumes_from_what_it_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    dagger.main([*ENV, *SMALL, "--beta.forward", "1", "--beta.teacher", "1", "--beta.student", "1", "--out", "run"])
+    recorded = yaml.safe_load(Path("run/config.yaml").read_text())["beta"]
+    assert sum(recorded[name] for name in ("forward", "teacher", "student")) == pytest.approx(1, abs=1e-12)
+    capsys.readouterr()
+    dagger.main(["--config", "run/config.yaml", "--out", "again"])
+    assert same_students(Path("run"), Path("again"))
+    dagger.main(["--resume", "run"])
+    assert "shares sum to 1" not in capsys.readouterr().err
+
+
+# --help
+
+
+def help_of(main: Callable[[list[str]], None], argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with contextlib.suppress(SystemExit):
+        main([*argv, "--help"])
+    return capsys.readouterr().out
+
+
+def told_of(flag: str, text: str) -> str:
+    """What the help says of one flag, in one line."""
+    (found,) = re.findall(rf"^  {re.escape(flag)} .*(?:\n {{10,}}\S.*)*", text, re.MULTILINE)
+    return " ".join(found.split())
+
+
+def test_help_starts_with_usage_and_the_flags_of_all(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = help_of(dagger.main, ["--env", "digits8"], capsys)
+    assert [line.split()[0] for line in text.splitlines()[:3] if line] == ["usage:", "python"]
+    titles = re.findall(r"^(\S.*):$", text, re.MULTILINE)
+    assert titles[:3] == ["most used", "teacher and student", "states that are trained on"]
+    assert titles[-1] == "about the command"
+    first = re.findall(r"^  (--\S+)", text.partition("most used:")[2].partition("teacher and student:")[0], re.MULTILINE)
+    assert first[:6] == ["--env", "--out", "--resume", "--config", "--device", "--num_updates"]
+    assert {"--beta.student", "--batch_size", "--learning_rate", "--guidance_scale", "--seed", "--evaluate.n"} <= {*first}
+    flags = re.findall(r"^  (--\S+)", text, re.MULTILINE)
+    assert len(flags) == len({*flags})
+    assert max(map(len, text.partition("most used:")[2].splitlines())) <= 100
+    assert told_of("--lora.rank", text).endswith("(default: 64)")
+    assert "SUPPRESS" not in text
+
+
+def test_help_knows_the_defaults_of_the_env_and_of_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    plain, sd15 = (help_of(dagger.main, ["--env", env], capsys) for env in ("digits8", "sd15"))
+    assert told_of("--beta.forward", plain).endswith("(default: 0.5)")
+    assert told_of("--beta.forward", sd15).endswith("(default: 0.0)")
+    assert told_of("--env.dataset", plain).endswith("(default: digits8)")
+    assert told_of("--env.guidance_scale", sd15).endswith("(default: 7.5)")
+    assert told_of("--data", sd15).endswith("(default: null)")
+    assert "--data" not in plain
+    assert told_of("--num_updates", help_of(dagger.main, ["--env", "digits8", "--config", "demo"], capsys)).endswith("(default: 400)")
+    without = help_of(dagger.main, [], capsys)
+    assert "pass --env NAME to see its own" in without
+    assert "--env.dataset" not in without
+
+
+def test_every_setting_of_every_agent_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for main, agent in ((dagger.main, Dagger), (dmd2.main, DistributionMatching)):
+        text = help_of(main, ENV, capsys)
+        for field in dataclasses.fields(agent.Config):
+            assert f"\n  --{field.name} " in text or f"\n  --{field.name}." in text, field.name
+
+
+def test_help_of_evaluate_and_compare_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert told_of("--n", help_of(evaluate.main, [], capsys)).endswith("(default: 500)")
+    text = help_of(compare.main, [], capsys)
+    assert told_of("--out", text).endswith("(required)")
+    assert told_of("--seeds", text).endswith("(default: 3)")
 
 
 def test_resuming_a_finished_run_trains_no_further(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,6 +361,42 @@ def test_an_expert_of_ones_own_is_found_by_its_class_path() -> None:
 def test_a_wrong_command_is_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(dagger.main, [*argv, "--out", "run"] if "--resume" not in argv else argv, capsys)
     assert re.search(message, error, re.DOTALL), error
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch_size", "two"], "batch_size=two: need a whole number"),
+        (["--log_every", "0"], "log_every=0: need a whole number from 1"),
+        (["--lora.rank", "x"], "lora.rank=x: need a whole number"),
+        (["--lora", "{rank: x}"], "lora.rank=x: need a whole number"),
+        (["--lora.rnak", "3"], "unknown setting lora.rnak; did you mean lora.rank"),
+        (["--leaning_rate", "1"], "unknown flag --leaning_rate; did you mean --learning_rate?"),
+        (["--learning_rate", "1e-4", "--capacity", "some"], "capacity=some: need a whole number or null"),
+        (["--guidance_range", "[5]"], "guidance_range=[5]: need two numbers, such as [1, 5] or null"),
+        (["--adam_betas", "[.9, x]"], 'adam_betas=[0.9, "x"]: need two numbers, such as [1, 5]'),
+        (["--thresholding.roles", "[teacher, nobody]"], "need a list of teacher, target, student, critic"),
+        (["--config", "bad.yaml"], "evaluate.n=many: need a whole number"),
+        (["--agent", "bc"], "agent=bc: need one of dagger"),
+        (["--num_updates"], "--num_updates needs a value: a whole number"),
+        (["--evaluate", "3"], "evaluate=3: need a mapping of n, seed, extractor"),
+        (["--evaluate", "{n: x}"], "evaluate.n=x: need a whole number"),
+        (["--config", "nope"], "--config nope: unknown dagger 'nope'; presets: demo, "),
+        (["stray"], "'stray' belongs to no flag; settings are given as --name VALUE"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_no_message_is_made_of_the_librarys(
+    argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reworded(self: Any, message: str, ex: Exception | None = None) -> None:
+        raise ArgumentError(None, "worded otherwise") from ex
+
+    monkeypatch.setattr(ArgumentParser, "error", reworded)
+    Path("bad.yaml").write_text("learning_rate: 1.0e-4\nevaluate: {n: many}\n")
+    error = refused(dagger.main, [*ENV, *argv, "--out", "run"], capsys)
+    assert message in error
+    assert "worded otherwise" not in error
 
 
 def test_a_flag_of_true_or_false_that_stands_alone_means_true(capsys: pytest.CaptureFixture[str]) -> None:
@@ -388,13 +532,57 @@ def test_evaluate_prints_the_teachers_quality_by_steps(capsys: pytest.CaptureFix
     assert result["models"]["teacher@2"]["nfe_per_sample"] == 2
 
 
+def test_an_evaluation_in_one_batch_shows_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main([*ENV, "--steps", "16", "2", "--n", "40"])
+    shown = capsys.readouterr().err
+    for name, steps in (("teacher@16", 16), ("teacher@2", 2)):
+        assert re.search(rf"{name}:   0%\|.*\| 0/{steps} ", shown)
+
+
+def planned(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The columns of the plan of a run in one stage; the forwards that its result counts under `counted`."""
+    dagger.main([*argv, "--out", "run"])
+    lines = capsys.readouterr().err.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("dagger, planned"))
+    head, row = (re.split(r" {2,}", line.strip()) for line in lines[start + 1 : start + 3])
+    assert "run: a checkpoint every 7 updates" in lines[start + 4]
+    return {f"{name} {place}": cell for place, (name, cell) in enumerate(zip(head, row, strict=True))} | {"evaluation": lines[start + 3]}
+
+
+def test_a_run_first_says_what_it_will_do(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned([*ENV, *SMALL, "--env.guidance_scale", "2"], capsys)
+    evaluation = found.pop("evaluation")
+    assert evaluation.strip() == "then an evaluation: 30 samples of the teacher in 8 and 4 steps, and of dagger's student in 4"
+    cells = list(found.values())
+    assert cells[:5] == ["1", "the expert, guided", "8 → 4", "12", "16"]
+    assert cells[5:8] == ["48", "10", "38"]  # of 3 collections of 32
+    result = json.loads(Path("run/result.json").read_text())
+    for cell, name in zip(cells[8:], ("teacher_nfe", "student_nfe"), strict=True):
+        assert int(cell.replace(",", "")) == pytest.approx(result[name], rel=0.1)
+
+
+def test_a_chains_plan_has_a_line_for_each_stage_and_runs_no_network(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser, cfg = parse(dagger.Dagger, ["--env", "digits8", "--config", "staged"])
+    config = build_config(dagger.Dagger, parser, cfg)
+    expert = load_expert("digits8")
+    monkeypatch.setattr(expert, "predict", None)
+    print_plan(dagger.Dagger, config, plan(config), expert, Evaluation(), Path("run"), 500)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + 1 + 8 + 2
+    assert lines[2].split() == ["1", "the", "expert", "32", "→", "8", "150", "32", "1,280", "0", "0", "5,120", "4,800"]
+    assert [line.split()[1:3] for line in lines[3:6]] == [["the", "same"], ["the", "last"], ["the", "same"]]
+    assert lines[-2].strip().startswith("then after each stage an evaluation: 500 samples of the teacher in 32 and 1 steps")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--env", "nonesuch"], "unknown env 'nonesuch'"),
         ([*ENV, "--steps", "0"], "num_steps=0: need 1 ≤ num_steps"),
         ([*ENV, "--n", "2"], "n=2: the metrics need at least 10"),
-        ([*ENV, "--steps", "four"], "Got value: four"),
+        ([*ENV, "--steps", "four"], "steps=four: need a whole number"),
     ],
 )
 def test_a_wrong_evaluation_is_refused(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

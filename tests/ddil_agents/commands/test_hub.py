@@ -129,7 +129,7 @@ def test_a_run_ends_on_the_hub_with_its_card(hub: Hub, tmp_path: Path, capsys: p
     assert 'DiffusionPipeline.from_pretrained("lab/fast"' in card
     assert "`dagger` of ddil " in card
     assert "4 gradient steps of 4 states in each of 1 process(es)" in card
-    assert "states: forward 0, teacher 0.0909, student 0.909. The teacher samples in 8 steps." in card
+    assert "states: forward 0, teacher 0, student 1. The teacher samples in 8 steps." in card
     settings = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)[0])
     assert (settings["num_updates"], settings["stages"]) == (2, [{"num_steps": 4}, {"num_steps": 2}])
     models = json.loads(Path("run/result.json").read_text())["models"]

@@ -85,6 +85,41 @@ def test_shares_are_normalised() -> None:
     assert Beta(2, 1, 1)(0.3) == (0.5, 0.25, 0.25)
 
 
+def test_shares_are_held_as_they_are_used_and_those_that_sum_to_1_to_the_last_bit() -> None:
+    assert Beta(2, 1, 1).shares == (0.5, 0.25, 0.25)
+    assert Beta(0.1, 0.2, 0.7).shares == (0.1, 0.2, 0.7)
+    thirds = Beta(1, 1, 1)
+    assert Beta(*thirds.shares) == thirds
+
+
+@pytest.mark.parametrize(
+    ("given", "shares"),
+    [
+        ({"student": 1}, (0, 0, 1)),
+        ({"student": 0.5}, (5 / 12, 1 / 12, 0.5)),
+        ({"forward": 0.5, "student": 0.5}, (0.5, 0, 0.5)),
+        ({"forward": 0}, (0, 0.2, 0.8)),
+        ({"forward": 2, "teacher": 1, "student": 1}, (0.5, 0.25, 0.25)),
+        ({}, (0.5, 0.1, 0.4)),
+    ],
+)
+def test_a_share_that_is_given_holds_and_the_others_divide_the_rest(given: dict[str, float], shares: tuple[float, ...]) -> None:
+    assert Beta(0.5, 0.1, 0.4).with_shares(**given).shares == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"student": 2}, "beta.student=2: more than 1 in all; give shares of 1, or all three"),
+        ({"forward": 0.5}, "beta.forward=0.5: leaves 0.5 to teacher and student, which have no share; give beta.student too"),
+        ({"student": -1}, r"beta=\(1.0, 0.0, -1\).*need finite shares ≥ 0"),
+    ],
+)
+def test_shares_that_leave_too_little_or_too_much_are_refused(given: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Beta().with_shares(**given)
+
+
 def test_forward_alone_is_exactly_1() -> None:
     assert Beta(0.3)(0.7) == (1.0, 0.0, 0.0)
 

@@ -478,12 +478,15 @@ def test_a_killed_run_on_data_goes_on_to_the_same_weights(folders: dict[str, Pat
 def test_data_put_forward_states_into_the_papers_run(folders: dict[str, Path], coco: Path) -> None:
     env = ["--env", "sd15", "--env.model", str(folders["sd15"])]
     for given in (["--data", str(coco)], [f"--env.data={coco}"], ["--env.data", str(coco)]):
-        _, cfg = parse(dagger.Dagger, [*env, *given])
+        _, cfg = parse(dagger.Dagger, [*env, "--config", "paper", *given])
         shares = [stage.get("beta", vars(cfg.beta))["forward"] for stage in cfg.stages]
         assert shares == [1, 1, 1, 1, 0.5, 1, 0.5, 1, 0.5]
         assert (cfg.thresholding.calibrate_on, cfg.thresholding.kind, cfg.batch_size) == ("data", "quantile", 224)
-    _, cfg = parse(dagger.Dagger, env)
-    assert (cfg.beta.forward, cfg.thresholding.calibrate_on) == (0, "teacher")
+        _, cfg = parse(dagger.Dagger, [*env, *given])
+        assert (cfg.beta.forward, cfg.beta.teacher, cfg.beta.student, cfg.thresholding.calibrate_on) == (0.5, 0.1, 0.4, "data")
+    for config in ([], ["--config", "paper"]):
+        _, cfg = parse(dagger.Dagger, [*env, *config])
+        assert (cfg.beta.forward, cfg.thresholding.calibrate_on) == (0, "teacher")
     _, cfg = parse(dagger.Dagger, [*env, "--data", str(coco), "--beta.forward", ".7"])
     assert cfg.beta.forward == 0.7
 
@@ -492,8 +495,10 @@ def test_data_put_forward_states_into_the_papers_run(folders: dict[str, Path], c
 def test_every_preset_for_data_differs_from_one_without(path: Path, folders: dict[str, Path], coco: Path) -> None:
     assert (path.parents[1] / path.name).is_file()
     agent = find_agent(path.parts[-3])
-    model = folders["sd15" if path.stem == "sd15" else "sdxl"]
-    argv = ["--env", path.stem, "--env.model", str(model), "--data", str(coco), "--env.held_out", ".4"]
+    env = "ssd1b" if path.stem.endswith("ssd1b") else "sd15"
+    model = folders["sdxl" if env == "ssd1b" else env]
+    argv = ["--env", env, "--env.model", str(model), "--data", str(coco), "--env.held_out", ".4"]
+    argv += [] if path.stem == "text_to_image" else ["--config", path.stem]
     argv += ["--env.data_cache", str(coco.parent / f"{path.parts[-3]}-{path.stem}.pairs"), "--mixed_precision", "no"]
     teacher, _, _ = refuse_early(agent, [*argv, "--evaluate.n", "12", "--thresholding.samples", "8"])
     assert teacher.num_conditions == 30

@@ -380,7 +380,7 @@ def test_a_learners_command_ends_in_a_pipeline(
     family: str, main: Callable[[list[str]], None], agent: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    env = ["--env", family, "--env.model", str(folders[family])]
+    env = ["--env", family, "--env.model", str(folders[family]), "--env.dtype", "float32"]
     env += ["--env.prompts", json.dumps(WORDS)] if options(family) else []
     sizes = ["--num_updates", "2", "--batch_size", "4", "--num_steps", "2", "--teacher_steps", "4", "--mixed_precision", "no"]
     if agent != "dmd2":
