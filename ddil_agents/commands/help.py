@@ -112,7 +112,8 @@ def help_text(usage: str, about: str | None, flags: list[Flag], topics: dict[str
         topics: Names, and beginnings of names that end in a dot, by title, in order; what none of them has goes where there are none.
     """
     width = min(shutil.get_terminal_size().columns, 120)
-    left, parts = {flag.name: flag for flag in flags}, {}
+    left: dict[str, Flag] = {flag.name: flag for flag in flags}
+    parts: dict[str, list[Flag]] = {}
     for title, wanted in topics.items():
         parts[title] = []
         for one in wanted:

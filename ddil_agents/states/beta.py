@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 Schedule = Literal["constant", "linear", "cosine", "exponential", "dagger", "per_round"]
 SHARES = ("forward", "teacher", "student")
@@ -72,13 +72,16 @@ class Beta:
         others = {name: share for name, share in zip(SHARES, self.shares, strict=True) if name not in given}
         rest, present = 1 - sum(given.values()), sum(others.values())
         if not others or not all(share >= 0 for share in given.values()):
-            return replace(self, **given)  # of all three the proportion counts
+            return self._changed(given)  # of all three the proportion counts
         told = ", ".join(f"beta.{name}={share:g}" for name, share in given.items())
         if rest < -1e-9:
             raise ValueError(f"{told}: more than 1 in all; give shares of 1, or all three, of which the proportion counts")
         if rest > 1e-9 and not present:
             raise ValueError(f"{told}: leaves {rest:g} to {' and '.join(others)}, which have no share; give beta.{[*others][-1]} too")
-        return replace(self, **given, **{name: max(rest, 0) * share / (present or 1) for name, share in others.items()})
+        return self._changed(given | {name: max(rest, 0) * share / (present or 1) for name, share in others.items()})
+
+    def _changed(self, shares: dict[str, Any]) -> Self:
+        return replace(self, **shares)
 
     def __call__(self, progress: float) -> tuple[float, float, float]:
         """β at progress 0 … 1 of the run, summing to 1."""
