@@ -438,7 +438,7 @@ def test_a_rank_whose_part_of_the_checkpoint_is_damaged_stops_all(unbroken: Path
 
 @pytest.mark.parametrize("prioritised", ["true", "false"])
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(prioritised: str, tmp_path: Path) -> None:
-    argv = [*ARGV, "--out", "run", "--prioritised", prioritised, "--beta.schedule", "constant", "--beta.forward", "1"]
+    argv = [*ARGV, "--out", "run", "--prioritised", prioritised, "--beta.schedule", "constant", "--beta.forward", ".6667"]
     codes, said = run(tmp_path, argv, "a label of rank 1 is not finite")
     assert codes == [2, 2]
     assert all("the loss is not finite at step 5, on states of: forward" in text for text in said)
