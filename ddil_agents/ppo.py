@@ -275,7 +275,7 @@ class PPOAgent(Agent):
         **options: Any,
     ) -> None:
         if list(callbacks):
-            raise ValueError("callbacks: PPO is trained by stable-baselines3, which has its own; leave them and --evaluate_every out")
+            raise ValueError("callbacks: PPO is trained by stable-baselines3, which has its own; leave them out")
         rollouts = (self.horizon - self.step) // self.config.updates
         if out is not None:
             shutil.rmtree(out / "evaluation", ignore_errors=True)  # of a run that is begun again

@@ -35,9 +35,9 @@ TOPICS: dict[str, tuple[str, ...]] = {  # names, and beginnings of names that en
     "optimisation": ("lr_scheduler", "warmup_updates", "optimizer", "weight_decay", "adam_betas", "max_grad_norm", "ema"),
     "memory and speed": ("lora", "lora.", "mixed_precision", "gradient_accumulation", "halve_batch_on_oom", "compile"),
     "reflected diffusion": ("thresholding.",),
-    "evaluation": ("evaluate.",),
+    "evaluation": ("evaluate_every", "validation.", "evaluate."),
     "expert": ("env.",),
-    "logging and sharing": ("checkpoint_every", "log_every", "track", "push_to_hub", "hub_private"),
+    "logging and sharing": ("checkpoint_every", "log_every", "callbacks", "track", "push_to_hub", "hub_private"),
     "about the command": ("help", "print_config", "agent"),
 }
 

@@ -21,9 +21,10 @@ from ddil_agents.agent import Agent
 from ddil_agents.commands.help import show_help
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import ranks
-from ddil_agents.evaluation.settings import Evaluation
+from ddil_agents.evaluation.settings import Evaluation, Validation
 from ddil_agents.settings import build, nested_flags, read_arguments
 from ddil_agents.states.beta import SHARES, Beta
+from ddil_agents.training.callbacks import Callback
 from ddil_agents.training.tracking import Tracker
 from ddil_env import Expert
 from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
@@ -207,11 +208,16 @@ def make_parser(agent: type[Agent], expert: str, defaults: list[Path]) -> Argume
     parser.add_argument("--out", type=str | None, default=None, help="new run directory; null: runs/AGENT-ENV-SEED-TIME")
     parser.add_argument("--checkpoint_every", type=PositiveInt, default=500, help="gradient steps between checkpoints")
     parser.add_argument("--log_every", type=PositiveInt, default=10, help="gradient steps that a line of metrics.jsonl sums up")
+    parser.add_argument(
+        "--evaluate_every", type=PositiveInt | None, default=None, help="gradient steps between evaluations; null: at the end alone"
+    )
+    parser.add_argument("--callbacks", type=list[Callback], default=[], help="class paths of your own, called beside the gradient steps")
     parser.add_argument("--track", type=Tracker, default="none", help="also send the metrics to a live page: trackio or wandb")
     parser.add_argument("--push_to_hub", type=str | None, default=None, help="OWNER/NAME on the Hugging Face hub, to upload student/ to")
     parser.add_argument("--hub_private", type=bool, default=False, help="whether that repository is private, if it is made by this run")
     parser.add_class_arguments(agent.Config, None)
     parser.add_class_arguments(Evaluation, "evaluate")
+    parser.add_class_arguments(Validation, "validation")
     parser.add_argument(
         "--env.expert", type=str, default=expert, help="class path or entry point; --env NAME takes it from a preset of configs/env"
     )

@@ -35,12 +35,14 @@ from ddil_agents.commands.parse import build_config, command_of, expert_and_conf
 from ddil_agents.commands.plan import print_plan
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import ranks, sharding
+from ddil_agents.evaluation.callback import EvalCallback
 from ddil_agents.evaluation.judge import Judge, judge_student
 from ddil_agents.evaluation.metrics.diversity import lpips_distance
 from ddil_agents.evaluation.pictures import save_pictures
 from ddil_agents.evaluation.provenance import provenance
 from ddil_agents.evaluation.results import read_result, table
-from ddil_agents.evaluation.settings import Evaluation, extractor_for, load_scorers
+from ddil_agents.evaluation.settings import Evaluation, Validation, extractor_for, load_scorers
+from ddil_agents.training.callbacks import Callback
 from ddil_agents.training.checkpoint import MAY_DIFFER, folder_atomically, write_atomically
 from ddil_agents.training.metrics import read_metrics
 from ddil_agents.training.stages import Stage, better_weights, evaluated_as, in_eval_mode, learners, plan
@@ -87,6 +89,7 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
         first = next(chain)
         evaluation = Evaluation(**vars(cfg.evaluate))
         check_tracker(cfg.track)
+        make_callbacks(agent, parser, cfg, evaluated_as(config, stages[0].config), expert)  # what is wrong with them is said now
         with ranks.together():
             check_expert(expert, student=first[1].average)
             if ranks.is_main():
@@ -109,7 +112,13 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
                 print(f"{directory}: {stage.config.num_steps} steps, teacher: {stage.teacher}", file=sys.stderr)
             if learner.step and ranks.is_main():
                 print(f"resuming {directory} at step {learner.step} of {learner.horizon}", file=sys.stderr)
-            learner.train(directory, checkpoint_every=cfg.checkpoint_every, log_every=cfg.log_every, track=cfg.track)
+            learner.train(
+                directory,
+                checkpoint_every=cfg.checkpoint_every,
+                log_every=cfg.log_every,
+                track=cfg.track,
+                callbacks=make_callbacks(agent, parser, cfg, evaluated_as(config, stage.config), expert),
+            )
             nfe = learner.spent()
             if stage is stages[-1]:
                 ranks.leave()  # nobody waits for the last evaluation
@@ -126,6 +135,25 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
         print(f"\n{out}: config.yaml, metrics.jsonl, result.json, student/{', samples.png' if (out / 'samples.png').is_file() else ''}")
         if cfg.push_to_hub is not None:
             print(push(out / "student", cfg.push_to_hub, cfg.hub_private))
+
+
+def make_callbacks(agent: type[Agent], parser: ArgumentParser, cfg: Namespace, settings: LearnerConfig, expert: Expert) -> list[Callback]:
+    """The user's callbacks, and the evaluation while training if it is asked for, each built anew for a stage.
+
+    Args:
+        settings: Those that the stage's student is evaluated under.
+        expert: The original teacher, which it is compared with.
+
+    Raises:
+        ValueError: settings that do not fit, or an agent without callbacks.
+    """
+    callbacks: list[Callback] = list(parser.instantiate(cfg).callbacks)
+    if cfg.evaluate_every is not None:
+        teacher = ExpertPolicy(expert, settings.substeps, settings.guidance_scale)
+        callbacks.append(EvalCallback(cfg.evaluate_every, Validation(**vars(cfg.validation)), teacher))
+    if callbacks and not issubclass(agent, TrainedAgent):
+        raise ValueError(f"callbacks: {agent.name} is trained by a library of its own; leave --callbacks and --evaluate_every out")
+    return callbacks
 
 
 def begin(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> Path:

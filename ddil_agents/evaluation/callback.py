@@ -6,7 +6,6 @@ import json
 import math
 import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,8 @@ from tqdm import tqdm
 
 from ddil_agents.devices import ranks, sharding
 from ddil_agents.evaluation.judge import Judge
-from ddil_agents.evaluation.results import METRICS
-from ddil_agents.evaluation.settings import Evaluation
+from ddil_agents.evaluation.results import DIRECTIONS
+from ddil_agents.evaluation.settings import Evaluation, Validation
 from ddil_agents.states.batch import Batch
 from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.callbacks import Callback
@@ -27,36 +26,6 @@ from ddil_env import ExpertPolicy
 
 if TYPE_CHECKING:
     from ddil_agents.algorithm import Algorithm
-
-# −1 where lower is better. Those with a value for each step are averaged over the steps.
-DIRECTIONS = {name: sign for name, (_, _, sign) in METRICS.items()} | dict.fromkeys(
-    ("action_mse_own", "action_mse_expert", "action_mse_forward", "path_rmse", "shift"), -1
-)
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Settings of the evaluation while training."""
-
-    n: int = 256
-    """Samples of the averaged student; the teacher's, which they are compared with, are drawn once."""
-    metrics: tuple[str, ...] = ("frechet_to_expert", "action_mse_own", "recall")
-    """What eval.jsonl records, of the metrics of result.json; the first decides which student is the best."""
-    patience: int | None = None
-    """Evaluations without a better student after which training ends; null: it never ends early."""
-    batch_size: int = 256
-    """Samples drawn at once."""
-
-    def __post_init__(self) -> None:
-        if not self.metrics or (strange := [name for name in self.metrics if name not in DIRECTIONS]):
-            unknown = f"unknown metric {strange[0]!r}; " if self.metrics else ""
-            raise ValueError(f"validation.metrics={list(self.metrics)}: {unknown}choose from {', '.join(DIRECTIONS)}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"validation.patience={self.patience}: need at least 1, or null to train to the end")
-        try:
-            Evaluation(n=self.n, batch_size=self.batch_size)
-        except ValueError as error:
-            raise ValueError(f"validation.{error}") from error
 
 
 class EvalCallback(Callback):

@@ -30,6 +30,10 @@ METRICS: dict[str, tuple[str, str, int]] = {  # key of a result → heading, for
     "frechet_to_expert": ("Fréchet to teacher ↓", "{:.3g}", -1),
     "endpoint_rmse": ("RMSE to teacher ↓", "{:.4f}", -1),
 }
+# −1 where lower is better. Those with a value for each step are averaged over the steps.
+DIRECTIONS = {name: sign for name, (_, _, sign) in METRICS.items()} | dict.fromkeys(
+    ("action_mse_own", "action_mse_expert", "action_mse_forward", "path_rmse", "shift"), -1
+)
 COLUMNS = {key: (heading, form) for key, (heading, form, _) in METRICS.items()} | {
     "nfe_per_sample": ("NFE/sample", "{:g}"),
     "teacher_nfe": ("teacher NFE (training)", "{:,d}"),

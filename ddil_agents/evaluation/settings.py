@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddil_agents.evaluation.metrics.extractor import Extractor
 from ddil_agents.evaluation.metrics.extractors import default_extractor, load_extractor
+from ddil_agents.evaluation.results import DIRECTIONS
 from ddil_env import Expert
 
 Score = Literal["clip_score", "hpsv2"]
@@ -81,6 +82,31 @@ class Evaluation:
                 raise ValueError(f"{name}={folder}: no such folder")
         if self.protocol is not None and self.images is None:
             raise ValueError(f"protocol={self.protocol}: needs images, the folder of its pictures; or protocol=null, for other numbers")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Settings of the evaluation while training."""
+
+    n: int = 256
+    """Samples of the averaged student; the teacher's, which they are compared with, are drawn once."""
+    metrics: tuple[str, ...] = ("frechet_to_expert", "action_mse_own", "recall")
+    """What eval.jsonl records, of the metrics of result.json; the first decides which student is the best."""
+    patience: int | None = None
+    """Evaluations without a better student after which training ends; null: it never ends early."""
+    batch_size: int = 256
+    """Samples drawn at once."""
+
+    def __post_init__(self) -> None:
+        if not self.metrics or (strange := [name for name in self.metrics if name not in DIRECTIONS]):
+            unknown = f"unknown metric {strange[0]!r}; " if self.metrics else ""
+            raise ValueError(f"validation.metrics={list(self.metrics)}: {unknown}choose from {', '.join(DIRECTIONS)}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"validation.patience={self.patience}: need at least 1, or null to train to the end")
+        try:
+            Evaluation(n=self.n, batch_size=self.batch_size)
+        except ValueError as error:
+            raise ValueError(f"validation.{error}") from error
 
 
 def extractor_for(expert: Expert, settings: Evaluation) -> Extractor:

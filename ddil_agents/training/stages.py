@@ -20,13 +20,14 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from jsonargparse import ArgumentParser
 from torch import nn
 
 from ddil_agents.devices import sharding
+from ddil_agents.settings import build, check, refuse_unknown
 from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.checkpoint import checkpoints, read_support
 from ddil_env import Expert, NetworkDenoiser, NoDataError, Support, TimeGrid, Unbounded, unroll
@@ -105,19 +106,18 @@ def plan(config: LearnerConfig) -> list[Stage]:
 
 def _changed(config: LearnerConfig, changes: dict[str, Any]) -> LearnerConfig:
     """The config with some settings changed, of nested ones those that are given; types are checked as in a YAML file."""
-    settings = dataclasses.asdict(config) | {"stages": []}
+    settings, hints = dataclasses.asdict(config) | {"stages": []}, get_type_hints(type(config))
     for key, value in changes.items():
-        nested = dataclasses.is_dataclass(getattr(config, key, None))
+        if key not in settings:
+            refuse_unknown(key, [*settings])
+        nested = dataclasses.is_dataclass(getattr(config, key))
         if nested and not isinstance(value, dict):
             raise ValueError(f"{key}={value!r}: need a mapping of {', '.join(settings[key])}")
+        check(key, value, hints[key])
         settings[key] = settings[key] | value if nested else value
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(type(config), None)
-    try:
-        made = parser.instantiate(parser.parse_object(settings))
-    except Exception as error:  # jsonargparse raises its own, argparse's and the config's
-        raise ValueError(str(error)) from error
-    return type(config)(**{f.name: getattr(made, f.name) for f in dataclasses.fields(config)})
+    return build(type(config), parser.parse_object(settings))
 
 
 def learners(agent: type[Agent], expert: Expert, stages: list[Stage], out: Path | None = None) -> Iterator[tuple[Stage, Agent]]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from ddil_agents import Beta, Callback, Dagger, DaggerConfig, LCMConfig
 from ddil_agents.algorithm import Algorithm
 from ddil_agents.dmd2 import DistributionMatching, DMD2Config
-from ddil_agents.evaluation.callback import EvalCallback, Validation
+from ddil_agents.evaluation.callback import EvalCallback
+from ddil_agents.evaluation.settings import Validation
 from ddil_agents.lcm import LatentConsistency
 from ddil_agents.training.callbacks import describe_duration
 from ddil_agents.training.metrics import read_metrics
