@@ -24,7 +24,7 @@ import torch
 from digits import interval
 
 from ddil_agents.commands.load import load_run
-from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.pictures import picture_rows, save_samples
 from ddil_agents.evaluation.provenance import provenance
 from ddil_agents.evaluation.settings import Evaluation
@@ -69,7 +69,7 @@ def evaluate(runs: Path, seed: int, n: int, asked: list[str]) -> dict[str, dict[
     path = runs / f"evaluation-s{seed}-n{n}.json"
     models: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
     expert = load_expert("coloured_digits", unseen=True)
-    judge = Judge(
+    evaluator = Evaluator(
         ExpertPolicy(expert), TimeGrid(expert.schedule, max(STEPS)), Evaluation(n=n, n_paths=2, n_action=1, seed=seed, batch_size=256)
     )
 
@@ -78,18 +78,18 @@ def evaluate(runs: Path, seed: int, n: int, asked: list[str]) -> dict[str, dict[
         write_atomically(path, json.dumps(models, indent=1))
 
     if "real" not in models:
-        add("real", judge.floors()["training_data"])
+        add("real", evaluator.floors()["training_data"])
     for steps in STEPS:
         if (name := f"teacher @{steps}") not in models:
             grid = TimeGrid(expert.schedule, steps)
-            add(name, judge.judge_expert() if steps == max(STEPS) else judge.judge(ExpertPolicy(expert), grid))
+            add(name, evaluator.score_expert() if steps == max(STEPS) else evaluator.evaluate(ExpertPolicy(expert), grid))
     for label in asked:
         out, names = folder(label, seed, runs), {steps: f"{label.partition(', 2')[0]} @{steps}" for steps in STUDENTS[label][2]}
         if (out / "result.json").is_file() and not all(name in models for name in names.values()):
             learner = load_run(out, unseen=True, device=str(expert.device))
             for steps, name in names.items():
                 grid = TimeGrid(learner.expert.schedule, steps, learner.config.grid)
-                add(name, judge.judge(learner.student_policy, grid, learner.kernel))
+                add(name, evaluator.evaluate(learner.student_policy, grid, learner.kernel))
     return models
 
 
@@ -97,17 +97,17 @@ def draw(runs: Path, path: Path, asked: list[str], columns: int = 14) -> None:
     """Samples of the teacher and of the first seed's students: a caption a column, and the same noise."""
     expert = load_expert("coloured_digits", unseen=True)
     policy, settings = ExpertPolicy(expert), Evaluation(n=2 * columns, n_paths=2, n_action=1)
-    judge = Judge(policy, TimeGrid(expert.schedule, max(STEPS)), settings)
-    samples = {f"teacher @{steps}": judge.sample(policy, TimeGrid(expert.schedule, steps)) for steps in STEPS}
+    evaluator = Evaluator(policy, TimeGrid(expert.schedule, max(STEPS)), settings)
+    samples = {f"teacher @{steps}": evaluator.sample(policy, TimeGrid(expert.schedule, steps)) for steps in STEPS}
     for label in asked:
         if (folder(label, 0, runs) / "result.json").is_file():
             learner = load_run(folder(label, 0, runs), unseen=True, device=str(expert.device))
             for steps in STUDENTS[label][2]:
                 grid = TimeGrid(learner.expert.schedule, steps, learner.config.grid)
-                samples[f"{label.partition(', 2')[0]} @{steps}"] = judge.sample(learner.student_policy, grid, learner.kernel)
-    save_samples(path, picture_rows(judge, samples, columns), scale=2)
-    assert judge.c is not None  # captions
-    print(f"{path}: {'; '.join(expert.captions(judge.c[:columns]))}")
+                samples[f"{label.partition(', 2')[0]} @{steps}"] = evaluator.sample(learner.student_policy, grid, learner.kernel)
+    save_samples(path, picture_rows(evaluator, samples, columns), scale=2)
+    assert evaluator.c is not None  # captions
+    print(f"{path}: {'; '.join(expert.captions(evaluator.c[:columns]))}")
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ from digits import interval
 from torch import Tensor
 
 from ddil_agents.commands.load import load_run
-from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.provenance import provenance
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.states.collect import stream_seed
@@ -209,27 +209,27 @@ def evaluate(runs: list[Run], root: Path, seed: int, n: int) -> dict[str, dict[s
     models: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
 
     @cache
-    def judge() -> Judge:
+    def evaluator() -> Evaluator:
         expert = load_expert("digits", guidance_scale=GUIDANCE)
-        return Judge(ExpertPolicy(expert, 8), TimeGrid(expert.schedule, 4), Evaluation(n=n, seed=seed))
+        return Evaluator(ExpertPolicy(expert, 8), TimeGrid(expert.schedule, 4), Evaluation(n=n, seed=seed))
 
     asked = [(f"teacher @{steps}", steps, False) for steps in (32, *STEPS)]
     for name, steps, stochastic in asked + [(f"teacher, stochastic @{steps}", steps, True) for steps in (100, *STEPS)]:
         if name not in models:
-            expert = judge().expert
+            expert = evaluator().expert
             policy = Stochastic(expert, seed) if stochastic else ExpertPolicy(expert)
-            models[name] = judge().judge(policy, TimeGrid(expert.schedule, steps))
+            models[name] = evaluator().evaluate(policy, TimeGrid(expert.schedule, steps))
     if "training data" not in models:
-        models["training data"] = judge().floors()["training_data"]
+        models["training data"] = evaluator().floors()["training_data"]
     write_atomically(path, json.dumps(models, indent=1))
     for run in runs:
         out = root / run.folder
         names = {steps: f"{run.row} @{steps}" for steps in ((run.num_steps,) if run.method == "dmd2" else STEPS)}
         if all(name in models for name in names.values()) or not (out / "result.json").is_file():
             continue
-        for steps, (policy, kind, kernel) in students(run, out, judge().expert).items():
-            grid = TimeGrid(judge().expert.schedule, steps, kind)
-            models[names[steps]] = judge().judge(policy, grid, kernel) | cost(run, out, steps)
+        for steps, (policy, kind, kernel) in students(run, out, evaluator().expert).items():
+            grid = TimeGrid(evaluator().expert.schedule, steps, kind)
+            models[names[steps]] = evaluator().evaluate(policy, grid, kernel) | cost(run, out, steps)
         write_atomically(path, json.dumps(models, indent=1))
     return models
 

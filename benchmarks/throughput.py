@@ -41,7 +41,7 @@ from peers import LEARNING_RATE, ConsistencyScript, DMD2Script
 from rollout import Way, bare_sd, interval, sd_expert, timed
 from torch import Tensor, nn
 
-from ddil_agents import Algorithm, Beta, DistributionMatching, DMD2Config, LatentConsistency, LCMConfig
+from ddil_agents import DMD2, LCM, Algorithm, Beta, DMD2Config, LCMConfig
 from ddil_agents.training.metrics import MetricsCallback
 from ddil_env import DenoisingEnv, ExpertPolicy, TimeGrid
 from ddil_env.rollout import unroll
@@ -158,8 +158,8 @@ def rollout(case: Case) -> Same:
 
 def lcm(case: Case) -> Same:
     own = {"ema": 0.95, "guidance_range": (6, 16), "beta": Beta(1, 0, 0), "collect_size": case.batch_size, "capacity": case.batch_size}
-    learner = LatentConsistency(case.expert, LCMConfig(**case.settings(**own)))
-    student, average = learner.networks["student"].network, learner.average.network
+    learner = LCM(case.expert, LCMConfig(**case.settings(**own)))
+    student, average = learner.networks["student"].network, learner.ema_student.network
     script = ConsistencyScript(case.stock, copy.deepcopy(student.unet), getattr(torch, case.dtype))
     start, differences = weights(script.student), []
     for i in range(3):
@@ -196,7 +196,7 @@ def lcm(case: Case) -> Same:
 
 def dmd2(case: Case) -> Same:
     own = {"noise_level": 499, "guidance_scale": DMD2Script.guidance_scale, "critic_updates": 2, "max_grad_norm": 10.0}
-    learner = DistributionMatching(case.expert, DMD2Config(**case.settings(critic_learning_rate=LEARNING_RATE, **own)))
+    learner = DMD2(case.expert, DMD2Config(**case.settings(critic_learning_rate=LEARNING_RATE, **own)))
     student, critic = learner.networks["student"].network, learner.networks["critic"].denoiser.network
     networks = copy.deepcopy(student.unet), copy.deepcopy(critic.unet)
     generator = torch.Generator(case.device)

@@ -33,9 +33,9 @@ import torch
 from filelock import FileLock
 from when_report import write_report
 
-from ddil_agents import Beta, Dagger, DistributionMatching, LatentConsistency
+from ddil_agents import DMD2, LCM, Beta, Dagger
 from ddil_agents.algorithm import Algorithm
-from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.provenance import provenance
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.states.collect import stream_seed
@@ -83,8 +83,8 @@ MORE = {  # in one cell: other shares, and thresholding crossed with the arm tha
     "forward, student thresholded too": arm(1, 0, 0, thresholding=BOTH),
     "student, student thresholded too": arm(0.5, 0, 0.5, against="forward, student thresholded too", thresholding=BOTH),
 }
-LCM = {"forward": TWO["forward"], "half": TWO["student"]}
-DMD2 = {
+LCM_ARMS = {"forward": TWO["forward"], "half": TWO["student"]}
+DMD2_ARMS = {
     "forward": TWO["forward"],
     "own": arm(0, 0, 1, seeds=SEEDS),
     "half": arm(0.5, 0, 0.5, against="own"),
@@ -129,13 +129,13 @@ def dagger_cell(w: float, n: int, arms: dict[str, Arm], name: str = "", num_upda
 
 def cells() -> list[Cell]:
     """All of them, fixed before the runs."""
-    consistency = Part("consistency", LatentConsistency, FORWARD | {"guidance_scale": 3.0, "num_updates": 600})
+    consistency = Part("consistency", LCM, FORWARD | {"guidance_scale": 3.0, "num_updates": 600})
     found = [dagger_cell(w, n, DAGGER | (MORE if (w, n) == (7, 8) else {})) for n in STEPS for w in GUIDANCE]
     for n in (4, 8):
         settings = {"guidance_scale": 3.0, "num_steps": n, "inference_steps": (n,), "num_updates": 400}
-        found.append(Cell(f"LCM, w 3, {n} steps", (consistency,), Part("second", LatentConsistency, settings), LCM))
+        found.append(Cell(f"LCM, w 3, {n} steps", (consistency,), Part("second", LCM, settings), LCM_ARMS))
     settings = {"guidance_scale": 3.0, "num_steps": 4, "grid": "lcm", "num_updates": 1000, "critic_updates": 2, "learning_rate": 3e-5}
-    found.append(Cell("DMD2, w 3, 4 steps", (consistency,), Part("second", DistributionMatching, settings), DMD2))
+    found.append(Cell("DMD2, w 3, 4 steps", (consistency,), Part("second", DMD2, settings), DMD2_ARMS))
     found += [dagger_cell(1.0, n, TWO) for n in STEPS]
     found.append(dagger_cell(3.0, 4, TWO, ", small student", student={"channels": [16, 32]}))
     found.append(dagger_cell(7.0, 8, TWO, ", long", num_updates=1600, seeds=8))
@@ -171,7 +171,7 @@ def expert_of(env: str) -> Expert:
 
 
 @cache
-def judge_of(name: str, store: Path) -> tuple[Judge, float]:
+def make_evaluator(name: str, store: Path) -> tuple[Evaluator, float]:
     """The judge of a cell's arms, its teacher's samples drawn once for all seeds and processes; and the floor of its Fréchet distance."""
     cell = next(cell for cell in cells() if cell.name == name)
     part = cell.chain(next(iter(cell.arms)))[-1]
@@ -179,8 +179,8 @@ def judge_of(name: str, store: Path) -> tuple[Judge, float]:
     settings = Evaluation(**JUDGED, store=str(store / slug(name)))
     store.mkdir(parents=True, exist_ok=True)
     with FileLock(store / f"{slug(name)}.lock"):
-        judge = Judge(learner.reference, learner.grid, settings)
-    return judge, judge.floors()["teacher_halves"]["frechet_to_expert"]
+        evaluator = Evaluator(learner.teacher_policy, learner.grid, settings)
+    return evaluator, evaluator.floors()["teacher_halves"]["frechet_to_expert"]
 
 
 def trained(env: str, chain: tuple[Part, ...], seed: int, out: Path) -> Path:
@@ -193,16 +193,16 @@ def trained(env: str, chain: tuple[Part, ...], seed: int, out: Path) -> Path:
             learner = chain[-1].agent(expert_of(env), config_of(chain[-1], seed, init)).learn(progress=False)
             with folder_atomically(place) as partial:
                 (partial / "student").mkdir()
-                learner.expert.save_student(learner.average, partial / "student", learner.config.num_steps)
+                learner.expert.save_student(learner.ema_student, partial / "student", learner.config.num_steps)
     return place
 
 
-def measure(learner: Algorithm, judge: Judge) -> dict[str, dict[str, Any]]:
+def measure(learner: Algorithm, evaluator: Evaluator) -> dict[str, dict[str, Any]]:
     """What a student does: its average in full, errors and shift by step; of its last weights the samples."""
     found: dict[str, dict[str, Any]] = {}
-    for name, network in zip(EITHER, (learner.average, learner.networks["student"]), strict=True):
+    for name, network in zip(EITHER, (learner.ema_student, learner.networks["student"]), strict=True):
         support = learner.thresholds["student"] if "student" in learner.config.thresholding.roles else None
-        row = judge.judge(learner.policy(network, support), None if name == "average" else learner.grid, learner.kernel)
+        row = evaluator.evaluate(learner.policy(network, support), None if name == "average" else learner.grid, learner.kernel)
         found[name] = {key: row[key] for key in ("frechet_to_expert", "frechet", "recall", "coverage", "endpoint_rmse")}
         if name == "average":
             found[name] |= {f"error_{source}": row[f"action_mse_{source}"] for source in ("own", "forward", "expert")}
@@ -252,17 +252,17 @@ def run(task: Task) -> None:
 
 def run_arm(cell: Cell, arm: str, task: Task, init: Path) -> dict[str, Any]:
     """What an arm's student does, and what it cost; of one whose loss or metrics are not finite, how it was lost."""
-    (judge, floor), began = judge_of(cell.name, task.runs / "teachers"), time.monotonic()
+    (evaluator, floor), began = make_evaluator(cell.name, task.runs / "teachers"), time.monotonic()
     part = cell.chain(arm if arm in cell.arms else next(iter(cell.arms)))[-1]
     learner = part.agent(expert_of(cell.env), config_of(part, task.seed, init))
     try:
         if arm in cell.arms:
             learner.learn(progress=False)
-        found = measure(learner, judge)
+        found = measure(learner, evaluator)
     except (FloatingPointError, torch.linalg.LinAlgError) as error:
         return {"lost": str(error)}
     cost = {"teacher_nfe": learner.teacher_nfe, "student_nfe": learner.student_nfe, "seconds": round(time.monotonic() - began, 1)}
-    return {"floor": floor, "n": judge.n, **found, **cost}
+    return {"floor": floor, "n": evaluator.n, **found, **cost}
 
 
 def tasks(runs: Path, names: list[str], seeds: int | None) -> list[Task]:

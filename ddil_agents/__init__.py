@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from ddil_agents.config import LearnerConfig
     from ddil_agents.dagger import Dagger, DaggerConfig
     from ddil_agents.dart import Dart, DartConfig
-    from ddil_agents.dmd2 import DistributionMatching, DMD2Config
-    from ddil_agents.evaluation.judge import Judge
+    from ddil_agents.dmd2 import DMD2, DMD2Config
+    from ddil_agents.evaluation.evaluator import Evaluator
     from ddil_agents.evaluation.settings import Evaluation
     from ddil_agents.gail import Gail, GailConfig
-    from ddil_agents.lcm import LatentConsistency, LCMConfig
+    from ddil_agents.lcm import LCM, LCMConfig
     from ddil_agents.safe_dagger import SafeDagger, SafeDaggerConfig
     from ddil_agents.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
     from ddil_agents.states.batch import Batch
@@ -51,13 +51,13 @@ _HOME = {
     "Dart": "dart",
     "DartConfig": "dart",
     "DMD2Config": "dmd2",
-    "DistributionMatching": "dmd2",
+    "DMD2": "dmd2",
     "Evaluation": "evaluation.settings",
-    "Judge": "evaluation.judge",
+    "Evaluator": "evaluation.evaluator",
     "Gail": "gail",
     "GailConfig": "gail",
     "LCMConfig": "lcm",
-    "LatentConsistency": "lcm",
+    "LCM": "lcm",
     "LearnerConfig": "config",
     "SafeDagger": "safe_dagger",
     "SafeDaggerConfig": "safe_dagger",
@@ -66,6 +66,8 @@ _HOME = {
 }
 
 __all__ = [
+    "DMD2",
+    "LCM",
     "SOURCES",
     "Aggrevate",
     "AggrevateConfig",
@@ -82,14 +84,12 @@ __all__ = [
     "DaggerConfig",
     "Dart",
     "DartConfig",
-    "DistributionMatching",
     "Evaluation",
+    "Evaluator",
     "Gail",
     "GailConfig",
     "GradientStep",
-    "Judge",
     "LCMConfig",
-    "LatentConsistency",
     "LearnerConfig",
     "SafeDagger",
     "SafeDaggerConfig",

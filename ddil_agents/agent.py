@@ -40,7 +40,7 @@ class Agent(ABC):
     student_policy: StudentPolicy
     support: Support | None = None  # where its estimates are projected
     step: int = 0  # gradient steps so far
-    horizon: int  # and at the end of training
+    total_updates: int  # and at the end of training
     teacher_nfe: int = 0  # teacher forwards so far, of this process
 
     def __init__(self, expert: Expert | str, config: Any = None, support: Support | None = None) -> None:
@@ -52,7 +52,7 @@ class Agent(ABC):
                 f"teacher_steps={self.config.teacher_steps}: need at most {self.expert.schedule.t_max}, the length of the teacher's chain"
             )
         # What a student is judged against: the expert on its own support, whatever is thresholded in training.
-        self.reference = ExpertPolicy(self.expert, self.config.substeps, self.config.guidance_scale)
+        self.teacher_policy = ExpertPolicy(self.expert, self.config.substeps, self.config.guidance_scale)
 
     @property
     @abstractmethod
@@ -61,7 +61,7 @@ class Agent(ABC):
 
     @property
     @abstractmethod
-    def average(self) -> NetworkDenoiser:
+    def ema_student(self) -> NetworkDenoiser:
         """The student that is evaluated and saved."""
 
     @property
@@ -69,7 +69,7 @@ class Agent(ABC):
     def student_nfe(self) -> int:
         """Student forwards so far, training and rollouts together, of this process."""
 
-    def spent(self) -> tuple[int, int]:
+    def total_nfe(self) -> tuple[int, int]:
         """Teacher and student forwards so far, of all processes; each of them has to call it."""
         nfe = torch.tensor([self.teacher_nfe, self.student_nfe], device=self.expert.device)
         teacher, student = ranks.total(nfe).tolist()
@@ -77,11 +77,11 @@ class Agent(ABC):
 
     @abstractmethod
     def extend(self, num_updates: int) -> None:
-        """Moves the horizon to so many gradient steps from here."""
+        """Sets the end of training to so many gradient steps from here."""
 
     @abstractmethod
     def train(self, out: Path | None = None, *, progress: bool = True, **options: Any) -> None:
-        """Trains to the horizon."""
+        """Trains until `total_updates`."""
 
     def learn(
         self, num_updates: int | None = None, out: str | Path | None = None, progress: bool = True, callbacks: Iterable[Callback] = ()
@@ -159,7 +159,7 @@ class Agent(ABC):
             settings: Of `DenoisingEnv`, such as `reward`.
         """
         own = {"kernel": self.kernel, "grid": self.config.grid, "substeps": self.config.substeps}
-        scale = self.reference.guidance_scale
+        scale = self.teacher_policy.guidance_scale
         return DenoisingEnv(self.expert, self.config.num_steps, batch_size, **own | {"guidance_scale": scale} | settings)
 
     def make_student(self, **options: Any) -> NetworkDenoiser:

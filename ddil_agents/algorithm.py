@@ -74,13 +74,13 @@ class Algorithm(TrainedAgent):
         before = self.expert.nfe
         self.support = build_support(config.thresholding, self.expert, self._sample_teacher) if support is None else support
         self.thresholds = self._make_thresholds()
-        self.horizon = config.num_updates
+        self.total_updates = config.num_updates
         self.networks = {"student": student, **self.make_networks()}
         self.trainer = Trainer(self)
-        self.expert_policy = self.labeller()
+        self.expert_policy = self.make_expert_policy()
         self.update_student_policy()
         self.collector = self.make_collector(self.policy(student, self.thresholds["student"]))
-        self.collect_size, self.collect_every = self.collection()
+        self.collect_size, self.collect_every = self.collect_schedule()
         capacities = config.capacities(self.collect_size, self.collect_every)
         self.buffer = SourceBuffer(capacities, self.expert.device, config.prioritised, seed=own_seed(config.seed, "source"))
         self.teacher_nfe = self.expert.nfe - before  # of a calibration on the teacher's samples
@@ -101,7 +101,7 @@ class Algorithm(TrainedAgent):
 
     # Which states they learn from.
 
-    def labeller(self) -> ExpertPolicy:
+    def make_expert_policy(self) -> ExpertPolicy:
         """The expert as it labels states and acts in teacher rollouts."""
         return ExpertPolicy(self.expert, self.config.substeps, self.config.guidance_scale, support=self.thresholds["teacher"])
 
@@ -114,7 +114,7 @@ class Algorithm(TrainedAgent):
         own |= {"states_per_rollout": c.states_per_rollout}
         return kind(self.expert_policy, student_policy, self.grid if grid is None else grid, c.seed, **own)
 
-    def collection(self) -> tuple[int, int]:
+    def collect_schedule(self) -> tuple[int, int]:
         """States of a collection, and the updates from one to the next."""
         return self.config.collect_size, self.config.updates_per_collect
 
@@ -131,7 +131,7 @@ class Algorithm(TrainedAgent):
 
     def beta(self) -> tuple[float, float, float]:
         """β at the present step."""
-        return self.config.beta(self.step / self.horizon)
+        return self.config.beta(self.step / self.total_updates)
 
     # What is checked and calibrated before.
 
@@ -147,10 +147,10 @@ class Algorithm(TrainedAgent):
             raise ValueError(f"thresholding.roles={roles}: {self.name} has no {strange[0]}; it has {', '.join(self.roles)}")
         if config.guidance_range is not None:
             low, high = map(self.expert.check_guidance, config.guidance_range)
-            if not low <= self.reference.guidance_scale <= high:
+            if not low <= self.teacher_policy.guidance_scale <= high:
                 raise ValueError(
-                    f"the expert's guidance_scale={self.reference.guidance_scale:g} lies outside guidance_range={config.guidance_range}; "
-                    "set guidance_scale to one inside, at which the student is judged"
+                    f"the expert's guidance_scale={self.teacher_policy.guidance_scale:g} lies outside "
+                    f"guidance_range={config.guidance_range}; set guidance_scale to one inside, at which the student is judged"
                 )
 
     def _make_thresholds(self) -> dict[str, Support]:
@@ -168,4 +168,4 @@ class Algorithm(TrainedAgent):
         """n samples of the teacher, for calibration where there are no data."""
         generator = torch.Generator(self.expert.device).manual_seed(stream_seed(self.config.seed, "calibration"))
         x_T = torch.randn(n, *self.expert.sample_shape, generator=generator, device=self.expert.device)
-        return unroll(self.reference, self.grid, x_T, self.expert.sample_condition(n, generator))[:, -1]
+        return unroll(self.teacher_policy, self.grid, x_T, self.expert.sample_condition(n, generator))[:, -1]

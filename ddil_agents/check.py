@@ -86,7 +86,7 @@ def _distance(learner: Any) -> float:
     """Of the student's samples from the teacher's."""
     x_T = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
     own = unroll(learner.student_policy, learner.grid, x_T, kernel=learner.kernel, generator=torch.Generator().manual_seed(1))
-    return sliced_wasserstein(own[:, -1], unroll(learner.reference, learner.grid, x_T)[:, -1])
+    return sliced_wasserstein(own[:, -1], unroll(learner.teacher_policy, learner.grid, x_T)[:, -1])
 
 
 def _check_loss(learner: Any) -> None:

@@ -144,10 +144,10 @@ class LearnerConfig(AgentConfig):
             raise ValueError(f"student_collections={self.student_collections}: need at least 1, or null to hold as many as capacity")
         if self.states_per_rollout not in get_args(StatesPerRollout):
             raise ValueError(f"states_per_rollout={self.states_per_rollout}: need 1 or all")
-        if not any(self.collect_size * share + 1e-9 >= unit for share, unit in zip(self.beta(0), self.units, strict=True)):
+        if not any(self.collect_size * share + 1e-9 >= unit for share, unit in zip(self.beta(0), self.states_per_draw, strict=True)):
             lacking, cure = "state", ""
             if self.states_per_rollout == "all":
-                lacking, cure = f"rollout of {self.units[1]} states", ", or set states_per_rollout to 1"
+                lacking, cure = f"rollout of {self.states_per_draw[1]} states", ", or set states_per_rollout to 1"
             raise ValueError(
                 f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one {lacking}; raise collect_size{cure}"
             )
@@ -172,15 +172,15 @@ class LearnerConfig(AgentConfig):
             collect_size: States of a collection.
             collect_every: Updates from one collection to the next.
         """
-        capacity = self.capacity or -(-self.num_updates // collect_every) * (collect_size + max(self.units))
+        capacity = self.capacity or -(-self.num_updates // collect_every) * (collect_size + max(self.states_per_draw))
         shares = [max(share) for share in zip(*(self.beta(i / 100) for i in range(101)), strict=True)]  # over the run
         held = [capacity if share > 0 else 1 for share in shares]
         if self.capacity is not None and self.student_collections is not None and shares[2] > 0:
-            held[2] = min(held[2], self.student_collections * max(math.ceil(collect_size * shares[2]), self.units[2]))
+            held[2] = min(held[2], self.student_collections * max(math.ceil(collect_size * shares[2]), self.states_per_draw[2]))
         return held
 
     @property
-    def units(self) -> tuple[int, int, int]:
+    def states_per_draw(self) -> tuple[int, int, int]:
         """States that one forward draw, one teacher and one student rollout give."""
         teacher, student = self.rollout_lengths if self.states_per_rollout == "all" else (1, 1)
         return 1, teacher, student

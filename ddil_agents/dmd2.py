@@ -98,7 +98,7 @@ class DMD2Config(LearnerConfig):
         return replace(super().for_evaluation(), gan_weight=0.0)  # a discriminator needs data
 
 
-class DistributionMatching(Algorithm):
+class DMD2(Algorithm):
     """DMD2 on the β-mixture of states.
 
     Raises:
@@ -146,7 +146,7 @@ class DistributionMatching(Algorithm):
             tau, eps = self.diffusion(x, max(1, int(0.02 * schedule.num_train_steps)), int(0.98 * schedule.num_train_steps))
             x_tau = schedule.add_noise(x, eps, tau)
             x_fake = critic(x_tau, tau, c)[0].projected(self.thresholds["critic"]).x_0
-            x_real = self.expert.guided(x_tau, tau, c, self.reference.guidance_scale).projected(self.thresholds["teacher"]).x_0
+            x_real = self.expert.guided(x_tau, tau, c, self.teacher_policy.guidance_scale).projected(self.thresholds["teacher"]).x_0
             scale = (x - x_real).abs().flatten(1).mean(1) + 1e-6  # mean |x − x̂_real|, (b,)
             g = (x_fake - x_real) / broadcast(scale, x)
         matching = 0.5 * (x - (x - g).detach()).square().flatten(1).mean(1)  # ½ ‖x − sg(x − g)‖², (b,)
@@ -199,8 +199,8 @@ class DistributionMatching(Algorithm):
         denoiser = self.networks["critic"].denoiser
         denoiser.load_state_dict(sharding.like(student.state_dict(), denoiser.state_dict()))
 
-    def collection(self) -> tuple[int, int]:
-        return (self.config.batch_size, 1) if self.config.on_policy else super().collection()
+    def collect_schedule(self) -> tuple[int, int]:
+        return (self.config.batch_size, 1) if self.config.on_policy else super().collect_schedule()
 
     def collect(self) -> TensorDict:
         on_policy = self.config.on_policy
@@ -219,7 +219,7 @@ class DistributionMatching(Algorithm):
 
 
 def main(argv: list[str] | None = None) -> None:
-    run(DistributionMatching, argv)
+    run(DMD2, argv)
 
 
 if __name__ == "__main__":

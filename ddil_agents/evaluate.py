@@ -25,7 +25,7 @@ from ddil_agents.commands.errors import clear_errors
 from ddil_agents.commands.help import help_of
 from ddil_agents.commands.load import Checkpoint, load_run
 from ddil_agents.commands.parse import with_preset
-from ddil_agents.evaluation.judge import evaluate_expert, evaluate_run
+from ddil_agents.evaluation.evaluator import evaluate_expert, evaluate_run
 from ddil_agents.evaluation.results import table
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.settings import read_arguments

@@ -111,7 +111,7 @@ class LCMCollector(Collector):
         return self.grid.times if p_expert >= 1 else lcm_times(self.grid, self.n)
 
 
-class LatentConsistency(Algorithm):
+class LCM(Algorithm):
     """Consistency distillation on the β-mixture of states; β = (1, 0, 0) is LCM."""
 
     name = "lcm"
@@ -122,7 +122,7 @@ class LatentConsistency(Algorithm):
 
     def loss(self, batch: Batch) -> Tensor:
         with torch.no_grad(), self.trainer.accelerator.autocast():  # the student's own is around it, the average has none
-            target = self.average(batch.expert_action, batch.s, batch.c, batch.w)  # f_θ⁻(x̂_s, s, c, w)
+            target = self.ema_student(batch.expert_action, batch.s, batch.c, batch.w)  # f_θ⁻(x̂_s, s, c, w)
             target_x_0 = self.thresholds["target"].project(target.x_0)
         self.networks["student"].nfe += len(batch)  # the average's forwards are the student's cost
         pred = self.student(batch.x_t, batch.t, batch.c, batch.w)  # f_θ(x_t, t, c, w)
@@ -139,7 +139,7 @@ class LatentConsistency(Algorithm):
         student = super().make_student(**options)
         return ConsistencyDenoiser(student.network, student.schedule, student.prediction_type, student.guidance_embedding)
 
-    def labeller(self) -> ExpertPolicy:
+    def make_expert_policy(self) -> ExpertPolicy:
         """One DDIM step of the solver, whose last time is level ᾱ_0 and not the data, where f is the identity all the same."""
         return ExpertPolicy(
             self.expert,
@@ -155,7 +155,7 @@ class LatentConsistency(Algorithm):
 
 
 def main(argv: list[str] | None = None) -> None:
-    run(LatentConsistency, argv)
+    run(LCM, argv)
 
 
 if __name__ == "__main__":

@@ -232,7 +232,9 @@ class PPOAgent(Agent):
             self.model = PPO(
                 StudentActorCritic,
                 batch,
-                learning_rate=lambda left: config.learning_rate * (left + config.updates / self.horizon),  # left: 1 − k/K after rollout k
+                learning_rate=lambda left: (
+                    config.learning_rate * (left + config.updates / self.total_updates)
+                ),  # left: 1 − k/K after rollout k
                 n_steps=config.num_steps * config.episodes,
                 batch_size=config.batch_size,
                 n_epochs=config.epochs,
@@ -252,7 +254,7 @@ class PPOAgent(Agent):
         return cast(NetworkDenoiser, self.model.policy.features_extractor.student)
 
     @property
-    def average(self) -> NetworkDenoiser:
+    def ema_student(self) -> NetworkDenoiser:
         """The student: PPO takes no average."""
         return self.student
 
@@ -263,7 +265,7 @@ class PPOAgent(Agent):
         return self.step // c.updates * (c.rollout * (1 + c.epochs) + c.num_envs)
 
     def extend(self, num_updates: int) -> None:
-        self.horizon = self.step + max(1, round(num_updates / self.config.updates)) * self.config.updates
+        self.total_updates = self.step + max(1, round(num_updates / self.config.updates)) * self.config.updates
 
     def train(
         self,
@@ -276,10 +278,10 @@ class PPOAgent(Agent):
     ) -> None:
         if list(callbacks):
             raise ValueError("callbacks: PPO is trained by stable-baselines3, which has its own; leave them out")
-        rollouts = (self.horizon - self.step) // self.config.updates
+        rollouts = (self.total_updates - self.step) // self.config.updates
         if out is not None:
             shutil.rmtree(out / "evaluation", ignore_errors=True)  # of a run that is begun again
-        bar = tqdm(total=self.horizon, initial=self.step, desc=self.name, unit="update", disable=not progress)
+        bar = tqdm(total=self.total_updates, initial=self.step, desc=self.name, unit="update", disable=not progress)
         clock = Stopwatch()
         files = RunFiles(clock, track)
         files.on_start(self, out)
@@ -341,7 +343,7 @@ class RolloutLog(BaseCallback):
         agent, measured = self.agent, self.model.logger.name_to_value
         agent.check_finite()
         agent.step += agent.config.updates
-        agent.teacher_nfe += agent.config.rollout * agent.reference.nfe_per_action
+        agent.teacher_nfe += agent.config.rollout * agent.teacher_policy.nfe_per_action
         std = float(self.model.policy.log_std.detach().exp().mean())
         self.clock.lap()
         row = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ddil_agents.commands.errors import clear_errors
-from ddil_agents.commands.load import judge_of, load_run
+from ddil_agents.commands.load import load_run, make_evaluator
 from ddil_agents.evaluation.pictures import save_pictures
 from ddil_agents.evaluation.results import read_result, table
 from ddil_agents.training.checkpoint import write_atomically
@@ -99,12 +99,12 @@ def main(argv: list[str] | None = None) -> None:
             metrics[name] = read_metrics(path / "metrics.jsonl")
         merged = merge(results)
         args.out.mkdir(parents=True, exist_ok=True)
-        judge = judge_of(learners[0], n=20, n_action=1)
-        samples = judge.baselines()
+        evaluator = make_evaluator(learners[0], n=20, n_action=1)
+        samples = evaluator.baselines()
         for (name, _), learner in zip(results.items(), learners, strict=True):
-            samples[name] = judge.sample(learner.student_policy, learner.grid, learner.kernel)
+            samples[name] = evaluator.sample(learner.student_policy, learner.grid, learner.kernel)
         save_curves(args.out / "curves.png", metrics, results)
-        drawn = ["samples"] if save_pictures(args.out / "samples.png", judge, samples) else []
+        drawn = ["samples"] if save_pictures(args.out / "samples.png", evaluator, samples) else []
         text, pictures = table(merged), [*drawn, "curves"]
         shown = "\n\n".join(f"![{name}]({name}.png)" for name in pictures)
         write_atomically(args.out / "report.md", f"# {merged['env']}\n\n{text}\n\n{shown}\n")

@@ -86,7 +86,7 @@ class GatedCollector(Collector):
 
     def price(self, counts: list[int]) -> int:
         """Forwards of the teacher that so many draws and rollouts take, where they are drawn next."""
-        forward, teacher, student = (count * unit for count, unit in zip(counts, self.units(), strict=True))
+        forward, teacher, student = (count * unit for count, unit in zip(counts, self.states_per_draw(), strict=True))
         full, glance, led = self.cost(self.expert_policy), self.cost(self.glance), self.led(counts)
         if self.gate == 1:
             return full * (forward + teacher + student + led)
@@ -150,7 +150,7 @@ class SafeDagger(Dagger):
 
     def __init__(self, expert: Expert | str, config: SafeDaggerConfig | None = None, support: Support | None = None) -> None:
         super().__init__(expert, config, support)
-        shares = zip(self.config.beta(0), self.collector.units(), strict=True)
+        shares = zip(self.config.beta(0), self.collector.states_per_draw(), strict=True)
         first = self.collector.price([int(self.collect_size * share / unit + 1e-9) for share, unit in shares]) + self.teacher_nfe
         if self.config.query_budget is not None and self.config.query_budget < first:
             raise ValueError(

@@ -61,7 +61,7 @@ class ScheduledSampling(Dagger):
 
     def p_expert(self) -> float:
         """p at the present step."""
-        u, k = self.step / self.horizon, self.config.mixing_rate
+        u, k = self.step / self.total_updates, self.config.mixing_rate
         falling = {
             "constant": 0.0,
             "linear": 1 - u,

@@ -15,16 +15,16 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from ddil_agents import (
+    DMD2,
     Algorithm,
     BCConfig,
     BehaviourCloning,
     Beta,
     Dagger,
     DaggerConfig,
-    DistributionMatching,
     DMD2Config,
     Evaluation,
-    Judge,
+    Evaluator,
 )
 from ddil_agents.comparison.arms import Comparison
 from ddil_agents.states.collect import stream_seed
@@ -123,10 +123,10 @@ class Scaled(Expert):
         return bent
 
 
-def judge_of(expert: Expert, folder: Path | None = None, **settings: Any) -> Judge:
+def make_evaluator(expert: Expert, folder: Path | None = None, **settings: Any) -> Evaluator:
     """Of samples in 4 steps, 60 unless told otherwise."""
     grid = TimeGrid(expert.schedule, 4).to(expert.device)
-    return Judge(
+    return Evaluator(
         ExpertPolicy(expert, 2), grid, Evaluation(**{"n": 60, "n_paths": 20, "n_action": 15, "batch_size": 25, **settings}), folder
     )
 
@@ -176,16 +176,16 @@ def dagger(**changed: Any) -> Dagger:
     return Dagger(corners(), DaggerConfig(**settings(**{"beta": MIXTURE, **changed})))
 
 
-def matching(expert: Expert | None = None, **changed: Any) -> DistributionMatching:
+def matching(expert: Expert | None = None, **changed: Any) -> DMD2:
     small = {"num_updates": 6, "batch_size": 8, "collect_size": 16, "updates_per_collect": 2, "critic_updates": 2}
-    return DistributionMatching(expert or space(), DMD2Config(**settings(**{**small, **changed})))
+    return DMD2(expert or space(), DMD2Config(**settings(**{**small, **changed})))
 
 
 def learn(learner: Any, num_updates: int | None = None, **where: Any) -> Any:
     return learner.learn(num_updates, progress=False, **where)
 
 
-def critic(learner: DistributionMatching) -> Critic:
+def critic(learner: DMD2) -> Critic:
     found: Critic = learner.networks["critic"]
     return found
 

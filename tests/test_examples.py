@@ -19,11 +19,11 @@ import yaml
 from helpers import ROOT
 
 from ddil_agents import (
+    DMD2,
+    LCM,
     Algorithm,
     Dagger,
-    DistributionMatching,
     Gail,
-    LatentConsistency,
     algorithm,
     check_agent,
     compare,
@@ -213,9 +213,9 @@ class Forgetful(Dagger):
     ("agent", "settings"),
     [
         (Dagger, {}),
-        (LatentConsistency, {}),
+        (LCM, {}),
         (Gail, {}),
-        (DistributionMatching, {"num_updates": 600, "learning_rate": 1e-3, "critic_learning_rate": 1e-2}),
+        (DMD2, {"num_updates": 600, "learning_rate": 1e-3, "critic_learning_rate": 1e-2}),
     ],
 )
 def test_our_own_learners_conform(agent: type[Algorithm], settings: dict[str, float]) -> None:

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ALL, ROOT, bc, corners, dagger, judge_of, learn, matching, weights
+from helpers import ALL, ROOT, bc, corners, dagger, learn, make_evaluator, matching, weights
 from safetensors.torch import save_file
 from tiny_sd import write_tiny_sd
 from torch import nn
 
 from ddil_agents import Algorithm
 from ddil_agents import dagger as dagger_module
-from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.pictures import save_samples
 from ddil_agents.training.callbacks import Stopwatch
 from ddil_agents.training.checkpoint import folder_atomically, save_checkpoint, write_atomically
@@ -326,24 +326,24 @@ def test_no_bit_of_a_safetensors_header_can_be_flipped_to_an_error_that_does_not
 
 
 def test_a_damaged_batch_of_an_evaluation_is_named_with_its_cure(tmp_path: Path) -> None:
-    judge_of(corners(), tmp_path)
+    make_evaluator(corners(), tmp_path)
     batch = sorted(tmp_path.glob("*.safetensors"))[1]
     os.truncate(batch, batch.stat().st_size - 1)
     with pytest.raises(ValueError, match=f"{batch} is damaged .*; remove it, and the batch is drawn again"):
-        judge_of(corners(), tmp_path)
+        make_evaluator(corners(), tmp_path)
 
 
 def test_an_evaluation_out_of_memory_names_its_batch_and_a_resume_takes_a_smaller_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measured = Judge._measured
+    measured = Evaluator._measured
 
-    def check(self: Judge, samples: Any, *args: Any) -> Any:
+    def check(self: Evaluator, samples: Any, *args: Any) -> Any:
         if len(samples) > 10:
             cpu()
         return measured(self, samples, *args)
 
-    monkeypatch.setattr(Judge, "_measured", check)
+    monkeypatch.setattr(Evaluator, "_measured", check)
     run = str(tmp_path / "run")
     argv = "--env gaussian_mixture --num_updates 1 --teacher_steps 8 --batch_size 4 --collect_size 8 --evaluate.n 20 --evaluate.n_action 2"
     with pytest.raises(SystemExit):

@@ -14,7 +14,7 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from tiny_sd import write_tiny_sd
 
-from ddil_agents import Algorithm, BehaviourCloning, Dagger, DistributionMatching, LatentConsistency, dagger, dmd2, lcm
+from ddil_agents import DMD2, LCM, Algorithm, BehaviourCloning, Dagger, dagger, dmd2, lcm
 from ddil_agents.commands.load import load_run
 from ddil_agents.commands.parse import build_config, expert_and_config, parse
 from ddil_agents.commands.plan import forwards
@@ -22,7 +22,7 @@ from ddil_agents.training.stages import Stage, plan
 from ddil_env import Expert
 from ddil_env.presets import config_dir, preset_names
 
-AGENTS: tuple[type[Algorithm], ...] = (BehaviourCloning, Dagger, LatentConsistency, DistributionMatching)
+AGENTS: tuple[type[Algorithm], ...] = (BehaviourCloning, Dagger, LCM, DMD2)
 CASES = [(agent, name) for agent in AGENTS for name in preset_names(agent.name)]
 
 
@@ -77,14 +77,14 @@ def test_progressive_distillation_halves_from_32_to_2_as_the_paper_does(run: Any
 
 
 def test_dmd2s_small_batch_is_the_papers(run: Any) -> None:
-    _, (stage,) = run(DistributionMatching, "paper_ssd1b")
+    _, (stage,) = run(DMD2, "paper_ssd1b")
     config: Any = stage.config
     assert (config.batch_size, config.critic_updates, config.num_updates, config.learning_rate) == (7, 10, 30000, 1e-5)
     assert config.thresholding.roles == ("teacher", "student", "critic")
 
 
 def test_lcm_trains_8k_updates_with_the_papers_guidance(run: Any) -> None:
-    _, (stage,) = run(LatentConsistency, "paper")
+    _, (stage,) = run(LCM, "paper")
     assert (stage.config.num_updates, stage.config.guidance_range, stage.config.ema) == (8000, (6, 16), 0.95)
 
 
@@ -95,7 +95,7 @@ def test_an_advertised_env_takes_hours_of_one_gpu_and_its_file_says_how_many(env
     operations = float(re.findall(r"([\d.]+)e12 operations", told)[0]) * 1e12
     alone = dict(re.findall(r"(bc|dagger|lcm|dmd2) ([\d.]+) h", told))
     with_data = re.findall(r"[\d.]+", re.findall(r"with --data (.* h)\.", told)[0])
-    for place, agent in enumerate((BehaviourCloning, Dagger, LatentConsistency, DistributionMatching)):
+    for place, agent in enumerate((BehaviourCloning, Dagger, LCM, DMD2)):
         for given, said in (([], alone[agent.name]), (["--data", str(tmp_path)], with_data[place])):
             parser, cfg = parse(agent, ["--env", env, *given])
             config = build_config(agent, parser, cfg)

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from ddil_agents.agent import Agent
 from ddil_agents.commands.parse import expert_and_config, find_agent, parse
-from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.training.checkpoint import checkpoints, read_support
 from ddil_agents.training.stages import Stage, evaluated_as, learners, plan
@@ -71,7 +71,7 @@ def load_run(directory: Path, checkpoint: Checkpoint = "last", guidance_scale: f
             )
         settings = replace(settings, guidance_scale=guidance_scale)
     learner = agent(expert, settings, read_support(directory)[0])
-    learner.average.load_state_dict(expert.load_student(student, **learner.student_options).state_dict())
+    learner.ema_student.load_state_dict(expert.load_student(student, **learner.student_options).state_dict())
     return learner
 
 
@@ -106,6 +106,6 @@ def load(directory: str | Path, checkpoint: Checkpoint = "last") -> Agent:
     return load_run(Path(directory), checkpoint)
 
 
-def judge_of(learner: Agent, **settings: Any) -> Judge:
+def make_evaluator(learner: Agent, **settings: Any) -> Evaluator:
     """A judge on the learner's own expert policy and grid."""
-    return Judge(learner.reference, learner.grid, Evaluation(**settings))
+    return Evaluator(learner.teacher_policy, learner.grid, Evaluation(**settings))

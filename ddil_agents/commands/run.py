@@ -36,7 +36,7 @@ from ddil_agents.commands.plan import print_plan
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import ranks, sharding
 from ddil_agents.evaluation.callback import EvalCallback
-from ddil_agents.evaluation.judge import Judge, judge_student
+from ddil_agents.evaluation.evaluator import Evaluator, evaluate_student
 from ddil_agents.evaluation.metrics.diversity import lpips_distance
 from ddil_agents.evaluation.pictures import save_pictures
 from ddil_agents.evaluation.provenance import provenance
@@ -91,7 +91,7 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
         check_tracker(cfg.track)
         make_callbacks(agent, parser, cfg, evaluated_as(config, stages[0].config), expert)  # what is wrong with them is said now
         with ranks.together():
-            check_expert(expert, student=first[1].average)
+            check_expert(expert, student=first[1].ema_student)
             if ranks.is_main():
                 check_evaluable(agent, expert, stages, evaluation)
                 if cfg.push_to_hub is not None:
@@ -111,7 +111,7 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
             if config.stages and ranks.is_main():
                 print(f"{directory}: {stage.config.num_steps} steps, teacher: {stage.teacher}", file=sys.stderr)
             if learner.step and ranks.is_main():
-                print(f"resuming {directory} at step {learner.step} of {learner.horizon}", file=sys.stderr)
+                print(f"resuming {directory} at step {learner.step} of {learner.total_updates}", file=sys.stderr)
             learner.train(
                 directory,
                 checkpoint_every=cfg.checkpoint_every,
@@ -119,7 +119,7 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
                 track=cfg.track,
                 callbacks=make_callbacks(agent, parser, cfg, evaluated_as(config, stage.config), expert),
             )
-            nfe = learner.spent()
+            nfe = learner.total_nfe()
             if stage is stages[-1]:
                 ranks.leave()  # nobody waits for the last evaluation
             with ranks.together():
@@ -190,19 +190,19 @@ def finish(
     """
     n, name = judged.num_steps, f"{learner.name}@{judged.num_steps}"
     with folder_atomically(out / "student") as student:
-        expert.save_student(learner.average, student, n, judged.grid, learner.kernel)
+        expert.save_student(learner.ema_student, student, n, judged.grid, learner.kernel)
     store = out / "evaluation" if evaluation.n > evaluation.batch_size else None  # long ones go on where a kill stopped them
-    judge = Judge(ExpertPolicy(expert, judged.substeps, judged.guidance_scale), learner.grid, evaluation, store)
+    evaluator = Evaluator(ExpertPolicy(expert, judged.substeps, judged.guidance_scale), learner.grid, evaluation, store)
     rows = read_metrics(out / "metrics.jsonl")
     cost: dict[str, Any] = dict(zip(("teacher_nfe", "student_nfe"), nfe, strict=True))
     seconds = {"train_seconds": rows[-1]["seconds"] if rows else None}
-    models = judge_student(judge, learner.name, learner.student_policy, learner.kernel, judged.grid)
+    models = evaluate_student(evaluator, learner.name, learner.student_policy, learner.kernel, judged.grid)
     models[name] = cost | seconds | models[name]
     weights: dict[str, Any] = {}
     if isinstance(learner, TrainedAgent) and not sharding.asked():  # the last weights of a sharded network are on many ranks
         latest = learner.policy(learner.networks["student"], learner.student_policy.support)
         with in_eval_mode(learner.networks["student"]):
-            models[f"{name}, last weights"] = cost | seconds | judge.judge(latest, kernel=learner.kernel)
+            models[f"{name}, last weights"] = cost | seconds | evaluator.evaluate(latest, kernel=learner.kernel)
         if learner.kernel == "ddim":
             weights["error_of_weights"] = better_weights(learner)[0]
     result = {
@@ -216,13 +216,15 @@ def finish(
         "times": learner.grid.times.tolist(),
         **cost,
         **weights,
-        "settings": judge.describe(),
-        "floors": judge.floors(),
+        "settings": evaluator.describe(),
+        "floors": evaluator.floors(),
         "models": models,
         **provenance(expert.device),
     }
     save_pictures(
-        out / "samples.png", judge, {**judge.baselines(), name: judge.sample(learner.student_policy, learner.grid, learner.kernel)}
+        out / "samples.png",
+        evaluator,
+        {**evaluator.baselines(), name: evaluator.sample(learner.student_policy, learner.grid, learner.kernel)},
     )
     write_atomically(out / "result.json", json.dumps(result, indent=1))
     if store is not None:
@@ -262,7 +264,7 @@ def refuse_early(agent: type[Agent], arguments: list[str], expert: Expert | None
         expert: One that an earlier call returned, if it serves again.
 
     Returns:
-        The expert, the settings that the student is judged under, and those of the judge.
+        The expert, the settings that the student is judged under, and those of the evaluator.
 
     Raises:
         ValueError: what the config, the expert, the learner or the judge refuse.

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ddil_agents.commands.load import load_run
 from ddil_agents.comparison.arms import Comparison, Run
 from ddil_agents.comparison.results import Rows
-from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.evaluation.trajectories import record
 from ddil_agents.states.collect import stream_seed
@@ -33,7 +33,7 @@ def portray(comparison: Comparison, runs: list[Run]) -> dict[str, Rows]:
     Returns:
         What each arm's students scored untrained, by seed.
     """
-    judges, known, initial = dict[str, Judge](), dict[str, dict[str, Any]](), dict[str, Rows]()
+    evaluators, known, initial = dict[str, Evaluator](), dict[str, dict[str, Any]](), dict[str, Rows]()
     for run in tqdm(runs, desc="untrained students", unit="run"):
         path, files = run.directory / "untrained.json", [run.directory / f"{who}.safetensors" for who in ("trajectories", "teacher")]
         shown = run.seed == comparison.first_seed and not all(file.is_file() for file in files)
@@ -46,23 +46,23 @@ def portray(comparison: Comparison, runs: list[Run]) -> dict[str, Rows]:
         told = Evaluation(**given["evaluate"])
         scores = tuple(score for score in told.scores if score == comparison.primary)  # of what costs most, what is asked for
         told = dataclasses.replace(told, also_steps=(), scores=scores, lpips=told.lpips and comparison.primary == "lpips")
-        key = repr((run.seed, learner.grid.times.tolist(), learner.config.substeps, learner.reference.guidance_scale))
-        if key not in judges:
-            judges[key] = Judge(learner.reference, learner.grid, told)
-        judge = judges[key]
+        key = repr((run.seed, learner.grid.times.tolist(), learner.config.substeps, learner.teacher_policy.guidance_scale))
+        if key not in evaluators:
+            evaluators[key] = Evaluator(learner.teacher_policy, learner.grid, told)
+        evaluator = evaluators[key]
         untrained = type(learner)(learner.expert, dataclasses.replace(learner.config, init=given.get("init")), learner.support)
         thresholding = learner.config.thresholding if "student" in learner.config.thresholding.roles else None
-        start = repr((key, learner.kernel, thresholding, untrained.average.prediction_type, weights_digest(untrained.average)))
+        start = repr((key, learner.kernel, thresholding, untrained.ema_student.prediction_type, weights_digest(untrained.ema_student)))
         if start not in known:  # most arms of a seed start as the same student
-            known[start] = judge.judge(untrained.student_policy, learner.grid, learner.kernel)
+            known[start] = evaluator.evaluate(untrained.student_policy, learner.grid, learner.kernel)
         initial.setdefault(run.arm, {})[run.seed] = known[start]
         write_atomically(path, json.dumps(known[start]))
         if shown:
-            noise, c = judge.noise()[:SHOWN], None if judge.c is None else judge.c[:SHOWN]
-            actors: list[tuple[DdimPolicy, Kernel]] = [(learner.student_policy, learner.kernel), (judge.expert_policy, "ddim")]
+            noise, c = evaluator.noise()[:SHOWN], None if evaluator.c is None else evaluator.c[:SHOWN]
+            actors: list[tuple[DdimPolicy, Kernel]] = [(learner.student_policy, learner.kernel), (evaluator.expert_policy, "ddim")]
             for file, (policy, kernel) in zip(files, actors, strict=True):
                 generator = torch.Generator(learner.expert.device).manual_seed(stream_seed(run.seed, "shown"))
-                record(policy, judge.expert_policy, learner.grid, noise, c, kernel=kernel, generator=generator).save(file)
+                record(policy, evaluator.expert_policy, learner.grid, noise, c, kernel=kernel, generator=generator).save(file)
     return initial
 
 

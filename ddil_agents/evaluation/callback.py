@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddil_agents.devices import ranks, sharding
-from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.results import DIRECTIONS
 from ddil_agents.evaluation.settings import Evaluation, Validation
 from ddil_agents.states.batch import Batch
@@ -49,7 +49,7 @@ class EvalCallback(Callback):
         self.every, self.settings, self.expert_policy = every, settings or Validation(), expert_policy
         self.rows: list[dict[str, Any]] = []
         self.out: Path | None = None
-        self._judge: Judge | None = None
+        self._evaluator: Evaluator | None = None
 
     def on_start(self, agent: Algorithm, out: Path | None) -> None:
         if sharding.asked():
@@ -81,11 +81,11 @@ class EvalCallback(Callback):
 
     def _measure(self, agent: Algorithm) -> dict[str, Any]:
         with torch.random.fork_rng():
-            if self._judge is None:
+            if self._evaluator is None:
                 s, seed = self.settings, stream_seed(agent.config.seed, "validation")
                 evaluation = Evaluation(n=s.n, seed=seed, n_paths=s.n, n_action=min(s.n, 64), batch_size=s.batch_size)
-                self._judge = Judge(self.expert_policy or agent.reference, agent.grid, evaluation)
-            found = self._judge.judge(agent.student_policy, kernel=agent.kernel)
+                self._evaluator = Evaluator(self.expert_policy or agent.teacher_policy, agent.grid, evaluation)
+            found = self._evaluator.evaluate(agent.student_policy, kernel=agent.kernel)
         agent.expert.release()  # what decoded the samples
         metrics: dict[str, float] = {}
         for name in self.settings.metrics:
@@ -100,7 +100,7 @@ class EvalCallback(Callback):
                 with folder_atomically(self.out / "best") as folder:
                     config = agent.config
                     (folder / "student").mkdir()
-                    agent.expert.save_student(agent.average, folder / "student", config.num_steps, config.grid, agent.kernel)
+                    agent.expert.save_student(agent.ema_student, folder / "student", config.num_steps, config.grid, agent.kernel)
                     (folder / "evaluation.json").write_text(json.dumps(row))
             with writing(self.out / "eval.jsonl"), (self.out / "eval.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -13,14 +13,14 @@ from torch import Tensor
 from ddil_agents.training.checkpoint import write_atomically
 
 if TYPE_CHECKING:
-    from ddil_agents.evaluation.judge import Judge
+    from ddil_agents.evaluation.evaluator import Evaluator
 
 
-def picture_rows(judge: Judge, samples: dict[str, Tensor], columns: int = 20) -> dict[str, np.ndarray]:
+def picture_rows(evaluator: Evaluator, samples: dict[str, Tensor], columns: int = 20) -> dict[str, np.ndarray]:
     """Each model's first samples as one strip of pictures, (height, columns · width, 3), same noise a column."""
     rows = {}
     for name, x_0 in samples.items():
-        pictures = judge.expert.decode(x_0[:columns])
+        pictures = evaluator.expert.decode(x_0[:columns])
         if pictures is None:
             return {}
         rows[name] = torch.cat(list(pictures), dim=1).numpy()
@@ -46,14 +46,14 @@ def save_samples(path: Path, rows: dict[str, np.ndarray], scale: int = 3) -> boo
     return True
 
 
-def save_scatter(path: Path, judge: Judge, samples: dict[str, Tensor]) -> None:
+def save_scatter(path: Path, evaluator: Evaluator, samples: dict[str, Tensor]) -> None:
     """For samples in the plane: one panel a model, over the data."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 * len(samples), 3.2), layout="constrained")
     for axis, (name, x_0) in zip(np.atleast_1d(figure.subplots(1, len(samples), sharex=True, sharey=True)), samples.items(), strict=True):
-        if judge.real is not None:
-            axis.scatter(*judge.real.cpu().T, s=2, c="lightgrey")
+        if evaluator.real is not None:
+            axis.scatter(*evaluator.real.cpu().T, s=2, c="lightgrey")
         axis.scatter(*x_0.cpu().T, s=2)
         axis.set_title(name)
         axis.set_aspect("equal")
@@ -61,9 +61,9 @@ def save_scatter(path: Path, judge: Judge, samples: dict[str, Tensor]) -> None:
     write_atomically(path, drawn.getvalue())
 
 
-def save_pictures(path: Path, judge: Judge, samples: dict[str, Tensor]) -> bool:
+def save_pictures(path: Path, evaluator: Evaluator, samples: dict[str, Tensor]) -> bool:
     """The samples as a person can see them: a grid of pictures, or a scatter plot in the plane; False for other shapes."""
-    if judge.expert.sample_shape == (2,):
-        save_scatter(path, judge, samples)
+    if evaluator.expert.sample_shape == (2,):
+        save_scatter(path, evaluator, samples)
         return True
-    return save_samples(path, picture_rows(judge, samples))
+    return save_samples(path, picture_rows(evaluator, samples))

@@ -121,13 +121,13 @@ class Collector:
     def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:
         """Forward draws and rollouts of this collection, by source."""
         counts = []
-        for i, (share, unit) in enumerate(zip(beta, self.units(), strict=True)):
+        for i, (share, unit) in enumerate(zip(beta, self.states_per_draw(), strict=True)):
             self._owed[i] += n * share
             counts.append(int(self._owed[i] / unit + 1e-9))
             self._owed[i] -= counts[i] * unit
         return counts
 
-    def units(self) -> tuple[int, int, int]:
+    def states_per_draw(self) -> tuple[int, int, int]:
         """States that one forward draw, one teacher and one student rollout give."""
         teacher, student = (len(self.visited(p)) - 1 if self.states_per_rollout == "all" else 1 for p in (1.0, 0.0))
         return 1, teacher, student

@@ -48,7 +48,7 @@ class Callback:
         """Before the first update, also of a resumed run.
 
         Args:
-            agent: In training; `agent.step` of `agent.horizon` updates are done.
+            agent: In training; `agent.step` of `agent.total_updates` updates are done.
             out: The run directory, if there is one.
         """
 
@@ -96,14 +96,14 @@ class ProgressBarCallback(Callback):
 
     def on_start(self, agent: Algorithm, out: Path | None) -> None:
         self._first, self._began = agent.step, time.monotonic()
-        self.bar = tqdm(total=agent.horizon, initial=agent.step, desc=agent.name, unit="update", disable=not ranks.is_main())
+        self.bar = tqdm(total=agent.total_updates, initial=agent.step, desc=agent.name, unit="update", disable=not ranks.is_main())
 
     def on_update(self, agent: Algorithm, batch: Batch, measured: dict[str, Tensor]) -> bool | None:
         assert self.bar is not None
         self.bar.update()
         if agent.step == self._first + TIMED_UPDATES and ranks.is_main():
             each = (time.monotonic() - self._began) / TIMED_UPDATES
-            left = (agent.horizon - agent.step) * each
+            left = (agent.total_updates - agent.step) * each
             if left > LONG:
                 tqdm.write(f"{each:.3g} s an update; about {describe_duration(left)} left, and the evaluation", file=sys.stderr)
         return None
@@ -141,7 +141,7 @@ class CheckpointCallback(Callback):
         self.out = out
 
     def on_update(self, agent: Algorithm, batch: Batch, measured: dict[str, Tensor]) -> bool | None:
-        if self.out is not None and (agent.step % self.every == 0 or agent.step == agent.horizon):
+        if self.out is not None and (agent.step % self.every == 0 or agent.step == agent.total_updates):
             agent.trainer.save_checkpoint(self.out / "checkpoints")
         return None
 

@@ -107,13 +107,13 @@ class MetricsCallback(Callback):
         self._nfe_since = 0
 
     def on_start(self, agent: Algorithm, out: Path | None) -> None:
-        self._nfe_since = sum(agent.spent())
+        self._nfe_since = sum(agent.total_nfe())
         calibrated = agent.config.thresholding.kind == "quantile"
         if out is not None and ranks.is_main() and calibrated and not (out / "support.json").is_file():
             write_support(out, agent.support, agent.teacher_nfe)
 
     def on_update(self, agent: Algorithm, batch: Batch, measured: dict[str, Tensor]) -> bool | None:
-        if agent.step % self.log_every == 0 or agent.step == agent.horizon:
+        if agent.step % self.log_every == 0 or agent.step == agent.total_updates:
             self.flush(agent)
         return None
 
@@ -177,7 +177,7 @@ class MetricsCallback(Callback):
         others = {name: [step[name] for step in steps if name in step] for name in sorted({*itertools.chain(*steps)}) if "/" not in name}
         clipped = {role: float(fraction) for role, fraction in clipped_shares(agent).items()}
         elapsed = agent.trainer.clock.lap()
-        teacher_nfe, student_nfe = agent.spent()
+        teacher_nfe, student_nfe = agent.total_nfe()
         nfe, self._nfe_since = teacher_nfe + student_nfe - self._nfe_since, teacher_nfe + student_nfe
         held = ranks.total(torch.tensor(list(agent.buffer.counts.values()), device=agent.expert.device)).tolist()
         row = {

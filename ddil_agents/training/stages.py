@@ -158,9 +158,9 @@ def learners(agent: type[Agent], expert: Expert, stages: list[Stage], out: Path 
         if stage is stages[-1]:
             return
         comparable = learner.kernel == "ddim" and not sharding.asked()  # sharded, the last weights are on many ranks
-        last = better_weights(learner)[1] if comparable else learner.average
+        last = better_weights(learner)[1] if comparable else learner.ema_student
         grid, before, support = learner.grid, stage.config, learner.support
-        told = None if before.guidance_range is None else learner.reference.guidance_scale
+        told = None if before.guidance_range is None else learner.teacher_policy.guidance_scale
         del learner
         gc.collect()  # an agent and its trainer refer to each other
 
@@ -194,10 +194,10 @@ def better_weights(learner: TrainedAgent, n: int = 64) -> tuple[dict[str, float]
         x_t = expert.schedule.add_noise(x_0, eps, t)
     except NoDataError:
         x_T, c = torch.randn(n, *expert.sample_shape, generator=generator, device=expert.device), expert.sample_condition(n, generator)
-        x_t = unroll(learner.reference, grid, x_T, c)[torch.arange(n, device=expert.device), step]
+        x_t = unroll(learner.teacher_policy, grid, x_T, c)[torch.arange(n, device=expert.device), step]
     s, errors = grid.previous(t), {}
-    target = learner.reference.act(x_t, t, s, c)
-    networks = {"average": learner.average, "last": learner.networks["student"]}
+    target = learner.teacher_policy.act(x_t, t, s, c)
+    networks = {"average": learner.ema_student, "last": learner.networks["student"]}
     for name, network in networks.items():
         with in_eval_mode(network):
             action = learner.policy(network, learner.student_policy.support).act(x_t, t, s, c)
@@ -227,7 +227,7 @@ def _rehearse(agent: type[Any], expert: Expert, stages: list[Stage]) -> None:
                 )
         except ValueError as error:
             raise ValueError(f"stage {number} of {len(stages)}: {error}") from error
-        last, grid = learner.average, learner.grid
+        last, grid = learner.ema_student, learner.grid
 
 
 def evaluated_as(config: LearnerConfig, stage: LearnerConfig) -> LearnerConfig:

@@ -44,26 +44,26 @@ def make_optimizer(network: nn.Module, config: LearnerConfig, learning_rate: flo
 
 
 class Trainable:
-    """AdamW on one network, its rate rising over the warm-up and then falling linearly to 0 at the horizon, or constant.
+    """AdamW on one network, its rate rising over the warm-up and then falling linearly to 0 at the end, or constant.
 
     Args:
         network: What learns.
         config: Momenta, weight decay, the rate's schedule and clipping.
         accelerator: Places, casts and scales.
         learning_rate: After warm-up.
-        horizon: Gradient steps of this network over the run.
+        total_steps: Gradient steps of this network over the run.
         warmup: And in its warm-up.
     """
 
     def __init__(
-        self, network: nn.Module, config: LearnerConfig, accelerator: Accelerator, learning_rate: float, horizon: int, warmup: int
+        self, network: nn.Module, config: LearnerConfig, accelerator: Accelerator, learning_rate: float, total_steps: int, warmup: int
     ) -> None:
         sharding.shard(network, accelerator.device)
         for part in network.modules() if config.compile else ():
             if isinstance(part, NetworkDenoiser):
                 part.network.compile()  # what is around it counts its calls, for which it would be compiled anew at each
         optimizer = make_optimizer(network, config, learning_rate)
-        self.config, self.accelerator, self.horizon, self.warmup = config, accelerator, horizon, warmup
+        self.config, self.accelerator, self.total_steps, self.warmup = config, accelerator, total_steps, warmup
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._share_of_rate)
         self.bare: Any = network
         """The network itself: to be called without gradient, and looked into."""
@@ -124,15 +124,15 @@ class Trainable:
         self.scheduler.step()
         return torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def extend_to(self, horizon: int) -> None:
-        """Moves the horizon; the rate of the next step is that of the new course."""
-        self.horizon = horizon
+    def extend_to(self, total_steps: int) -> None:
+        """Changes the number of gradient steps; the rate of the next step is that of the new course."""
+        self.total_steps = total_steps
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
             group["lr"] = base * self._share_of_rate(self.scheduler.last_epoch)
 
     def _share_of_rate(self, step: int) -> float:
         """Rises over the warm-up, then falls linearly, to reach 0 one step after the last, or stays at 1."""
-        left = 1.0 if self.config.lr_scheduler == "constant" else max(self.horizon - step, 0) / self.horizon
+        left = 1.0 if self.config.lr_scheduler == "constant" else max(self.total_steps - step, 0) / self.total_steps
         return min((step + 1) / (self.warmup + 1), left)
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class Trainable:
             "network": sharding.whole(self.bare.state_dict(), ranks.is_main()),
             "optimizer": sharding.whole(self.optimizer.state_dict(), ranks.is_main()),
             "last_epoch": self.scheduler.last_epoch,
-            "horizon": self.horizon,
+            "horizon": self.total_steps,
             "last_learning_rate": self.last_learning_rate,
         }
 
@@ -148,5 +148,5 @@ class Trainable:
         self.bare.load_state_dict(sharding.like(state["network"], self.bare.state_dict()))
         momenta = {i: sharding.like(each, dict.fromkeys(each, self.weights[i])) for i, each in state["optimizer"]["state"].items()}
         self.optimizer.load_state_dict({**state["optimizer"], "state": momenta})
-        self.scheduler.last_epoch, self.horizon = state["last_epoch"], state["horizon"]
+        self.scheduler.last_epoch, self.total_steps = state["last_epoch"], state["horizon"]
         self.last_learning_rate = state["last_learning_rate"]

@@ -47,7 +47,7 @@ class TrainedAgent(Agent):
         return cast(NetworkDenoiser, self.wrapped("student"))
 
     @property
-    def average(self) -> NetworkDenoiser:
+    def ema_student(self) -> NetworkDenoiser:
         """The averaged student: the one that is evaluated and saved."""
         return cast(NetworkDenoiser, self.trainer.ema.module)
 
@@ -62,12 +62,12 @@ class TrainedAgent(Agent):
 
     def policy(self, student: NetworkDenoiser, support: Support | None) -> StudentPolicy:
         """A student of this agent as a policy; one with a guidance embedding gets the guidance that it is evaluated at."""
-        w = None if self.config.guidance_range is None else self.reference.guidance_scale
+        w = None if self.config.guidance_range is None else self.teacher_policy.guidance_scale
         return StudentPolicy(student, self.expert, support, w, grid=self.grid, kernel=self.kernel)
 
     def update_student_policy(self) -> None:
         """Makes `student_policy` of the averaged network that there is now."""
-        self.student_policy = self.policy(self.average, self.support if "student" in self.config.thresholding.roles else None)
+        self.student_policy = self.policy(self.ema_student, self.support if "student" in self.config.thresholding.roles else None)
 
     def start_from(self, student: NetworkDenoiser) -> None:
         """Takes another student's weights; a guidance embedding that the other lacks stays at zero.
@@ -83,7 +83,7 @@ class TrainedAgent(Agent):
         embedding = len(missing) == 1 and self.config.guidance_range is not None and not student.guidance_embedding
         if strange or (missing and not embedding):
             raise ValueError(f"the student cannot start from the last one's weights: {[*missing, *strange][0]!r} is in one of them alone")
-        self.average.load_state_dict(own.state_dict())
+        self.ema_student.load_state_dict(own.state_dict())
 
     def extend(self, num_updates: int) -> None:
         self.trainer.extend_to(self.step + num_updates)

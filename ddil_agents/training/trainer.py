@@ -110,7 +110,7 @@ class Trainer:
         track: Tracker = "none",
         callbacks: Iterable[Callback] = (),
     ) -> None:
-        """Trains to the algorithm's horizon, from whatever step it has reached.
+        """Trains until the algorithm's `total_updates`, from whatever step it has reached.
 
         Args:
             out: Run directory; None writes nothing.
@@ -136,7 +136,7 @@ class Trainer:
             for name, callback in self._named_callbacks():
                 if name in self._callback_states:
                     callback.load_state_dict(self._callback_states[name])
-            self._run_to_horizon()
+            self._run()
             for callback in self.callbacks:
                 callback.on_end(algorithm)
         except BaseException:
@@ -149,9 +149,9 @@ class Trainer:
         self.callbacks = []
         self.unshard()
 
-    def _run_to_horizon(self) -> None:
+    def _run(self) -> None:
         algorithm = self.algorithm
-        while algorithm.step < algorithm.horizon:
+        while algorithm.step < algorithm.total_updates:
             if algorithm.step % algorithm.collect_every == 0:
                 states = self.collect()
                 for callback in self.callbacks:
@@ -164,7 +164,7 @@ class Trainer:
                 algorithm.buffer.update_priority(batch["index"], measured["loss"])
             for callback in self.callbacks:
                 if callback.on_update(algorithm, Batch(batch), measured) is False:
-                    algorithm.horizon = algorithm.step
+                    algorithm.total_updates = algorithm.step
 
     def collect(self) -> TensorDict:
         """The algorithm's next collection; counts the expert forwards that it takes."""
@@ -244,21 +244,21 @@ class Trainer:
         tqdm.write(f"out of memory {doing}; from here on gradient_accumulation is {self.gradient_accumulation}", file=sys.stderr)
         return self.minimise(network, loss, parts)
 
-    def extend_to(self, horizon: int) -> None:
+    def extend_to(self, total_updates: int) -> None:
         """Moves the end of training to that step; learning rates run their course over what is then the whole.
 
         Raises:
             ValueError: the buffer keeps every state (`capacity` null) and has no room for so many.
         """
         algorithm = self.algorithm
-        if algorithm.config.capacity is None and horizon > algorithm.config.num_updates:
+        if algorithm.config.capacity is None and total_updates > algorithm.config.num_updates:
             raise ValueError(
-                f"{algorithm.step} + {horizon - algorithm.step} gradient steps: capacity=null keeps every state of "
+                f"{algorithm.step} + {total_updates - algorithm.step} gradient steps: capacity=null keeps every state of "
                 f"num_updates={algorithm.config.num_updates}; build the learner with as many as it shall take in all"
             )
-        algorithm.horizon = horizon
+        algorithm.total_updates = total_updates
         for step in algorithm.gradient_steps():
-            self.trainables[step.network].extend_to(step.count(horizon))
+            self.trainables[step.network].extend_to(step.count(total_updates))
 
     def unshard(self) -> None:
         """Brings a sharded average together on every rank, which can then use it without the others."""
@@ -285,7 +285,7 @@ class Trainer:
         algorithm, scaler, device = self.algorithm, self.accelerator.scaler, self.algorithm.expert.device
         return {
             "step": algorithm.step,
-            "horizon": algorithm.horizon,
+            "horizon": algorithm.total_updates,
             "gradient_accumulation": self.gradient_accumulation,
             "trainables": {name: trainable.state_dict() for name, trainable in self.trainables.items()},
             "ema": sharding.whole(self.ema.state_dict(), ranks.is_main()),
@@ -305,7 +305,7 @@ class Trainer:
         """
         algorithm = self.algorithm
         algorithm.load_state_dict(state)
-        algorithm.step, algorithm.horizon = state["step"], state["horizon"]
+        algorithm.step, algorithm.total_updates = state["step"], state["horizon"]
         self.gradient_accumulation = state["gradient_accumulation"]
         for name, trainable in self.trainables.items():
             trainable.load_state_dict(state["trainables"][name])

@@ -18,7 +18,7 @@ from torch.amp import GradScaler
 from torch.nn import functional as F
 from transformers import CLIPTextModel
 
-from ddil_agents import Beta, Dagger, DaggerConfig, DistributionMatching, DMD2Config
+from ddil_agents import DMD2, Beta, Dagger, DaggerConfig, DMD2Config
 from ddil_agents.training.callbacks import Callback
 from ddil_env import check_expert, load_expert
 from ddil_env.adapters import LoRA
@@ -42,7 +42,7 @@ def test_the_account_is_what_a_learners_update_allocates(lora: LoRA | None, chec
     expert = load_expert("sd15", model=str(folder), prompts=WORDS, guidance_scale=3.0)
     student = {"gradient_checkpointing": checkpointing}
     config = DMD2Config(**{**SMALL, "batch_size": 16, "critic_updates": 1}, lora=lora, student=student)
-    learner = DistributionMatching(expert, config)
+    learner = DMD2(expert, config)
     for _ in range(2):  # the first makes the momenta
         learner.trainer.collect()
         batch = learner.draw()
@@ -65,7 +65,7 @@ def test_the_account_is_what_a_learners_update_allocates(lora: LoRA | None, chec
 
     counted = account(make, inputs, 16, Setting(lora, checkpointing=checkpointing), attention)
     bare = [learner.networks[name] for name in ("student", "critic")]
-    owned = [sum(p.nbytes for p in network.parameters()) for network in (core, *bare, learner.average)]
+    owned = [sum(p.nbytes for p in network.parameters()) for network in (core, *bare, learner.ema_student)]
     assert [counted[role] for role in ("teacher", "student", "critic", "average")] == owned
     states = [trainable.optimizer.state for trainable in learner.trainer.trainables.values()]
     assert counted["momenta"] == sum(v.nbytes for state in states for each in state.values() for k, v in each.items() if k != "step")
@@ -142,7 +142,7 @@ def test_scaled_losses_of_two_networks_step_as_unscaled_ones() -> None:
     found = []
     for scaled in (False, True):
         settings = {**SMALL, "batch_size": 4, "gradient_accumulation": 2, "critic_updates": 2}
-        learner = DistributionMatching(load_expert("digits8"), DMD2Config(**settings, lora=LoRA(4)))
+        learner = DMD2(load_expert("digits8"), DMD2Config(**settings, lora=LoRA(4)))
         if scaled:
             scaler = GradScaler("cpu", init_scale=2.0**10)
             learner.trainer.accelerator.scaler, learner.trainer.accelerator.native_amp = scaler, True

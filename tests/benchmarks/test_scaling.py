@@ -11,7 +11,7 @@ from helpers import ROOT
 from scaling import SD15, Cluster, Network, all_reduce, example, memory, moved, tables, update_seconds
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddil_agents import Algorithm, BehaviourCloning, Beta, Dagger, DistributionMatching, LatentConsistency
+from ddil_agents import DMD2, LCM, Algorithm, BehaviourCloning, Beta, Dagger
 from ddil_agents.commands.plan import Forwards, forwards
 from ddil_env import GaussianMixtureExpert
 
@@ -39,13 +39,13 @@ def run(agent: type[Algorithm], guidance: float, **changed: Any) -> Algorithm:
         (Dagger, {"collect_size": 40, "beta": Beta(0.5, 0.1, 0.4)}),
         (Dagger, {"collect_size": 40, "beta": Beta(0.5, 0.1, 0.4), "states_per_rollout": "all"}),
         (Dagger, {"collect_size": 40, "beta": OWN, "p_expert": 1.0, "gradient_accumulation": 2}),
-        (LatentConsistency, {"collect_size": 400, "beta": Beta(0.5, 0.25, 0.25), "inference_steps": (4,)}),
-        (LatentConsistency, {"collect_size": 480, "beta": OWN, "inference_steps": (3,), "states_per_rollout": "all"}),
-        (DistributionMatching, {"beta": OWN, "noise_level": 499}),
-        (DistributionMatching, {"beta": TEACHERS, "noise_level": 499, "critic_updates": 2}),
-        (DistributionMatching, {"beta": OWN, "noise_level": 499, "p_expert": 1.0, "gan_weight": 0.1}),
-        (DistributionMatching, {"beta": OWN, "noise_level": 499, "on_policy": False, "collect_size": 24}),
-        (DistributionMatching, {"beta": Beta(1, 0, 0), "noise_level": 499}),
+        (LCM, {"collect_size": 400, "beta": Beta(0.5, 0.25, 0.25), "inference_steps": (4,)}),
+        (LCM, {"collect_size": 480, "beta": OWN, "inference_steps": (3,), "states_per_rollout": "all"}),
+        (DMD2, {"beta": OWN, "noise_level": 499}),
+        (DMD2, {"beta": TEACHERS, "noise_level": 499, "critic_updates": 2}),
+        (DMD2, {"beta": OWN, "noise_level": 499, "p_expert": 1.0, "gan_weight": 0.1}),
+        (DMD2, {"beta": OWN, "noise_level": 499, "on_policy": False, "collect_size": 24}),
+        (DMD2, {"beta": Beta(1, 0, 0), "noise_level": 499}),
     ],
 )
 def test_forwards_are_those_that_are_counted(agent: type[Algorithm], settings: dict[str, Any], guidance: float) -> None:
@@ -66,7 +66,7 @@ def test_the_actors_of_mixed_rollouts_share_the_steps() -> None:
 
 
 def test_the_levels_of_a_random_j_cost_their_mean() -> None:
-    config = run(DistributionMatching, 1.0, num_updates=5, beta=OWN).config
+    config = run(DMD2, 1.0, num_updates=5, beta=OWN).config
     each = [forwards(config, j=j).student for j in range(4)]
     assert forwards(config).student == pytest.approx(sum(each) / 4)
 

@@ -149,9 +149,9 @@ def small(monkeypatch):
     monkeypatch.setattr(when, "BASE", settings)
     monkeypatch.setattr(when, "JUDGED", {"n": 12, "n_paths": 8, "n_action": 2})
     monkeypatch.setattr(when, "cells", small_cells)
-    when.judge_of.cache_clear()
+    when.make_evaluator.cache_clear()
     yield
-    when.judge_of.cache_clear()
+    when.make_evaluator.cache_clear()
 
 
 def test_a_seeds_arms_fork_from_one_student_and_no_run_is_made_twice(small, tmp_path, monkeypatch):

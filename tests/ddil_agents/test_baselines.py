@@ -90,10 +90,10 @@ def test_it_trains_on_conditions_and_on_any_shape(agent: type[Algorithm], change
     video = GaussianMixtureExpert(torch.randn(3, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), 0.2, schedule="cosine")
     for expert in (labelled(), video, GaussianMixtureExpert(CORNERS, 0.25, schedule="flow")):
         learner = make(agent, expert, num_updates=6, **changed)
-        before = weights(learner.average)
+        before = weights(learner.ema_student)
         learn(learner)
-        assert torch.isfinite(weights(learner.average)).all()
-        assert not torch.equal(weights(learner.average), before)
+        assert torch.isfinite(weights(learner.ema_student)).all()
+        assert not torch.equal(weights(learner.ema_student), before)
 
 
 FAST = {"batch_size": 256, "collect_size": 1024, "updates_per_collect": 16, "capacity": 4096, "warmup_updates": 50, "teacher_steps": 32}
@@ -229,7 +229,7 @@ def test_a_run_of_the_command_says_what_it_measured(name: str) -> None:
     assert all(torch.isfinite(value).all() for value in saved.values())
     learner = load_run(Path("run"))
     assert learner.name == name
-    assert all(torch.equal(value, saved[key]) for key, value in learner.average.state_dict().items())
+    assert all(torch.equal(value, saved[key]) for key, value in learner.ema_student.state_dict().items())
     main(["--resume", "run"])
     assert json.loads(Path("run/result.json").read_text())["models"][f"{name}@4"]["frechet"] == own["frechet"]
 

@@ -17,7 +17,7 @@ from helpers import MEANS
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from ddil_agents import Algorithm, Beta, Dagger, DaggerConfig, LatentConsistency, LCMConfig
+from ddil_agents import LCM, Algorithm, Beta, Dagger, DaggerConfig, LCMConfig
 from ddil_agents.bc import Weighting
 from ddil_agents.lcm import Distance
 from ddil_agents.states.batch import Batch
@@ -243,7 +243,7 @@ def gains_to_the_boundary(expert: Gaussian, times: list[float]) -> dict[float, f
 @schedules
 @pytest.mark.parametrize("seed", range(2))
 def test_the_solvers_steps_end_at_the_discrete_consistency_function(kind: Kind, seed: int) -> None:
-    learner = LatentConsistency(expert := Gaussian(kind, seed), LCMConfig())
+    learner = LCM(expert := Gaussian(kind, seed), LCMConfig())
     times = TimeGrid(expert.schedule, 50, "trailing").times.tolist()
     gains, alpha_0 = gains_to_the_boundary(expert, times), at(boundary(expert), 0)[0]
     assert (alpha_0 < 1) == expert.schedule.discrete
@@ -275,7 +275,7 @@ def test_the_continuous_consistency_function_is_the_limit_of_many_steps(kind: Ki
 @schedules
 @pytest.mark.parametrize("distance", get_args(Distance))
 def test_a_student_that_is_the_consistency_function_has_no_loss(kind: Kind, distance: Distance) -> None:
-    learner = LatentConsistency(expert := Gaussian(kind, seeds(kind)), LCMConfig(distance=distance, beta=Beta(1, 1, 1)))
+    learner = LCM(expert := Gaussian(kind, seeds(kind)), LCMConfig(distance=distance, beta=Beta(1, 1, 1)))
     gains, alpha_0 = gains_to_the_boundary(expert, TimeGrid(expert.schedule, 50, "trailing").times.tolist()), at(boundary(expert), 0)[0]
 
     def x_hat(x_t: Tensor, t: Tensor, *_: Tensor | None) -> Tensor:
@@ -302,7 +302,7 @@ def test_a_student_that_is_the_consistency_function_has_no_loss(kind: Kind, dist
     torch.testing.assert_close(loss, torch.full_like(loss, away), atol=0, rtol=1e-3)
     assert slope == pytest.approx(down / math.sqrt(D), rel=1e-3)
     with torch.no_grad():  # an error that the average shares is seen at the boundary alone, where f is the identity
-        offset(learner.average).fill_(0.1)
+        offset(learner.ema_student).fill_(0.1)
     loss, _ = gradient(learner, batch)
     assert loss[batch["s"] > 0].max() < 1e-8
     torch.testing.assert_close(loss[batch["s"] == 0], torch.full_like(loss[batch["s"] == 0], away), atol=0, rtol=1e-3)
@@ -401,7 +401,7 @@ def test_a_stored_consistency_label_is_one_solver_step_recomputed(kind: Kind, gu
         batch_size=120,
         seed=1,  # a seed whose draw holds s = 0, as one in six does not
     )
-    learner = LatentConsistency(expert := labelled(kind), config)
+    learner = LCM(expert := labelled(kind), config)
     knowing(learner, lambda x_t, t, c, w: expert.predict(x_t, t, c).x_0 + 0.3)
     batch = stored(learner)
     assert batch["source"].unique().tolist() == [0, 1, 2]
@@ -418,14 +418,14 @@ def test_a_stored_consistency_label_is_one_solver_step_recomputed(kind: Kind, gu
 
 
 @pytest.mark.parametrize("w", [1.0, 2.0, 7.5, 15.0])
-@pytest.mark.parametrize("agent", [Dagger, LatentConsistency])
+@pytest.mark.parametrize("agent", [Dagger, LCM])
 def test_a_told_digits_student_starts_as_its_teacher_for_every_scale(agent: type[Algorithm], w: float) -> None:
     learner = agent(expert := Digits("digits8"), agent.Config(guidance_range=(1.0, 15.0)))
     generator = torch.Generator().manual_seed(0)
     x_t, t = torch.randn(4, 1, 8, 8, generator=generator), torch.tensor([19.0, 339.0, 679.0, 999.0])
     c = expert.sample_condition(4, generator)
     teacher = expert.predict(x_t, t, c)
-    for student in (learner.student, learner.average):
+    for student in (learner.student, learner.ema_student):
         with torch.no_grad():
             pred = student.predict(x_t, t, c, torch.full((4,), w))
         if agent is Dagger:
@@ -485,7 +485,7 @@ def test_mixed_rollouts_of_a_student_that_is_its_teacher_are_the_teachers(digits
 # No gradient through rollouts
 
 
-@pytest.mark.parametrize("make", [Dagger, LatentConsistency])
+@pytest.mark.parametrize("make", [Dagger, LCM])
 def test_states_hold_no_graph_and_stay_while_the_student_changes(make: type[Algorithm]) -> None:
     config = make.Config(beta=Beta(1, 1, 1), collect_size=300, batch_size=300, student={"width": 8})
     learner = make(GaussianMixtureExpert(MEANS, 0.3), config)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddil_agents import Algorithm, DistributionMatching, DMD2Config
+from ddil_agents import DMD2, Algorithm, DMD2Config
 from ddil_env import GaussianMixtureExpert, load_expert
 
 SMALL: dict[str, Any] = {"num_updates": 6, "batch_size": 4, "critic_updates": 2, "student": {"width": 8, "depth": 1}}
@@ -32,7 +32,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
 
 
 def weights(learner: Algorithm) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in learner.average.parameters()])
+    return torch.cat([p.detach().flatten() for p in learner.ema_student.parameters()])
 
 
 def step(learner: Algorithm) -> None:
@@ -43,7 +43,7 @@ def step(learner: Algorithm) -> None:
 
 def test_a_compiled_learner_learns_the_same_and_compiles_nothing_anew(graphs: list[object]) -> None:
     expert = GaussianMixtureExpert([[-0.8, 0.2], [0.8, -0.4]], 0.2)
-    plain, compiled = (DistributionMatching(expert, DMD2Config(**SMALL, compile=compile)) for compile in (False, True))
+    plain, compiled = (DMD2(expert, DMD2Config(**SMALL, compile=compile)) for compile in (False, True))
     plain.learn(progress=False)
     assert not graphs
     for _ in range(4):
@@ -53,7 +53,7 @@ def test_a_compiled_learner_learns_the_same_and_compiles_nothing_anew(graphs: li
         step(compiled)
     assert len(graphs) == settled > 0
     torch.testing.assert_close(weights(compiled), weights(plain), atol=1e-5, rtol=0)
-    networks = [compiled.average.network, compiled.student.network, compiled.networks["critic"].denoiser.network]
+    networks = [compiled.ema_student.network, compiled.student.network, compiled.networks["critic"].denoiser.network]
     assert all(network._compiled_call_impl is not None for network in networks)
 
 

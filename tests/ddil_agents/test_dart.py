@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("own_generator")
 def test_dart_without_noise_is_behaviour_cloning(beta: Beta) -> None:
     disturbed, plain = learn(make(Dart, perturbation=0.0, beta=beta)), learn(make(BehaviourCloning, beta=beta))
     assert torch.equal(weights(disturbed.student), weights(plain.student))
-    assert torch.equal(weights(disturbed.average), weights(plain.average))
+    assert torch.equal(weights(disturbed.ema_student), weights(plain.ema_student))
     assert not torch.equal(weights(learn(make(Dart, beta=beta)).student), weights(plain.student))
 
 

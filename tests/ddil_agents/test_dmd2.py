@@ -14,7 +14,7 @@ from helpers import ALL, FORWARD, MEANS, STUDENT, TEACHER, Dataless, critic, gui
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from ddil_agents import Beta, DistributionMatching, DMD2Config
+from ddil_agents import DMD2, Beta, DMD2Config
 from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
 from ddil_agents.states.batch import Batch
 from ddil_agents.states.collect import stream_seed
@@ -83,10 +83,12 @@ def test_the_student_steps_in_every_rth_update_and_the_critic_in_all(ratio: int)
     learner = matching(critic_updates=ratio, num_updates=7, learning_rate=1e-2, ema=0.5)
     due = [i % ratio == 0 for i in range(7)]
     for turn in due:
-        before = [weights(network).clone() for network in (learner.student, critic(learner), learner.average)]
+        before = [weights(network).clone() for network in (learner.student, critic(learner), learner.ema_student)]
         learner.trainer.collect()
         measured = learner.trainer.update(learner.draw())
-        moved = [not torch.equal(weights(n), b) for n, b in zip((learner.student, critic(learner), learner.average), before, strict=True)]
+        moved = [
+            not torch.equal(weights(n), b) for n, b in zip((learner.student, critic(learner), learner.ema_student), before, strict=True)
+        ]
         assert moved == [turn, True, turn]
         assert ("loss" in measured, "grad_norm" in measured) == (turn, turn)
         assert measured["critic_loss"].shape == (8,)
@@ -98,7 +100,7 @@ def test_the_students_rate_runs_its_course_over_its_own_steps() -> None:
         critic_updates=3, num_updates=8, warmup_updates=0, lr_scheduler="linear", learning_rate=3e-3, critic_learning_rate=8e-3
     )
     student, other = learner.trainer.trainables["student"], learner.trainer.trainables["critic"]
-    assert (student.horizon, other.horizon) == (3, 8)  # ⌈8/3⌉
+    assert (student.total_steps, other.total_steps) == (3, 8)  # ⌈8/3⌉
     rates = []
     for _ in range(8):
         learner.trainer.collect()
@@ -107,7 +109,7 @@ def test_the_students_rate_runs_its_course_over_its_own_steps() -> None:
     assert [a for a, _ in rates] == pytest.approx([3e-3] * 3 + [2e-3] * 3 + [1e-3] * 2)
     assert [b for _, b in rates] == pytest.approx([1e-3 * n for n in range(8, 0, -1)])
     learner.learn(4, progress=False)
-    assert (student.horizon, other.horizon) == (4, 12)
+    assert (student.total_steps, other.total_steps) == (4, 12)
 
 
 def test_the_average_moves_with_the_students_steps_alone() -> None:
@@ -119,7 +121,7 @@ def test_the_average_moves_with_the_students_steps_alone() -> None:
         if i % 2 == 0:
             now, d = weights(learner.student), min(0.2, (1 + i // 2) / (10 + i // 2))
             expected = now if expected is None else d * expected + (1 - d) * now
-        torch.testing.assert_close(weights(learner.average), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(weights(learner.ema_student), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -224,7 +226,7 @@ def test_forward_states_alone_are_vanilla_dmd2_bit_for_bit() -> None:
     learn(learner)
     assert torch.equal(weights(learner.student), student)
     assert torch.equal(weights(critic(learner)), fake)
-    assert torch.equal(weights(learner.average), average)
+    assert torch.equal(weights(learner.ema_student), average)
     assert torch.equal(learner.collector.streams["rollout"].get_state(), rollout)
     assert float((weights(learner.student) - start).abs().max()) > 1e-3
 
@@ -384,9 +386,9 @@ def test_a_student_can_start_from_another_runs_and_the_critic_from_the_expert(tm
             p.mul_(0.9)
     (tmp_path / "student").mkdir()
     expert.save_student(other, tmp_path / "student", 4)
-    learner = DistributionMatching(expert, DMD2Config(init=str(tmp_path)))
+    learner = DMD2(expert, DMD2Config(init=str(tmp_path)))
     assert torch.equal(weights(learner.student), weights(other))
-    assert torch.equal(weights(learner.average), weights(other))
+    assert torch.equal(weights(learner.ema_student), weights(other))
     assert torch.equal(weights(learner.networks["critic"]), weights(expert.make_student()))
     with pytest.raises(ValueError, match="student"):
-        DistributionMatching(expert, DMD2Config(init=str(tmp_path / "nowhere")))
+        DMD2(expert, DMD2Config(init=str(tmp_path / "nowhere")))

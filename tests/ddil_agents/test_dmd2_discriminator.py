@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ddil_agents import DistributionMatching
+from ddil_agents import DMD2
 from ddil_agents.states.batch import Batch
 from ddil_env import Expert, GaussianMixtureExpert, NetworkDenoiser
 from ddil_env.experts.digits import Digits
@@ -92,7 +92,7 @@ def test_without_a_weight_there_is_no_discriminator() -> None:
     assert sum(p.numel() for p in network.parameters()) == weights(matching().student).numel()
 
 
-def adversaries(num_updates: int, **changed: Any) -> DistributionMatching:
+def adversaries(num_updates: int, **changed: Any) -> DMD2:
     """Data at (2, 2); a student that stays where it starts, around 0, while the discriminator learns."""
     fast = {"batch_size": 64, "student": {"width": 64, "depth": 2}, "learning_rate": 1e-12, "critic_learning_rate": 1e-2}
     learner = matching(

@@ -10,7 +10,7 @@ import torch
 from helpers import STUDENT, critic, flow, matching, stream
 from torch import Tensor, nn
 
-from ddil_agents import DistributionMatching
+from ddil_agents import DMD2
 from ddil_agents.states.batch import Batch
 from ddil_env import GaussianMixtureExpert, NetworkDenoiser
 
@@ -50,7 +50,7 @@ class Gaussian(GaussianMixtureExpert):
         return NetworkDenoiser(Affine(shift, scale), self.schedule, "x_0")
 
 
-def with_exact_critic(shift: float, scale: float, **changed: Any) -> DistributionMatching:
+def with_exact_critic(shift: float, scale: float, **changed: Any) -> DMD2:
     """A student of N(shift, scale²) at its first step, and the critic of just that distribution."""
     learner = matching(Gaussian(), student={"shift": shift, "scale": scale}, beta=STUDENT, noise_level=999.0, **changed)
     critic(learner).denoiser = NetworkDenoiser(PosteriorMean(shift, scale, 4), learner.expert.schedule, "x_0")
@@ -66,7 +66,7 @@ def diffusion(schedule: Any, b: int, d: int) -> tuple[Tensor, Tensor, Tensor, Te
     return tau, eps, alpha[:, None], sigma[:, None]
 
 
-def loss_and_gradient(learner: DistributionMatching) -> tuple[Tensor, Tensor, Tensor]:
+def loss_and_gradient(learner: DMD2) -> tuple[Tensor, Tensor, Tensor]:
     """x, the loss of each state (b,), and its gradient in x (b, d)."""
     batch = learner.trainer.collect()
     x = learner.generate(Batch(batch)).detach().requires_grad_()

@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from ddil_agents import BCConfig, DistributionMatching, DMD2Config
+from ddil_agents import DMD2, BCConfig, DMD2Config
 from ddil_agents.commands.parse import parse
 from ddil_env import GaussianMixtureExpert
 
@@ -25,12 +25,12 @@ SMALL: dict[str, Any] = {
 }
 
 
-def matching(**changed: Any) -> DistributionMatching:
+def matching(**changed: Any) -> DMD2:
     expert = GaussianMixtureExpert([[0.6, -0.2], [-0.7, 0.1]], 0.3)
-    return DistributionMatching(expert, DMD2Config(**{**SMALL, **changed}))
+    return DMD2(expert, DMD2Config(**{**SMALL, **changed}))
 
 
-def asked(learner: DistributionMatching) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+def asked(learner: DMD2) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
     """One update; the inputs and times of the critic, forward by forward, and of the teacher."""
     critic: list[tuple[Tensor, Tensor]] = []
     teacher: list[tuple[Tensor, Tensor]] = []
@@ -129,7 +129,7 @@ def test_a_clean_sample_can_be_judged(kind: str) -> None:
         assert all(p.isfinite().all() for p in trainable.weights)
 
 
-def rates(learner: DistributionMatching, updates: int) -> tuple[list[float], list[float]]:
+def rates(learner: DMD2, updates: int) -> tuple[list[float], list[float]]:
     """Of the student and of the critic, step by step of each."""
     found: tuple[list[float], list[float]] = [], []
     for i in range(updates):
@@ -151,7 +151,7 @@ def test_rates_stay_after_a_warm_up_that_counts_updates() -> None:
 
 @pytest.mark.parametrize("flags", ["", "--config demo", "--critic_updates 5 --num_updates 500"], ids=["defaults", "demo", "benchmark"])
 def test_a_short_run_spends_less_than_a_quarter_of_the_students_steps_below_its_rate(flags: str) -> None:
-    _, given = parse(DistributionMatching, ["--env", "gaussian_mixture", *flags.split()])
+    _, given = parse(DMD2, ["--env", "gaussian_mixture", *flags.split()])
     learner = matching(batch_size=2, **{name: given[name] for name in ("num_updates", "critic_updates", "warmup_updates")})
     student, _ = rates(learner, given["num_updates"])
     below = sum(rate < learner.config.learning_rate for rate in student)

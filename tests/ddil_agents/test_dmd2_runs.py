@@ -51,7 +51,7 @@ def test_a_resumed_learner_ends_bit_for_bit_where_the_unbroken_one_does(tmp_path
         a, b = (state["trainables"][name]["network"] for state in (ours, theirs))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a)
-    assert torch.equal(weights(resumed.average), weights(whole.average))
+    assert torch.equal(weights(resumed.ema_student), weights(whole.ema_student))
     assert ours["nfe"] == theirs["nfe"]
     assert weights(critic(whole)).isfinite().all()
 

@@ -12,7 +12,7 @@ from helpers import ALL, FORWARD, MEANS, STUDENT, TEACHER, flow, guided, learn, 
 from tensordict import TensorDict
 from torch import Tensor
 
-from ddil_agents import Beta, DistributionMatching
+from ddil_agents import DMD2, Beta
 from ddil_env import Expert, GaussianMixtureExpert
 
 everywhere = pytest.mark.parametrize("make", [space, guided, video, flow])
@@ -54,7 +54,7 @@ def test_forward_states_are_data_diffused_to_the_step(make: Callable[[], Expert]
     assert c is None or torch.equal(states["c"], c)
 
 
-def by_hand(learner: DistributionMatching, n: int, j: int, p_expert: float) -> tuple[Tensor, Tensor | None, Tensor]:
+def by_hand(learner: DMD2, n: int, j: int, p_expert: float) -> tuple[Tensor, Tensor | None, Tensor]:
     """x_{t_j}, c and who acted: the student renoises its x̂_0 at every step, the expert takes its DDIM steps."""
     expert, generator, k = learner.expert, stream("rollout"), learner.config.substeps
     x = torch.randn(n, *expert.sample_shape, generator=generator)

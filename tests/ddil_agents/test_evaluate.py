@@ -1,4 +1,4 @@
-"""The command that judges: its protocols of captions, its settings, and what it names wrong."""
+"""The command that evaluators: its protocols of captions, its settings, and what it names wrong."""
 
 import json
 import re
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import corners, judge_of
+from helpers import corners, make_evaluator
 from PIL import Image
 from tiny_sd import write_tiny_sd
 
 from ddil_agents import dagger, dmd2, evaluate
 from ddil_agents.commands.parse import find_agent, with_preset
 from ddil_agents.commands.run import refuse_early
-from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.settings import Evaluation, extractor_for
 from ddil_agents.report import merge
 from ddil_env import ExpertPolicy, TimeGrid, load_expert
@@ -85,8 +85,8 @@ def test_a_protocol_refuses_data_that_leave_it_fewer_samples(captioned, colour):
     expert = StableDiffusion(model, data=pictures, held_out=0.4, workers=0)
     asked = {"extractor": "colour", "images": pictures, "protocol": "coco2017_5k", "n_paths": 4, "n_action": 2}
     with pytest.raises(ValueError, match="protocol=coco2017_5k: 20 samples are asked for, and the expert's own data allow 18"):
-        judge_of(expert, n=20, **asked)
-    assert judge_of(expert, n=18, **asked).n == 18
+        make_evaluator(expert, n=20, **asked)
+    assert make_evaluator(expert, n=18, **asked).n == 18
 
 
 def test_a_runs_own_evaluation_bears_no_protocols_name(captioned):
@@ -103,8 +103,8 @@ def test_a_run_on_own_data_is_judged_on_the_captions_of_a_protocol(captioned, co
     env = ["--env.expert", "ddil_env.experts.stable_diffusion.StableDiffusion", "--env.model", model, "--data", pictures]
     env += ["--env.held_out", ".4", "--env.workers", "0", "--env.data_cache", str(tmp_path / "cache"), "--guidance_scale", "2"]
     sizes = "--num_updates 1 --batch_size 4 --num_steps 2 --teacher_steps 4 --mixed_precision no --collect_size 8 --updates_per_collect 1"
-    judge = "--evaluate.n 10 --evaluate.n_paths 4 --evaluate.n_action 2 --thresholding.kind expert"
-    agent.main([*env, *sizes.split(), *judge.split(), *own.split(), "--out", str(tmp_path / "run")])
+    evaluator = "--evaluate.n 10 --evaluate.n_paths 4 --evaluate.n_action 2 --thresholding.kind expert"
+    agent.main([*env, *sizes.split(), *evaluator.split(), *own.split(), "--out", str(tmp_path / "run")])
     captions, out = tmp_path / "captions.txt", tmp_path / "result.json"
     captions.write_text("\n".join(f"sea {i}" for i in range(25)))
     asked = ["--config", "coco2017_5k", "--images", pictures, "--n", "22", "--extractor", "colour", "--scores", "[]", "--lpips", "false"]
@@ -113,7 +113,7 @@ def test_a_run_on_own_data_is_judged_on_the_captions_of_a_protocol(captioned, co
     assert (result["settings"]["protocol"], result["settings"]["n"]) == ("coco2017_5k", 22)
     expert = StableDiffusion(model, prompts=str(captions))
     policy = ExpertPolicy(expert, 1, 2.0)
-    same = Judge(policy, TimeGrid(expert.schedule, 1), Evaluation(n=22, n_paths=2, extractor="colour"))
+    same = Evaluator(policy, TimeGrid(expert.schedule, 1), Evaluation(n=22, n_paths=2, extractor="colour"))
     assert result["settings"]["captions"] == same.describe()["captions"]
     student = result["models"][f"{agent.__name__.rpartition('.')[2]}@2"]
     assert student["frechet"] > 0

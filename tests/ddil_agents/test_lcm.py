@@ -13,7 +13,7 @@ from helpers import CORNERS, corners, labelled, only, weights
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from ddil_agents import Beta, LatentConsistency, LCMConfig, SourceBuffer
+from ddil_agents import LCM, Beta, LCMConfig, SourceBuffer
 from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
 from ddil_agents.lcm import ConsistencyDenoiser, LCMCollector
 from ddil_agents.states.batch import Batch
@@ -28,13 +28,13 @@ pytestmark = pytest.mark.usefixtures("own_generator")
 SOLVER = [*range(999, 0, -20), 0]  # 999, 979, …, 19 and the end
 
 
-def agent(expert: GaussianMixtureExpert | None = None, **changed: Any) -> LatentConsistency:
+def agent(expert: GaussianMixtureExpert | None = None, **changed: Any) -> LCM:
     """A run of a tenth of a second."""
     small = {"num_updates": 12, "batch_size": 16, "collect_size": 32, "updates_per_collect": 4, "capacity": 64, "warmup_updates": 3}
-    return LatentConsistency(expert or corners(), LCMConfig(**{**small, "student": {"width": 16, "depth": 2}, **changed}))
+    return LCM(expert or corners(), LCMConfig(**{**small, "student": {"width": 16, "depth": 2}, **changed}))
 
 
-def collector(learner: LatentConsistency) -> LCMCollector:
+def collector(learner: LCM) -> LCMCollector:
     assert isinstance(learner.collector, LCMCollector)
     return learner.collector
 
@@ -99,7 +99,7 @@ def test_the_student_samples_as_diffusers_scheduler_does(kind: PredictionType, t
     generator, x = torch.Generator().manual_seed(3), x_T
     for i, t in enumerate(scheduler.timesteps):
         with torch.no_grad():
-            output = learner.average.network(x, t.float().expand(6), None)
+            output = learner.ema_student.network(x, t.float().expand(6), None)
             denoised = learner.average(x, t.float().expand(6)).x_0
         step = scheduler.step(output, t, x, generator=generator)
         torch.testing.assert_close(denoised, step.denoised, atol=1e-4, rtol=1e-4)
@@ -269,7 +269,7 @@ def vanilla(expert: GaussianMixtureExpert, config: LCMConfig) -> tuple[nn.Module
 def test_the_target_is_computed_in_the_students_precision() -> None:
     learner = agent(mixed_precision="bf16", num_updates=1)
     seen = []
-    for denoiser in (learner.student, learner.average):
+    for denoiser in (learner.student, learner.ema_student):
         last = [layer for layer in denoiser.modules() if isinstance(layer, nn.Linear)][-1]
         last.register_forward_hook(lambda layer, given, output: seen.append(output.dtype))
     learner.trainer.collect()
@@ -284,7 +284,7 @@ def test_forward_states_alone_are_vanilla_lcm_bit_for_bit(seed: int) -> None:
     network, average = vanilla(corners(), learner.config)
     learner.learn(progress=False)
     assert torch.equal(weights(learner.student), weights(network))
-    assert torch.equal(weights(learner.average), weights(average))
+    assert torch.equal(weights(learner.ema_student), weights(average))
     assert not torch.allclose(weights(learner.student), start, atol=1e-2)
 
 
@@ -312,15 +312,15 @@ def test_the_average_decays_by_95_per_cent_a_step() -> None:
     learner = agent(learning_rate=0.1, warmup_updates=0)
     assert LCMConfig().ema == 0.95
     for step in range(6):
-        before = weights(learner.average)
+        before = weights(learner.ema_student)
         learner.trainer.collect()
         learner.trainer.update(learner.draw())
         if step:  # the first step's average is its student
-            torch.testing.assert_close(weights(learner.average), 0.95 * before + 0.05 * weights(learner.student), atol=1e-6, rtol=0)
-            assert not torch.allclose(weights(learner.average), weights(learner.student), atol=1e-3)
+            torch.testing.assert_close(weights(learner.ema_student), 0.95 * before + 0.05 * weights(learner.student), atol=1e-6, rtol=0)
+            assert not torch.allclose(weights(learner.ema_student), weights(learner.student), atol=1e-3)
 
 
-def shaken(learner: LatentConsistency) -> LatentConsistency:
+def shaken(learner: LCM) -> LCM:
     """The same learner, with a student that has left its average."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -347,9 +347,9 @@ def test_the_loss_is_the_distance_to_what_the_average_says_one_step_on(distance:
 def test_no_gradient_reaches_the_average() -> None:
     learner = shaken(agent())
     learner.loss(Batch(learner.trainer.collect())).mean().backward()
-    assert all(p.grad is None for p in learner.average.parameters())
+    assert all(p.grad is None for p in learner.ema_student.parameters())
     assert all(p.grad is not None for p in learner.student.parameters())
-    assert not learner.average.training
+    assert not learner.ema_student.training
 
 
 def test_a_thresholded_target_lies_in_the_box() -> None:
@@ -395,7 +395,7 @@ class Overheard:
 
 def test_with_a_guidance_range_each_state_has_its_scale_and_both_networks_are_told_it() -> None:
     learner = agent(labelled(), guidance_range=(1.0, 5.0), beta=Beta(0.4, 0.3, 0.3), collect_size=200, batch_size=64)
-    student, average = Overheard(learner.student), Overheard(learner.average)
+    student, average = Overheard(learner.student), Overheard(learner.ema_student)
     states = learner.trainer.collect()
     w = states["w"]
     assert 1 <= float(w.min()) < 1.5
@@ -423,7 +423,7 @@ def test_labels_use_the_scale_of_their_state() -> None:
 
 def test_it_is_judged_at_the_experts_scale() -> None:
     learner = agent(labelled(), guidance_range=(1.0, 5.0))
-    average = Overheard(learner.average)
+    average = Overheard(learner.ema_student)
     learner.student_policy.act(latents(3), torch.full((3,), 999.0), torch.zeros(3), torch.zeros(3, dtype=torch.int64))
     assert [told.tolist() for told in average.told] == [[2.0] * 3]
 
@@ -526,7 +526,7 @@ def test_it_learns_to_sample_in_1_and_in_4_steps(beta: Beta) -> None:
         beta=beta,
         student={"width": 64},
     )
-    learner = LatentConsistency(WithTeachersWeights(CORNERS, 0.4), config)
+    learner = LCM(WithTeachersWeights(CORNERS, 0.4), config)
     x_T = latents(2000)
     teacher = unroll(ExpertPolicy(learner.expert), collector(learner).grid, x_T)[:, -1]
 

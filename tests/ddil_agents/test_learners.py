@@ -45,7 +45,7 @@ def test_a_4_step_student_comes_within_a_tenth_of_the_32_step_teacher(agent: typ
 def test_behaviour_cloning_is_dagger_with_forward_states_alone() -> None:
     cloned, dagged = learn(bc()), learn(dagger(beta=Beta(1, 0, 0)))
     assert torch.equal(weights(cloned.student), weights(dagged.student))
-    assert torch.equal(weights(cloned.average), weights(dagged.average))
+    assert torch.equal(weights(cloned.ema_student), weights(dagged.ema_student))
 
 
 def test_dagger_trains_on_all_three_sources(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_learning_twice_goes_on_from_where_it_was(tmp_path: Path) -> None:
     learner = learn(dagger(), 10, out=tmp_path / "first")
     before, nfe = weights(learner.student), learner.teacher_nfe
     learn(learner, 15, out=tmp_path / "second")
-    assert (learner.step, learner.horizon) == (25, 25)
+    assert (learner.step, learner.total_updates) == (25, 25)
     assert not torch.equal(weights(learner.student), before)
     assert learner.teacher_nfe > nfe
     steps = [[row["step"] for row in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("first", "second")]
@@ -267,7 +267,7 @@ def test_the_average_is_exponential(decay: float) -> None:
         learner.trainer.update(learner.buffer.sample(16, (1, 0, 0)))
         now, d = weights(learner.student), min(decay, (1 + n) / (10 + n))  # .5 from n = 8 on
         expected = now if expected is None else d * expected + (1 - d) * now
-        torch.testing.assert_close(weights(learner.average), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(weights(learner.ema_student), expected, atol=1e-6, rtol=0)
 
 
 def test_the_rate_warms_up_and_falls_to_0() -> None:

@@ -64,7 +64,7 @@ def test_a_single_rollout_is_learned_from() -> None:
 @pytest.mark.parametrize(("asked", "taken"), [(1, 4), (5, 4), (7, 8), (12, 12)])
 def test_gradient_steps_are_those_of_whole_rollouts(asked: int, taken: int) -> None:
     agent = PPOAgent(mixture(), small(num_updates=asked)).learn(progress=False)
-    assert agent.step == agent.horizon == taken
+    assert agent.step == agent.total_updates == taken
     assert agent.model.num_timesteps == taken * 10
     assert agent.learn(5, progress=False).step == taken + 4
 
@@ -73,7 +73,7 @@ def test_its_first_student_is_the_learners() -> None:
     expert = mixture()
     learner = BehaviourCloning(expert, BCConfig(seed=4, student={"width": 16}))
     agent = PPOAgent(expert, small(seed=4, student={"width": 16}))
-    ours, theirs = agent.average.state_dict(), learner.student.state_dict()
+    ours, theirs = agent.ema_student.state_dict(), learner.student.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
@@ -95,7 +95,7 @@ def test_a_seed_is_one_run_and_the_callers_generators_are_left_alone() -> None:
         np.random.seed(before)
         agent = PPOAgent(mixture(), small(seed=seed)).learn(progress=False)
         outside.append((torch.rand(1).item(), np.random.rand()))
-        students.append(agent.average.state_dict())
+        students.append(agent.ema_student.state_dict())
     assert all(torch.equal(students[0][key], students[1][key]) for key in students[0])
     assert any(not torch.equal(students[0][key], students[2][key]) for key in students[0])
     assert outside[0] == outside[2] != outside[1]
@@ -227,7 +227,7 @@ def test_a_run_loads_and_is_judged_as_a_learners(run: Path, capsys: pytest.Captu
     agent = load_run(run)
     assert isinstance(agent, PPOAgent)
     saved = student(run)
-    assert all(torch.equal(value, saved[key]) for key, value in agent.average.state_dict().items())
+    assert all(torch.equal(value, saved[key]) for key, value in agent.ema_student.state_dict().items())
     evaluate.main(["--run", str(run), "--n", "30", "--n_action", "10", "--out", "again.json"])
     assert "ppo@4" in capsys.readouterr().out
     (again,), own = json.loads(Path("again.json").read_text()), json.loads((run / "result.json").read_text())["models"]["ppo@4"]

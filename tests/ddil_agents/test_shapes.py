@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from torchrl.envs import check_env_specs
 
 from ddil_agents import (
+    DMD2,
+    LCM,
     Algorithm,
     BCConfig,
     BehaviourCloning,
     Beta,
     Dagger,
     DaggerConfig,
-    DistributionMatching,
     DMD2Config,
     Gail,
     GailConfig,
-    LatentConsistency,
     LCMConfig,
 )
-from ddil_agents.commands.load import judge_of
-from ddil_agents.evaluation.judge import evaluate_expert, evaluate_run
+from ddil_agents.commands.load import make_evaluator
+from ddil_agents.evaluation.evaluator import evaluate_expert, evaluate_run
 from ddil_agents.evaluation.metrics.extractors import load_extractor
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_env import DenoisingEnv, ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, StudentPolicy, TimeGrid, check_expert, unroll
@@ -116,8 +116,8 @@ def test_a_yaml_of_the_class_makes_a_gym_environment(tmp_path: Any) -> None:
 LEARNERS: list[tuple[type[Algorithm], type[Any], dict[str, Any]]] = [
     (BehaviourCloning, BCConfig, {}),
     (Dagger, DaggerConfig, {"beta": Beta(forward=0.4, teacher=0.2, student=0.4), "p_expert": 0.3, "prioritised": True}),
-    (LatentConsistency, LCMConfig, {"beta": Beta(forward=0.5, student=0.5), "collect_size": 64}),
-    (DistributionMatching, DMD2Config, {"beta": Beta(forward=0.0, teacher=0.5, student=0.5), "gan_weight": 1e-3, "critic_updates": 2}),
+    (LCM, LCMConfig, {"beta": Beta(forward=0.5, student=0.5), "collect_size": 64}),
+    (DMD2, DMD2Config, {"beta": Beta(forward=0.0, teacher=0.5, student=0.5), "gan_weight": 1e-3, "critic_updates": 2}),
     (Gail, GailConfig, {}),
 ]
 
@@ -146,7 +146,7 @@ def test_every_learner_and_the_judge_take_any_shape(
     assert models[name]["frechet"] > 0
     if agent.name in ("bc", "dagger"):  # the others need more than 100 updates
         assert models[name]["endpoint_rmse"] < 0.9 * untrained[name]["endpoint_rmse"]
-    samples = judge_of(learner, n=32).sample(learner.student_policy, learner.grid, learner.kernel)
+    samples = make_evaluator(learner, n=32).sample(learner.student_policy, learner.grid, learner.kernel)
     assert samples.shape == (32, *expert.sample_shape)
     assert torch.isfinite(samples).all()
 

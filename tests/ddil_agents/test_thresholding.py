@@ -18,7 +18,7 @@ import yaml
 from helpers import Dataless, Killed, same_students, weights
 from torch import Tensor
 
-from ddil_agents import Algorithm, BehaviourCloning, Beta, Dagger, DistributionMatching, LatentConsistency, bc, dagger
+from ddil_agents import DMD2, LCM, Algorithm, BehaviourCloning, Beta, Dagger, bc, dagger
 from ddil_agents.commands.load import load_run
 from ddil_agents.states.batch import Batch
 from ddil_agents.training.callbacks import Callback
@@ -29,7 +29,7 @@ from ddil_env.support import ChannelQuantiles, Metered, Thresholding
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 
-AGENTS: dict[str, type[Algorithm]] = {"bc": BehaviourCloning, "dagger": Dagger, "lcm": LatentConsistency, "dmd2": DistributionMatching}
+AGENTS: dict[str, type[Algorithm]] = {"bc": BehaviourCloning, "dagger": Dagger, "lcm": LCM, "dmd2": DMD2}
 BETAS = {"bc": Beta(0.7, 0.3, 0), "dagger": Beta(0.4, 0.2, 0.4), "lcm": Beta(0.4, 0.2, 0.4), "dmd2": Beta(0.3, 0.3, 0.4)}
 MEANS = [[-0.5, 0.3, 0.0], [0.4, -0.5, 0.2]]
 SMALL: dict[str, Any] = {
@@ -81,7 +81,7 @@ class Lines(Callback):
 def learned(learner: Algorithm, *callbacks: Callback) -> Tensor:
     """The weights of student and average after the run."""
     learner.learn(progress=False, callbacks=callbacks)
-    return torch.cat([weights(learner.student), weights(learner.average)])
+    return torch.cat([weights(learner.student), weights(learner.ema_student)])
 
 
 # The switches
@@ -187,8 +187,8 @@ class Count(Callback):
             critic.register_forward_hook(
                 lambda module, args, out: None if next(critic.parameters()).requires_grad else self.add("critic", out[0].x_0)
             )
-        elif isinstance(learner, LatentConsistency):
-            learner.average.register_forward_hook(lambda module, args, pred: self.add("target", pred.x_0))
+        elif isinstance(learner, LCM):
+            learner.ema_student.register_forward_hook(lambda module, args, pred: self.add("target", pred.x_0))
 
     def on_log(self, agent: Any, row: dict[str, Any]) -> None:
         self.lines.append({role: moved / seen if seen else None for role, (moved, seen) in self.counts.items()})

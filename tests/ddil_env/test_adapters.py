@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from ddil_agents import (
+    DMD2,
+    LCM,
     Algorithm,
     BCConfig,
     BehaviourCloning,
     Beta,
     Dagger,
     DaggerConfig,
-    DistributionMatching,
     DMD2Config,
-    LatentConsistency,
     dagger,
 )
 from ddil_agents.commands.load import load_run
@@ -145,17 +145,17 @@ def test_a_half_precision_backbone_stays_and_its_adapters_are_in_float32(dtype: 
     ("agent", "settings"),
     [
         (Dagger, {"beta": OWN}),
-        (LatentConsistency, {"beta": OWN, "inference_steps": (2,), "collect_size": 8}),
-        (DistributionMatching, {"beta": OWN, "critic_updates": 2}),
+        (LCM, {"beta": OWN, "inference_steps": (2,), "collect_size": 8}),
+        (DMD2, {"beta": OWN, "critic_updates": 2}),
         (Dagger, {"beta": OWN, "mixed_precision": "bf16", "gradient_accumulation": 2, "student": {"gradient_checkpointing": True}}),
     ],
 )
 def test_training_moves_every_role_but_the_teacher(agent: type[Algorithm], settings: dict[str, Any], sd: Any) -> None:
     before = weights_of(sd.network)
     learner = agent(sd, agent.Config(**{**SMALL, **settings}))
-    start = {name: weights_of(network) for name, network in learner.networks.items()} | {"average": weights_of(learner.average)}
+    start = {name: weights_of(network) for name, network in learner.networks.items()} | {"average": weights_of(learner.ema_student)}
     learner.learn(progress=False)
-    after = {name: weights_of(network) for name, network in learner.networks.items()} | {"average": weights_of(learner.average)}
+    after = {name: weights_of(network) for name, network in learner.networks.items()} | {"average": weights_of(learner.ema_student)}
     for role, weights in start.items():
         moved = [not torch.equal(weights[name], after[role][name]) for name in weights]
         assert sum(moved) > 0.9 * len(moved), role  # B in the first step, A from the second on
@@ -166,13 +166,13 @@ def test_beta_1_0_0_is_behaviour_cloning_bit_for_bit() -> None:
     found = []
     for agent, config in ((BehaviourCloning, BCConfig), (Dagger, DaggerConfig)):
         learner = agent(load_expert("digits8"), config(**SMALL, beta=Beta(1, 0, 0))).learn(progress=False)
-        found.append(learner.average.state_dict())
+        found.append(learner.ema_student.state_dict())
     assert_same(*found)
 
 
 def test_a_gan_loss_reaches_a_lora_student_through_a_lora_critic_that_stays() -> None:
     expert = load_expert("digits8")
-    learner = DistributionMatching(expert, DMD2Config(**SMALL, beta=OWN, gan_weight=1.0))
+    learner = DMD2(expert, DMD2Config(**SMALL, beta=OWN, gan_weight=1.0))
     critic = learner.networks["critic"]
     assert {name.split(".")[0] for name, _ in critic.named_parameters()} == {"head", "denoiser"}
     before = weights_of(critic)
@@ -194,8 +194,8 @@ def test_a_checkpoint_holds_adapters_alone_and_resumes_exactly(optimizer: str, t
         pytest.importorskip("bitsandbytes")
     settings = {**SMALL, "num_updates": 4, "batch_size": 2, "lora": LoRA(16), "optimizer": optimizer}
     config = DMD2Config(**settings, beta=OWN, gan_weight=0.5, critic_updates=2)
-    whole = DistributionMatching(load_expert("digits8"), config).learn(progress=False)
-    learner = DistributionMatching(load_expert("digits8"), config)
+    whole = DMD2(load_expert("digits8"), config).learn(progress=False)
+    learner = DMD2(load_expert("digits8"), config)
     for _ in range(2):
         learner.trainer.collect()
         learner.trainer.update(learner.draw())
@@ -206,11 +206,11 @@ def test_a_checkpoint_holds_adapters_alone_and_resumes_exactly(optimizer: str, t
     assert all(".lora_" in name or name.startswith("head.") for name in state["trainables"]["critic"]["network"])
     momenta = [value.dtype for value in tree_iter(state["trainables"]["student"]["optimizer"]["state"]) if isinstance(value, Tensor)]
     assert (torch.uint8 in momenta) == (optimizer == "adamw8bit")
-    resumed = DistributionMatching(load_expert("digits8"), config).load(tmp_path)
+    resumed = DMD2(load_expert("digits8"), config).load(tmp_path)
     resumed.train(progress=False)
     for name, trainable in whole.trainer.trainables.items():
         assert_same(trainable.bare.state_dict(), resumed.networks[name].state_dict())
-    assert_same(whole.average.state_dict(), resumed.average.state_dict())
+    assert_same(whole.ema_student.state_dict(), resumed.ema_student.state_dict())
 
 
 def test_checkpointing_and_accumulation_change_memory_and_not_the_gradient(sd: Any) -> None:
@@ -240,7 +240,7 @@ def test_stages_go_on_from_adapters_with_adapters_as_the_teacher() -> None:
             x_t, t, c = states(expert)
             assert not torch.equal(learner.expert.predict(x_t, t, c).x_0, expert.predict(x_t, t, c).x_0)
         learner.train(progress=False)
-        found.append(weights_of(learner.average))
+        found.append(weights_of(learner.ema_student))
     assert len(found) == 2
     assert_same(weights_of(expert.network), before)
 
@@ -254,14 +254,14 @@ def test_a_command_trains_resumes_and_starts_from_adapters(folders: dict[str, Pa
     dagger.main([*argv, "--out", str(tmp_path / "first")])
     first = load_run(tmp_path / "first")
     assert first.config.lora == RANK_4
-    assert adapter_layers(first.average.network)
+    assert adapter_layers(first.ema_student.network)
     assert (tmp_path / "first" / "student" / LORA_FILE).is_file()
     given = {**SMALL, "init": str(tmp_path / "first")}
     second = Dagger(opened(folders, "sd15"), DaggerConfig(**given, beta=OWN))
-    assert_same(second.average.state_dict(), first.average.state_dict())
+    assert_same(second.ema_student.state_dict(), first.ema_student.state_dict())
     full = Dagger(opened(folders, "sd15"), DaggerConfig(**{**given, "lora": None}, beta=OWN))  # any student is read whole
     x_t, t, c = states(full.expert)
-    torch.testing.assert_close(full.average.predict(x_t, t, c).x_0, first.average.predict(x_t, t, c).x_0, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(full.ema_student.predict(x_t, t, c).x_0, first.ema_student.predict(x_t, t, c).x_0, atol=1e-4, rtol=1e-4)
 
 
 # Export

@@ -12,7 +12,7 @@ import torch
 from helpers import CORNERS, N, corners, labelled
 from torch import Tensor
 
-from ddil_agents import Evaluation, Judge
+from ddil_agents import Evaluation, Evaluator
 from ddil_agents.evaluation.trajectories import Trajectories, record
 from ddil_env import DdimPolicy, DenoisingEnv, ExpertPolicy, GaussianMixtureExpert, Prediction, StudentPolicy, TimeGrid, unroll
 from ddil_env.broadcast import broadcast
@@ -189,21 +189,21 @@ def test_a_recorded_denoising_says_who_acted_in_each_step(shifted: bool, tmp_pat
 def test_the_judge_and_the_environment_take_a_corrected_policy() -> None:
     expert = labelled()
     student, teacher = student_policy(expert), ExpertPolicy(expert, 4)
-    judge = Judge(teacher, TimeGrid(expert.schedule, N), Evaluation(n=40, n_action=10))
-    plain = judge.judge(student)
+    evaluator = Evaluator(teacher, TimeGrid(expert.schedule, N), Evaluation(n=40, n_action=10))
+    plain = evaluator.evaluate(student)
     for policy, nfe in (
         (ScaledEpsilon(student, 1.01), 4),
         (TimeShifted(ScaledEpsilon(student, 1.01), 60, 100), 4),
         (Mixed(teacher, TimeShifted(student, 60, 100), 0.5), 18),
     ):
         for kernel in ("ddim", "renoise"):
-            result = judge.judge(policy, kernel=kernel)  # type: ignore[arg-type]
+            result = evaluator.evaluate(policy, kernel=kernel)  # type: ignore[arg-type]
             assert result.keys() == plain.keys()
             assert result["nfe_per_sample"] == nfe
             assert result["frechet"] > 0
         path = DenoisingEnv(expert, num_steps=N, batch_size=[6]).rollout(N, policy)
         assert path["next", "x_t"].shape == (6, N, 2)
-    assert judge.judge(Mixed(teacher, student, 0.8))["endpoint_rmse"] < plain["endpoint_rmse"]
+    assert evaluator.evaluate(Mixed(teacher, student, 0.8))["endpoint_rmse"] < plain["endpoint_rmse"]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.envs.utils import check_env_specs
 
 import ddil_env
-from ddil_agents import Algorithm, Dagger, DaggerConfig, DistributionMatching, LatentConsistency
+from ddil_agents import DMD2, LCM, Algorithm, Dagger, DaggerConfig
 from ddil_env import (
     DenoisingEnv,
     DenoisingGymEnv,
@@ -335,13 +335,13 @@ def test_torchrls_processes_take_environment_and_student_with_them() -> None:
     torch.testing.assert_close(batch["action"].flatten(0, 1), agent.student_policy.act(x_t, t, s, c), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("agent", [Dagger, LatentConsistency, DistributionMatching])
+@pytest.mark.parametrize("agent", [Dagger, LCM, DMD2])
 def test_agents_policies_and_environments_can_be_pickled(agent: type[Algorithm]) -> None:
     config = agent.Config(num_steps=2, batch_size=4, collect_size=8, student={"width": 8, "depth": 1})
     learner = agent(mixture(), config)
     x_t, t, s = torch.randn(3, 2), torch.full((3,), 999.0), torch.full((3,), 500.0)
     again, env = pickle.loads(pickle.dumps((learner, DenoisingEnv(mixture(), 2, batch_size=[3]))))
-    for policy, copy in ((learner.student_policy, again.student_policy), (learner.reference, again.reference)):
+    for policy, copy in ((learner.student_policy, again.student_policy), (learner.teacher_policy, again.reference)):
         assert torch.equal(copy.act(x_t, t, s), policy.act(x_t, t, s))
     assert env.rollout(2, again.student_policy).shape == (3, 2)
     learner.trainer.collect()
@@ -495,7 +495,7 @@ def test_policies_take_batches_of_any_shape(shape):
 
 def test_an_environment_of_other_times_or_another_kernel_than_the_students_is_refused() -> None:
     expert = mixture()
-    agent = DistributionMatching(expert, DistributionMatching.Config(student={"width": 8, "depth": 1}))  # 999, 749, 499, 249 by renoise
+    agent = DMD2(expert, DMD2.Config(student={"width": 8, "depth": 1}))  # 999, 749, 499, 249 by renoise
     agent.make_env([2]).rollout(4, agent.student_policy)
     other_times = DenoisingEnv(expert, 4, [2], kernel="renoise")  # 999, 749, 500, 250
     with pytest.raises(ValueError, match=r"steps to t = 500, and this student was trained to step through 999, 749, 499, 249, 0; make"):

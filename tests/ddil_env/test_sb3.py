@@ -14,7 +14,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecCheckNan, VecMonitor, VecNormalize
 
-from ddil_agents import Evaluation, Judge
+from ddil_agents import Evaluation, Evaluator
 from ddil_env import (
     DenoisingGymEnv,
     Expert,
@@ -193,7 +193,7 @@ def test_a_student_scores_minus_its_action_error(expert: Expert, make: Any) -> N
 def test_the_score_is_what_the_judge_measures() -> None:
     expert, n = load_expert("gaussian_mixture"), 300
     policy = student_policy(expert)
-    judged = Judge(ExpertPolicy(expert, 2), TimeGrid(expert.schedule, 4), Evaluation(n=n, n_paths=n, n_action=n)).judge(policy)
+    judged = Evaluator(ExpertPolicy(expert, 2), TimeGrid(expert.schedule, 4), Evaluation(n=n, n_paths=n, n_action=n)).evaluate(policy)
     env = batched(expert, n, 4, substeps=2)
     env.seed(0)
     mean, std = evaluate_policy(SB3Policy(policy), env, n_eval_episodes=n, warn=False)

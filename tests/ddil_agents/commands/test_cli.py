@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_sd import write_tiny_sd
 
-from ddil_agents import Algorithm, Dagger, DistributionMatching, LatentConsistency, bc, compare, dagger, dmd2, evaluate, load, report
+from ddil_agents import DMD2, LCM, Algorithm, Dagger, bc, compare, dagger, dmd2, evaluate, load, report
 from ddil_agents.commands.load import load_run
 from ddil_agents.commands.parse import build_config, parse
 from ddil_agents.commands.plan import print_plan
@@ -111,7 +111,7 @@ def test_result_says_what_was_measured_how_and_at_what_cost(runs: dict[str, Path
 def test_a_run_loads_as_a_learner(runs: dict[str, Path]) -> None:
     learner = load_run(runs["dagger"])
     saved = student(runs["dagger"])
-    assert all(torch.equal(value, saved[key]) for key, value in learner.average.state_dict().items())
+    assert all(torch.equal(value, saved[key]) for key, value in learner.ema_student.state_dict().items())
 
 
 def test_a_student_that_is_told_the_guidance_is_judged_at_any_of_its_range(runs: dict[str, Path]) -> None:
@@ -119,7 +119,7 @@ def test_a_student_that_is_told_the_guidance_is_judged_at_any_of_its_range(runs:
         load_run(runs["dagger"], guidance_scale=2.0)
     bc.main([*ENV, *SMALL, "--guidance_range", "[1, 3]", "--out", "told"])
     learner = load_run(Path("told"), guidance_scale=2.5)
-    assert learner.reference.guidance_scale == 2.5
+    assert learner.teacher_policy.guidance_scale == 2.5
     x_t, t, s = torch.randn(4, 2), torch.full((4,), 999.0), torch.full((4,), 500.0)
     told = learner.student_policy.act(x_t, t, s, torch.arange(4))
     assert torch.equal(told, learner.student_policy.act(x_t, t, s, torch.arange(4), torch.full((4,), 2.5)))
@@ -258,7 +258,7 @@ def test_help_knows_the_defaults_of_the_env_and_of_a_config(capsys: pytest.Captu
 
 
 def test_every_setting_of_every_agent_has_a_line_of_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for main, agent in ((dagger.main, Dagger), (dmd2.main, DistributionMatching)):
+    for main, agent in ((dagger.main, Dagger), (dmd2.main, DMD2)):
         text = help_of(main, ENV, capsys)
         for field in dataclasses.fields(agent.Config):
             assert f"\n  --{field.name} " in text or f"\n  --{field.name}." in text, field.name
@@ -592,7 +592,7 @@ def test_a_wrong_evaluation_is_refused(argv: list[str], message: str, capsys: py
 def test_a_runs_agent_is_loaded_whether_it_has_finished_or_not(runs: dict[str, Path], tmp_path: Path) -> None:
     finished = load(runs["dagger"])
     saved = load_file(runs["dagger"] / "student" / "student.safetensors")
-    assert all(torch.equal(saved[key], value) for key, value in finished.average.state_dict().items())
+    assert all(torch.equal(saved[key], value) for key, value in finished.ema_student.state_dict().items())
     half = shutil.copytree(runs["dagger"], tmp_path / "half")
     (half / "result.json").unlink()
     shutil.rmtree(half / "student")
@@ -606,7 +606,7 @@ def test_a_runs_agent_is_loaded_whether_it_has_finished_or_not(runs: dict[str, P
         load(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("agent", [Dagger, LatentConsistency, DistributionMatching])
+@pytest.mark.parametrize("agent", [Dagger, LCM, DMD2])
 def test_an_agents_samples_and_environment_have_its_own_times_and_kernel(agent: type[Algorithm]) -> None:
     expert = GaussianMixtureExpert([[-1.0, 0.0], [1.0, 0.0]], 0.2, labels=[0, 1])
     learner = agent(expert, agent.Config(num_steps=4, student={"width": 8, "depth": 1}))

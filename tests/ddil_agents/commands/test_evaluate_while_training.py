@@ -42,8 +42,10 @@ def test_a_run_evaluates_and_its_best_last_and_older_students_are_loaded(capsys:
     assert best == min(rows, key=lambda row: row["frechet_to_expert"])
     last, checkpoint = load("run"), load("run", checkpoint=8)
     assert checkpoint.step == 8
-    weights = {name: torch.cat([p.flatten() for p in agent.average.parameters()]) for name, agent in (("last", last), ("8", checkpoint))}
-    assert not torch.equal(weights["last"], weights["8"])
+    weights = {
+        name: torch.cat([p.flatten() for p in agent.ema_student.parameters()]) for name, agent in (("last", last), ("8", checkpoint))
+    }
+    assert not torch.equal(weights[0], weights[8])
     with pytest.raises(ValueError, match="has no checkpoint of step 7; it has those of 8, 12"):
         load("run", checkpoint=7)
     for name in ("best", "last", "8"):

@@ -207,8 +207,8 @@ def test_arms_of_a_seed_share_noise_data_and_initial_weights(whole):
 
 def test_arms_that_start_as_one_student_are_judged_once(whole, monkeypatch, tmp_path: Path):
     out, found = whole
-    judged, judge = [], portraits.Judge.judge
-    monkeypatch.setattr(portraits.Judge, "judge", lambda *args, **kwargs: judged.append(args) or judge(*args, **kwargs))
+    judged, evaluator = [], portraits.Evaluator.evaluate
+    monkeypatch.setattr(portraits.Evaluator, "evaluate", lambda *args, **kwargs: judged.append(args) or evaluator(*args, **kwargs))
     runs = [Run("updates", arm, 1, tmp_path / arm) for arm in ("bc", "again")]
     for run in runs:
         shutil.copytree(out / "out" / "runs" / "updates" / "bc-s1", run.directory)

@@ -29,7 +29,7 @@ from scaling import Network, moved
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ddil_agents import Algorithm, Beta, Dagger, DistributionMatching, Gail, LatentConsistency
+from ddil_agents import DMD2, LCM, Algorithm, Beta, Dagger, Gail
 from ddil_agents.devices import ranks as ranks_module
 from ddil_agents.devices import sharding
 from ddil_agents.states.collect import STREAMS, own_seed, stream_seed
@@ -60,15 +60,15 @@ ALL = Beta(0.5, 0.2, 0.3)
 CASES: dict[str, tuple[type[Algorithm], dict[str, Any]]] = {
     "dagger": (Dagger, {"beta": ALL, "p_expert": 0.3}),
     "dagger, accumulated, bf16": (Dagger, {"beta": ALL, "gradient_accumulation": 2, "mixed_precision": "bf16"}),
-    "lcm": (LatentConsistency, {"beta": ALL, "teacher_steps": 4, "collect_size": 120, "capacity": 200, "solver_steps": 50}),
-    "dmd2": (DistributionMatching, {"beta": ALL, "critic_updates": 3}),
+    "lcm": (LCM, {"beta": ALL, "teacher_steps": 4, "collect_size": 120, "capacity": 200, "solver_steps": 50}),
+    "dmd2": (DMD2, {"beta": ALL, "critic_updates": 3}),
     "dmd2, accumulated, gan": (
-        DistributionMatching,
+        DMD2,
         {"beta": ALL, "critic_updates": 2, "gan_weight": 0.1, "gradient_accumulation": 2, "on_policy": False, "num_updates": 18},
     ),
     "gail": (Gail, {"beta": ALL, "discriminator_width": 8}),
     "dmd2, adapters": (
-        DistributionMatching,
+        DMD2,
         {"beta": ALL, "critic_updates": 2, "lora": LoRA(rank=2), "student": {}, "critic_learning_rate": 5e-3},
     ),
 }
@@ -127,7 +127,7 @@ def as_rank(rank: int) -> Iterator[None]:
 
 def networks(learner: Algorithm) -> dict[str, Tensor]:
     """All weights: of each network that learns, and of the average."""
-    found = {name: trainable.bare for name, trainable in learner.trainer.trainables.items()} | {"average": learner.average}
+    found = {name: trainable.bare for name, trainable in learner.trainer.trainables.items()} | {"average": learner.ema_student}
     return {name: torch.cat([flat(p.detach()) for p in network.parameters()]) for name, network in found.items()}
 
 
@@ -171,9 +171,9 @@ def learn_all(out: Path, environment: dict[str, str]) -> None:
             "weights": networks(learner),
             "drawn": drawn,
             "sent": learning,
-            "average": 4 * sum(p.numel() for p in learner.average.parameters()),
+            "average": 4 * sum(p.numel() for p in learner.ema_student.parameters()),
             "nfe": (learner.teacher_nfe, learner.student_nfe),
-            "spent": learner.spent(),
+            "spent": learner.total_nfe(),
             "held": list(map(sum, held)),
         }
         ended[case]["next"] = learner.collector.streams["noise"].get_state()
@@ -219,7 +219,7 @@ def in_one(case: str) -> tuple[Algorithm, list[Algorithm]]:
     for rank in range(2):
         with as_rank(rank):
             halves.append(build(case))
-    if isinstance(whole, DistributionMatching):
+    if isinstance(whole, DMD2):
         of: Any = halves
 
         def diffusion(x: Tensor, *span: float) -> tuple[Tensor, ...]:
@@ -229,7 +229,7 @@ def in_one(case: str) -> tuple[Algorithm, list[Algorithm]]:
             return tuple(map(torch.cat, zip(*(half.data(x) for half, x in zip(of, x.chunk(2), strict=True)), strict=True)))
 
         whole.diffusion, whole.data = diffusion, data  # type: ignore[method-assign, assignment]
-    while whole.step < whole.horizon:
+    while whole.step < whole.total_updates:
         for half in halves:
             half.step = whole.step
             half.networks["student"].load_state_dict(whole.networks["student"].state_dict())

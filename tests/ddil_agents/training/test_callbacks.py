@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ddil_agents import Beta, Callback, Dagger, DaggerConfig, LCMConfig
 from ddil_agents.algorithm import Algorithm
-from ddil_agents.dmd2 import DistributionMatching, DMD2Config
+from ddil_agents.dmd2 import DMD2, DMD2Config
 from ddil_agents.evaluation.callback import EvalCallback
 from ddil_agents.evaluation.settings import Validation
-from ddil_agents.lcm import LatentConsistency
+from ddil_agents.lcm import LCM
 from ddil_agents.training.callbacks import describe_duration
 from ddil_agents.training.metrics import read_metrics
 from ddil_env import GaussianMixtureExpert
@@ -31,8 +31,8 @@ SMALL: dict[str, Any] = {
 }
 AGENTS: dict[str, tuple[type[Algorithm], Any]] = {
     "dagger": (Dagger, DaggerConfig(**SMALL)),
-    "lcm": (LatentConsistency, LCMConfig(**SMALL, beta=Beta(0.5, 0.0, 0.5), inference_steps=(2,))),
-    "dmd2": (DistributionMatching, DMD2Config(**SMALL, critic_updates=2)),
+    "lcm": (LCM, LCMConfig(**SMALL, beta=Beta(0.5, 0.0, 0.5), inference_steps=(2,))),
+    "dmd2": (DMD2, DMD2Config(**SMALL, critic_updates=2)),
 }
 
 
@@ -127,7 +127,7 @@ def test_callbacks_are_closed_after_an_error_which_is_the_one_that_is_told() -> 
 def test_a_callback_ends_the_training_and_a_resumed_run_ends_there_too(tmp_path: Path) -> None:
     stopped = make()
     stopped.train(tmp_path, progress=False, checkpoint_every=4, callbacks=[Record(stop_after=6)])
-    assert stopped.step == stopped.horizon == 6
+    assert stopped.step == stopped.total_updates == 6
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [4, 6]
     resumed = make().load(tmp_path / "checkpoints" / "step_00000004")
     resumed.train(tmp_path, progress=False, checkpoint_every=4, callbacks=[Record(stop_after=6)])  # its count is in the checkpoint
@@ -174,7 +174,7 @@ def test_the_best_student_is_the_one_that_scored_best(tmp_path: Path) -> None:
 
     class Keep(Callback):
         def on_update(self, agent: Any, *_: Any) -> None:
-            kept[agent.step] = {key: value.clone() for key, value in agent.average.state_dict().items()}
+            kept[agent.step] = {key: value.clone() for key, value in agent.ema_student.state_dict().items()}
 
     learner.train(tmp_path, progress=False, callbacks=[Keep(), EvalCallback(10, Validation(n=32))])
     rows = read_metrics(tmp_path / "eval.jsonl")

@@ -48,7 +48,7 @@ def test_a_saved_learner_holds_its_step_and_its_average(tmp_path: Path) -> None:
     path = learner.save(tmp_path)
     restored = dagger().load(tmp_path)
     assert path == tmp_path / "step_00000020"
-    assert torch.equal(weights(restored.average), weights(learner.average))
+    assert torch.equal(weights(restored.ema_student), weights(learner.ema_student))
     assert same(restored.buffer.state_dict(), learner.buffer.state_dict())
     assert (restored.step, restored.teacher_nfe, restored.student_nfe) == (20, learner.teacher_nfe, learner.student_nfe)
 

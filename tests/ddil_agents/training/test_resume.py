@@ -100,7 +100,7 @@ def named(name: str) -> Callable[[Any, Any], bool]:
 def fatal(moment: str) -> None:
     """Arranges for this process to be killed at that moment."""
     from ddil_agents.commands import run as runner
-    from ddil_agents.evaluation.judge import Judge
+    from ddil_agents.evaluation.evaluator import Evaluator
     from ddil_agents.states.collect import Collector
     from ddil_agents.training import checkpoint, metrics
     from ddil_env import Expert
@@ -121,8 +121,8 @@ def fatal(moment: str) -> None:
         "an old checkpoint half removed": lambda: patch(shutil, "rmtree", 1, half_removed, is_old),
         "after the last checkpoint": lambda: patch(checkpoint.os, "replace", 4, after, is_checkpoint),
         "the student half saved": lambda: patch(Expert, "save_student", 1, half_saved),
-        "the evaluation": lambda: patch(Judge, "judge", 2, before),
-        "the fifth batch of an evaluation": lambda: patch(Judge, "_measured", 5, before),
+        "the evaluation": lambda: patch(Evaluator, "evaluate", 2, before),
+        "the fifth batch of an evaluation": lambda: patch(Evaluator, "_measured", 5, before),
         "before the result of an evaluation": lambda: patch(checkpoint.os, "replace", 1, before, named("scores.json")),
         "the writing of the result": lambda: patch(checkpoint.os, "replace", 1, before, named("result.json")),
         "the drawing of the samples": lambda: patch(runner, "save_pictures", 1, before),

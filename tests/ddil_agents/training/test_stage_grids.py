@@ -35,7 +35,7 @@ def asked_of_students(agent: Any, config: Any) -> list[tuple[set[float], set[flo
             learner.expert.student.register_forward_pre_hook(lambda module, args, asked=asked: asked.update(args[1].tolist()))
         learner.learn(progress=False)
         x_T = torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
-        unroll(learner.reference, learner.grid, x_T)  # its own rollout
+        unroll(learner.teacher_policy, learner.grid, x_T)  # its own rollout
         if stage.teacher == "last":
             found.append((trained, asked))
         trained = set(learner.grid.times[:-1].tolist())

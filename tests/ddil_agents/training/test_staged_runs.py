@@ -119,7 +119,7 @@ def test_staged_metrics_count_the_forwards_of_the_whole_run(key: str, staged: Pa
 def test_a_staged_run_loads_and_is_reported(staged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     learner = load_run(staged)
     saved = load_file(staged / "student" / "student.safetensors")
-    assert all(torch.equal(value, saved[key]) for key, value in learner.average.state_dict().items())
+    assert all(torch.equal(value, saved[key]) for key, value in learner.ema_student.state_dict().items())
     assert (learner.config.num_steps, learner.config.teacher_steps, learner.config.beta.forward) == (2, 4, 0.2)
     assert isinstance(learner.expert, Digits)
     report.main([str(staged), "--out", str(tmp_path / "page")])

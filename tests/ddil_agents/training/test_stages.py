@@ -10,7 +10,7 @@ import torch
 from helpers import CORNERS, corners, learn, weights
 from torch import Tensor
 
-from ddil_agents import Algorithm, BCConfig, BehaviourCloning, Dagger, DaggerConfig, DistributionMatching, DMD2Config
+from ddil_agents import DMD2, Algorithm, BCConfig, BehaviourCloning, Dagger, DaggerConfig, DMD2Config
 from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
 from ddil_agents.states.batch import Batch
 from ddil_agents.training.stages import Stage, better_weights, evaluated_as, learners, plan
@@ -174,12 +174,12 @@ def test_the_weights_that_err_less_on_held_out_states_go_on(data_free: bool, bet
     if data_free:
         monkeypatch.setattr(expert, "reference_data", none)
     ((_, learner),) = chain(expert, cloning({"num_steps": 4}))
-    other = learner.average if better == "last" else learner.networks["student"]
+    other = learner.ema_student if better == "last" else learner.networks["student"]
     with torch.no_grad():
         for p in other.parameters():
             p += 0.3
     errors, network = better_weights(learner)
-    assert network is {"average": learner.average, "last": learner.networks["student"]}[better]
+    assert network is {"average": learner.ema_student, "last": learner.networks["student"]}[better]
     assert errors[better] == min(errors.values()) < max(errors.values())
     assert better_weights(learner)[0] == errors  # the same states each time
 
@@ -190,8 +190,8 @@ def test_each_student_starts_from_the_lasts_better_weights_bit_for_bit() -> None
         if last is not None:
             better = weights(better_weights(last)[1])
             assert torch.equal(weights(learner.student), better)
-            assert torch.equal(weights(learner.average), better)
-            assert not torch.equal(weights(last.average), weights(last.student))
+            assert torch.equal(weights(learner.ema_student), better)
+            assert not torch.equal(weights(last.ema_student), weights(last.student))
         before = weights(learner.student)
         last = learn(learner)
         assert not torch.equal(weights(learner.student), before)
@@ -255,7 +255,7 @@ def test_a_student_of_another_architecture_is_refused() -> None:
 
 def test_a_critic_starts_as_the_students_twin_in_every_stage() -> None:
     config = DMD2Config(**SMALL, critic_updates=2, stages=({"num_steps": 4}, {"num_steps": 4}))
-    for _, learner in learners(DistributionMatching, corners(), plan(config)):
+    for _, learner in learners(DMD2, corners(), plan(config)):
         assert torch.equal(weights(learner.networks["critic"]), weights(learner.student))
         learn(learner)
 
@@ -302,7 +302,7 @@ def test_conversion_learns_the_teachers_own_prediction(kind: str, digits: Digits
 def told(learner: Algorithm, batch: Any, w: float) -> Tensor:
     """The averaged student's x̂_0 when told w."""
     with torch.no_grad():
-        return learner.average.predict(batch["x_t"], batch["t"], batch["c"], torch.full_like(batch["t"], w)).x_0
+        return learner.ema_student.predict(batch["x_t"], batch["t"], batch["c"], torch.full_like(batch["t"], w)).x_0
 
 
 def test_guidance_conditioning_starts_from_the_last_student_and_learns_to_answer_for_w() -> None:
@@ -339,14 +339,14 @@ def test_a_told_student_stays_told_and_teaches_what_it_is_told() -> None:
     stages = chain(labelled(), config)
     first = learn(next(stages)[1])
     second = next(stages)[1]
-    assert torch.equal(weights(second.student), weights(first.average))
+    assert torch.equal(weights(second.student), weights(first.ema_student))
     assert second.student.guidance_embedding
     assert second.expert.guidance_scale == second.reference.guidance_scale == 2.0
     batch = second.collector.collect(32, (1, 0, 0), 0)
     x_t, t, c, w, s = (batch[key] for key in ("x_t", "t", "c", "w", "s"))
     middle = first.grid.previous(t)  # 749, where half of the way is 750
-    x_m = first.average.predict(x_t, t, c, w).latent(middle)
-    x_s = first.average.predict(x_m, middle, c, w).latent(s)
+    x_m = first.ema_student.predict(x_t, t, c, w).latent(middle)
+    x_s = first.ema_student.predict(x_m, middle, c, w).latent(s)
     torch.testing.assert_close(batch["x_s"], x_s.detach(), atol=1e-5, rtol=1e-5)
     assert (batch["nfe"] == 2).all()  # one forward a step, where the original takes a pair
 

@@ -97,8 +97,8 @@ def expert(family: str, folders: dict[str, Path], coco: Path, **options: Any) ->
 
 def sizes(held_out: float = 0.4) -> list[str]:
     learner = "--num_updates 2 --batch_size 4 --num_steps 2 --teacher_steps 4 --mixed_precision no --collect_size 8 --updates_per_collect 1"
-    judge = "--evaluate.n 10 --evaluate.n_paths 4 --evaluate.n_action 2 --thresholding.kind expert --guidance_scale 2"
-    return f"{learner} {judge} --env.held_out {held_out} --env.workers 0".split()
+    evaluator = "--evaluate.n 10 --evaluate.n_paths 4 --evaluate.n_action 2 --thresholding.kind expert --guidance_scale 2"
+    return f"{learner} {evaluator} --env.held_out {held_out} --env.workers 0".split()
 
 
 def expert_path(family: str) -> str:

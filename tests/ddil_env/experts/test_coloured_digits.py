@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.metrics.coloured_digits import ColouredDigitReader
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_env import ExpertPolicy, StudentPolicy, TimeGrid, check_expert, load_expert, unroll
@@ -108,9 +108,9 @@ def test_what_training_writes_is_an_expert(barely_trained: Path) -> None:
 
 def test_caption_agreement_is_the_judges_accuracy(barely_trained: Path) -> None:
     expert = ColouredDigits(str(barely_trained))
-    judge = Judge(ExpertPolicy(expert), TimeGrid(expert.schedule, 2), Evaluation(n=12, n_paths=4, n_action=2))
-    assert judge.describe()["extractor"] == "fd_coloured_digits"
-    assert 0 <= judge.judge_expert()["accuracy"] < 0.5  # untrained
+    evaluator = Evaluator(ExpertPolicy(expert), TimeGrid(expert.schedule, 2), Evaluation(n=12, n_paths=4, n_action=2))
+    assert evaluator.describe()["extractor"] == "fd_coloured_digits"
+    assert 0 <= evaluator.score_expert()["accuracy"] < 0.5  # untrained
 
 
 def test_the_shipped_model_draws_held_out_captions() -> None:

@@ -392,7 +392,7 @@ def test_a_learners_command_ends_in_a_pipeline(
     assert result["teacher_nfe"] > 0
     assert (run / "samples.png").is_file()
     learner = load_run(run)
-    student = StudentPolicy(learner.average, learner.expert)
+    student = StudentPolicy(learner.ema_student, learner.expert)
     ours = sampled(student, learner.expert, 2, learner.config.grid, learner.kernel)
     assert_same_samples(ours, drawn(opened(run / "student"), **call_of(run / "student")))
 

@@ -1,4 +1,4 @@
-"""The judge: batches, their store, trajectories step by step, pictures and captions."""
+"""The evaluator: batches, their store, trajectories step by step, pictures and captions."""
 
 import dataclasses
 from itertools import pairwise
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import judge_of
+from helpers import make_evaluator
 from PIL import Image
 
-from ddil_agents.evaluation import judge as judging
+from ddil_agents.evaluation import evaluator as evaluating
 from ddil_agents.evaluation import provenance, samples
-from ddil_agents.evaluation.judge import Judge
+from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.metrics.coverage import precision_recall_density_coverage
 from ddil_agents.evaluation.metrics.distances import mmd2, split_half
 from ddil_agents.evaluation.metrics.frechet import frechet_distance
@@ -38,30 +38,30 @@ class Biased(DdimPolicy):
 
 
 def test_batches_are_judged_as_one_set():
-    judge = judge_of(mixture())
-    noise = torch.cat([judge.noise(k) for k in range(3)])
-    assert [len(judge.noise(k)) for k in range(3)] == [25, 25, 10]
+    evaluator = make_evaluator(mixture())
+    noise = torch.cat([evaluator.noise(k) for k in range(3)])
+    assert [len(evaluator.noise(k)) for k in range(3)] == [25, 25, 10]
     assert len(noise.unique(dim=0)) == 60
-    drawn = judge._draw(judge.few_steps, judge.grid, "ddim")
+    drawn = evaluator._draw(evaluator.few_steps, evaluator.grid, "ddim")
     x = noise
-    for t, s in zip(judge.grid.times[:-1], judge.grid.times[1:], strict=True):
-        x = judge.few_steps.act(x, t.expand(60), s.expand(60))
+    for t, s in zip(evaluator.grid.times[:-1], evaluator.grid.times[1:], strict=True):
+        x = evaluator.few_steps.act(x, t.expand(60), s.expand(60))
     assert torch.allclose(drawn.features.values, x, atol=1e-6)
     assert drawn.path.shape == (20, 5, 2)
     assert torch.allclose(drawn.path[:, -1], x[:20], atol=1e-6)
 
 
 def test_the_noise_on_the_way_is_not_what_another_seed_or_batch_starts_from(monkeypatch):
-    judges, on_the_way = [judge_of(mixture(), seed=seed) for seed in (0, 1, 1_000_003)], []
+    evaluators, on_the_way = [make_evaluator(mixture(), seed=seed) for seed in (0, 1, 1_000_003)], []
 
     def noting(*args, generator, **kwargs):
         on_the_way.append(torch.Generator().manual_seed(generator.initial_seed()))
         return unroll(*args, generator=generator, **kwargs)
 
     monkeypatch.setattr(samples, "unroll", noting)
-    for judge in judges:
-        judge._draw(judge.few_steps, judge.grid, "renoise")
-    starts = [judge.noise(batch) for judge in judges for batch in range(3)]
+    for evaluator in evaluators:
+        evaluator._draw(evaluator.few_steps, evaluator.grid, "renoise")
+    starts = [evaluator.noise(batch) for evaluator in evaluators for batch in range(3)]
     noise = [*starts, *(torch.randn(25, 2, generator=generator) for generator in on_the_way)]
     assert len(on_the_way) == 9
     assert len({tuple(x[0].tolist()) for x in noise}) == len(noise)
@@ -69,67 +69,67 @@ def test_the_noise_on_the_way_is_not_what_another_seed_or_batch_starts_from(monk
 
 def test_a_store_spares_what_is_in_it_and_changes_no_number(tmp_path: Path):
     expert = mixture()
-    first = judge_of(expert, tmp_path)
-    scores = first.judge(first.few_steps, name="few")
+    first = make_evaluator(expert, tmp_path)
+    scores = first.evaluate(first.few_steps, name="few")
     whole = expert.nfe
     (last,) = tmp_path.glob("few-*-00002.safetensors")
     last.unlink()  # as if a kill had come before the last batch
     expert.nfe = 0
-    again = judge_of(expert, tmp_path)
+    again = make_evaluator(expert, tmp_path)
     del scores["seconds"]
-    assert {k: v for k, v in again.judge(again.few_steps, name="few").items() if k != "seconds"} == scores
+    assert {k: v for k, v in again.evaluate(again.few_steps, name="few").items() if k != "seconds"} == scores
     # All of the expert's 8 steps, two batches of 25 in 4, and its actions on data, of 2 forwards each.
     assert expert.nfe == whole - 60 * 8 - 50 * 4 - 15 * 4 * 2
 
 
 def test_evaluations_share_the_experts_samples_and_no_others(tmp_path: Path):
     expert = mixture()
-    rows = [judge_of(expert, store=str(tmp_path)).judge_baselines()]
+    rows = [make_evaluator(expert, store=str(tmp_path)).evaluate_baselines()]
     files = {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert {name.split("-")[0] for name in files} == {"teacher@8", "teacher@4"}
     expert.nfe = 0
-    again = judge_of(expert, store=str(tmp_path))
+    again = make_evaluator(expert, store=str(tmp_path))
     assert expert.nfe == 0
-    rows.append(again.judge_baselines())
+    rows.append(again.evaluate_baselines())
     assert rows[0] == rows[1]
     assert len(again._forward_actions) == 4
     assert expert.nfe == 0  # the row of 4 steps is there, and so are the expert's actions on data
-    again.judge(Biased(again.expert_policy, again.grid.times[0], 0.1), name="student")
+    again.evaluate(Biased(again.expert_policy, again.grid.times[0], 0.1), name="student")
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == files
-    assert judge_of(expert, store=str(tmp_path), seed=1).judge_baselines() != rows[0]
+    assert make_evaluator(expert, store=str(tmp_path), seed=1).evaluate_baselines() != rows[0]
     (row,) = (tmp_path / "seed0").glob("teacher@4-beside-teacher@8-*.json")
     row.write_text(row.read_text()[:50])
     with pytest.raises(ValueError, match=r"teacher@4-beside-.* is damaged .*; remove it, and it is made again"):
-        again.judge_baselines()
+        again.evaluate_baselines()
 
 
 def test_a_store_of_other_settings_is_refused(tmp_path: Path):
-    judge_of(mixture(), tmp_path)
+    make_evaluator(mixture(), tmp_path)
     with pytest.raises(ValueError, match="holds an evaluation of other settings"):
-        judge_of(mixture(), tmp_path, seed=1)
+        make_evaluator(mixture(), tmp_path, seed=1)
 
 
 def test_a_store_gives_no_model_the_samples_of_another_of_its_name(tmp_path: Path):
     first, other = mixture(), mixture()
     other.means += 0.3
     for folder in ({}, {"store": str(tmp_path / "shared")}):
-        alone = judge_of(other).judge_baselines()["teacher@4"]
-        judge_of(first, tmp_path / "own", **folder).judge_baselines()
-        beside = judge_of(other, tmp_path / "own", **folder).judge_baselines()["teacher@4"]
+        alone = make_evaluator(other).evaluate_baselines()["teacher@4"]
+        make_evaluator(first, tmp_path / "own", **folder).evaluate_baselines()
+        beside = make_evaluator(other, tmp_path / "own", **folder).evaluate_baselines()["teacher@4"]
         assert {**beside, "seconds": 0} == {**alone, "seconds": 0}
-    student, judge = mixture(), judge_of(first, tmp_path / "students")
+    student, evaluator = mixture(), make_evaluator(first, tmp_path / "students")
     policies = [DdimPolicy(ExpertPolicy(model).predict, model.schedule, conditional=False) for model in (student, other)]
-    rows = [judge.judge(policy, name="student@4") for policy in policies]
-    assert {**judge.judge(policies[1]), "seconds": 0} == {**rows[1], "seconds": 0} != {**rows[0], "seconds": 0}
+    rows = [evaluator.evaluate(policy, name="student@4") for policy in policies]
+    assert {**evaluator.evaluate(policies[1]), "seconds": 0} == {**rows[1], "seconds": 0} != {**rows[0], "seconds": 0}
 
 
 def test_the_experts_own_policy_has_no_error_anywhere():
-    judge = judge_of(mixture())
-    row = judge.judge(judge.expert_policy)
+    evaluator = make_evaluator(mixture())
+    row = evaluator.evaluate(evaluator.expert_policy)
     assert row["path_rmse"] == row["action_mse_own"] == row["action_mse_forward"] == [0.0] * 4
     assert row["action_ratio"] == [None] * 4
     for name in ("shift", "mmd_shift", "gaussian_shift"):
-        assert row[f"{name}_to_expert"] == judge.judge_expert()[f"{name}_to_expert"]
+        assert row[f"{name}_to_expert"] == evaluator.score_expert()[f"{name}_to_expert"]
     assert row["shift_to_expert"] == row["mmd_shift_to_expert"] == [0.0] * 4
     assert row["gaussian_shift_to_expert"] == pytest.approx([0.0] * 4, abs=1e-6)
     assert row["frechet_to_expert"] == pytest.approx(0, abs=1e-9)
@@ -138,18 +138,18 @@ def test_the_experts_own_policy_has_no_error_anywhere():
 
 
 def test_samples_that_draw_noise_on_the_way_are_not_held_against_the_experts_one_by_one():
-    judge = judge_of(mixture())
-    row = judge.judge(judge.few_steps, kernel="renoise")
+    evaluator = make_evaluator(mixture())
+    row = evaluator.evaluate(evaluator.few_steps, kernel="renoise")
     assert row["endpoint_rmse"] is row["path_rmse"] is None
     assert row["frechet_to_expert"] > 0
-    one = judge.judge(judge.few_steps, TimeGrid(judge.expert.schedule, 1), "renoise")
+    one = evaluator.evaluate(evaluator.few_steps, TimeGrid(evaluator.expert.schedule, 1), "renoise")
     assert one["endpoint_rmse"] > 0
 
 
 def test_a_planted_bias_shows_at_its_step_and_after():
-    judge = judge_of(mixture())
-    at = judge.grid.times[2]
-    row = judge.judge(Biased(judge.expert_policy, at, 0.05))
+    evaluator = make_evaluator(mixture())
+    at = evaluator.grid.times[2]
+    row = evaluator.evaluate(Biased(evaluator.expert_policy, at, 0.05))
     assert row["path_rmse"][:2] == [0.0, 0.0]
     assert row["path_rmse"][2] == pytest.approx(0.05, rel=1e-5)
     assert row["path_rmse"][3] == pytest.approx(row["endpoint_rmse"])
@@ -161,10 +161,13 @@ def test_a_planted_bias_shows_at_its_step_and_after():
 
 
 def test_a_shift_is_measured_to_be_what_was_planted():
-    judge = judge_of(mixture(), n=800, n_paths=800, batch_size=800)
-    b, floor = 0.5, judge.floors()["training_data"]
-    halves, their_halves = judge.floors()["real_halves"], judge.floors()["teacher_halves"]
-    unbiased, row = judge.judge(judge.expert_policy), judge.judge(Biased(judge.expert_policy, judge.grid.times[0], b))
+    evaluator = make_evaluator(mixture(), n=800, n_paths=800, batch_size=800)
+    b, floor = 0.5, evaluator.floors()["training_data"]
+    halves, their_halves = evaluator.floors()["real_halves"], evaluator.floors()["teacher_halves"]
+    unbiased, row = (
+        evaluator.evaluate(evaluator.expert_policy),
+        evaluator.evaluate(Biased(evaluator.expert_policy, evaluator.grid.times[0], b)),
+    )
     # All states after the first step are moved by b in each entry. Sliced W2 is per √d: b. Gaussian W2: ‖(b, b)‖ = b √2.
     for name, moved in (("shift", b), ("gaussian_shift", b * 2**0.5)):
         assert row[name][0] == unbiased[name][0]
@@ -181,29 +184,29 @@ def test_a_shift_is_measured_to_be_what_was_planted():
 
 
 def test_only_states_of_one_noise_are_compared_in_pairs():
-    judge = judge_of(mixture())
-    row, states = judge.judge(judge.few_steps), judge.expert_path[:, :4].transpose(0, 1)
-    halves = judge.floors()["teacher_halves"]["mmd_shift_to_expert"]
-    for i, (x, width) in enumerate(zip(states, map(judging._width, states), strict=True)):
+    evaluator = make_evaluator(mixture())
+    row, states = evaluator.evaluate(evaluator.few_steps), evaluator.expert_path[:, :4].transpose(0, 1)
+    halves = evaluator.floors()["teacher_halves"]["mmd_shift_to_expert"]
+    for i, (x, width) in enumerate(zip(states, map(evaluating._width, states), strict=True)):
         assert halves[i] == split_half(lambda a, b, h=width: mmd2(a, b, h), x)
         if i > 0:  # at the first, two of one index are the same
             assert row["mmd_shift_to_expert"][i] != 0
-    for i, x in enumerate(judge.real_noised):
-        states = judge._draw(judge.few_steps, judge.grid, "ddim").path[:, i]
-        assert row["mmd_shift"][i] == mmd2(states, x, judging._width(x), paired=True)
+    for i, x in enumerate(evaluator.real_noised):
+        states = evaluator._draw(evaluator.few_steps, evaluator.grid, "ddim").path[:, i]
+        assert row["mmd_shift"][i] == mmd2(states, x, evaluating._width(x), paired=True)
 
 
 @pytest.mark.parametrize(("k", "labels"), [(1, None), (3, [0, 1, 2])])
 def test_a_perfect_sampler_with_noise_of_its_own_is_half_as_far_as_the_teachers_halves(k, labels):
     means = torch.randn(k, 24, generator=torch.Generator().manual_seed(0))
     expert = GaussianMixtureExpert(means=means, stds=torch.full((k,), 0.3), weights=torch.ones(k) / k, labels=labels)
-    judges = [judge_of(expert, n=401, n_paths=4, n_action=1, batch_size=401, seed=seed) for seed in range(6)]
-    nfe, floors = expert.nfe, [judge.floors()["teacher_halves"] for judge in judges]
+    evaluators = [make_evaluator(expert, n=401, n_paths=4, n_action=1, batch_size=401, seed=seed) for seed in range(6)]
+    nfe, floors = expert.nfe, [evaluator.floors()["teacher_halves"] for evaluator in evaluators]
     assert expert.nfe == nfe
-    apart = [frechet_distance(a.expert_drawn.features, b.expert_drawn.features) for a, b in pairwise(judges)]
+    apart = [frechet_distance(a.expert_drawn.features, b.expert_drawn.features) for a, b in pairwise(evaluators)]
     assert sum(floor["frechet_to_expert"] for floor in floors) / 6 == pytest.approx(2 * sum(apart) / 5, rel=0.15)
-    order = torch.arange(401) if labels is None else judges[0].c.argsort(stable=True)
-    a, b = (judges[0].expert_drawn.features[order[first:400:2]] for first in (0, 1))
+    order = torch.arange(401) if labels is None else evaluators[0].c.argsort(stable=True)
+    a, b = (evaluators[0].expert_drawn.features[order[first:400:2]] for first in (0, 1))
     assert floors[0]["frechet_to_expert"] == frechet_distance(a, b)
     assert floors[0]["n"] == 200
 
@@ -221,31 +224,31 @@ class Memory(DdimPolicy):
 
 def test_a_student_that_memorises_is_held_against_data_that_it_has_not_seen():
     expert = load_expert("digits8")
-    judge = judge_of(expert, n=500, n_paths=10, n_action=5, batch_size=500)
+    evaluator = make_evaluator(expert, n=500, n_paths=10, n_action=5, batch_size=500)
     row, (training, c), (held_out, _) = (
-        judge.judge(Memory(expert, 500), judge.grid),
+        evaluator.evaluate(Memory(expert, 500), evaluator.grid),
         expert.reference_data(500),
         expert.reference_data(500, True),
     )
     assert (len(training), len(held_out)) == (500, 440)
-    assert {key: judge.describe()[key] for key in ("n", "reference", "n_reference")} == {
+    assert {key: evaluator.describe()[key] for key in ("n", "reference", "n_reference")} == {
         "n": 500,
         "reference": "held_out",
         "n_reference": 440,
     }
-    assert torch.equal(judge.c, c)  # samples have the classes of the training data, 50 of each
-    features, seen = judge._read(held_out)[0], judge._read(training)[0]
+    assert torch.equal(evaluator.c, c)  # samples have the classes of the training data, 50 of each
+    features, seen = evaluator._read(held_out)[0], evaluator._read(training)[0]
     assert row["frechet"] == frechet_distance(features, seen) > 0.1
     matched = precision_recall_density_coverage(features, seen[:440])  # 44 of each class on both sides
     assert {name: row[name] for name in ("precision", "recall", "density", "coverage")} == dataclasses.asdict(matched)
     assert row["recall"] < 1 > row["coverage"]
     assert row["frechet_train"] == pytest.approx(0, abs=1e-6)
     assert row["recall_train"] == row["coverage_train"] == 1
-    floor = judge.floors()["training_data"]  # what such a student is
+    floor = evaluator.floors()["training_data"]  # what such a student is
     assert {key: floor[key] for key in floor.keys() & row.keys() - {"shift"}} == {
         key: row[key] for key in floor.keys() & row.keys() - {"shift"}
     }
-    told = table({"settings": judge.describe(), "floors": {}, "models": {"memory@4": row}, **provenance.provenance(expert.device)})
+    told = table({"settings": evaluator.describe(), "floors": {}, "models": {"memory@4": row}, **provenance.provenance(expert.device)})
     assert "n = 500, evaluation seed 0, against 440 held-out data, features" in told
     assert "coverage of training data ↑" in told
 
@@ -260,13 +263,13 @@ def test_without_held_out_data_the_training_data_are_the_reference_and_the_resul
         return draw(n)
 
     monkeypatch.setattr(expert, "reference_data", all_trained_on)
-    judge = judge_of(expert)
-    assert (judge.describe()["reference"], judge.describe()["n_reference"]) == ("training", 60)
-    assert torch.equal(judge.real, draw(60)[0])
-    row = judge.judge(judge.few_steps)
+    evaluator = make_evaluator(expert)
+    assert (evaluator.describe()["reference"], evaluator.describe()["n_reference"]) == ("training", 60)
+    assert torch.equal(evaluator.real, draw(60)[0])
+    row = evaluator.evaluate(evaluator.few_steps)
     assert row["frechet"] > 0
     assert not [key for key in row if key.endswith("_train")]
-    assert judge.floors().keys() == {"real_halves", "teacher_halves"}
+    assert evaluator.floors().keys() == {"real_halves", "teacher_halves"}
 
 
 @pytest.mark.parametrize("n_held_out", [8, 90])
@@ -274,29 +277,29 @@ def test_forward_states_are_of_held_out_data_under_their_own_conditions(monkeypa
     expert = GaussianMixtureExpert(means=[[-0.7, 0.2], [0.6, -0.4], [0.1, 0.8]], stds=0.1, weights=[1, 1, 1], labels=[0, 1, 2])
     draw, asked = expert.reference_data, []
     monkeypatch.setattr(expert, "reference_data", lambda n, held_out=False: draw(n_held_out if held_out else n, held_out))
-    judge = judge_of(expert, n_action=15)
+    evaluator = make_evaluator(expert, n_action=15)
     held_out, c = draw(n_held_out, held_out=True)
     m = min(15, n_held_out)
-    assert not torch.equal(c[:m], judge.c[:m])
+    assert not torch.equal(c[:m], evaluator.c[:m])
 
     class Noting(DdimPolicy):
         def act(self, x_t, t, s, c=None, w=None):
             asked.append((x_t, t, c))
             return super().act(x_t, t, s, c, w)
 
-    row = judge.judge(Noting(judge.few_steps.predict, expert.schedule))
+    row = evaluator.evaluate(Noting(evaluator.few_steps.predict, expert.schedule))
     forward = [(x_t, t, of) for x_t, t, of in asked if x_t.shape == (m, 2) and torch.equal(of, c[:m])]
     assert len(row["action_mse_forward"]) == len(forward) == 4
-    for (x_t, t, _), noised in zip(forward, judge.real_noised, strict=True):
+    for (x_t, t, _), noised in zip(forward, evaluator.real_noised, strict=True):
         assert torch.equal(x_t, noised[:m])
         alpha, sigma = expert.schedule(t, x_t)
         assert ((x_t - alpha * held_out[:m]) / sigma).abs().max() < 4  # the noise that was added to them
-    assert torch.equal(judge_of(expert, n_action=15).real_noised, judge.real_noised)
-    assert not torch.equal(judge_of(expert, n_action=15, seed=1).real_noised, judge.real_noised)
+    assert torch.equal(make_evaluator(expert, n_action=15).real_noised, evaluator.real_noised)
+    assert not torch.equal(make_evaluator(expert, n_action=15, seed=1).real_noised, evaluator.real_noised)
 
 
 def test_every_floor_says_of_how_many_samples_it_is(monkeypatch):
-    floors = judge_of(mixture()).floors()
+    floors = make_evaluator(mixture()).floors()
     assert {name: row["n"] for name, row in floors.items()} == {"real_halves": 10, "teacher_halves": 30, "training_data": 60}
     expert = mixture()
     draw = expert.reference_data
@@ -307,7 +310,7 @@ def test_every_floor_says_of_how_many_samples_it_is(monkeypatch):
         return draw(3)
 
     monkeypatch.setattr(expert, "reference_data", three)
-    assert {name: row["n"] for name, row in judge_of(expert).floors().items()} == {"teacher_halves": 30}  # three data have no halves
+    assert {name: row["n"] for name, row in make_evaluator(expert).floors().items()} == {"teacher_halves": 30}  # three data have no halves
 
 
 def test_data_free_conditions_come_in_turn(monkeypatch):
@@ -316,9 +319,9 @@ def test_data_free_conditions_come_in_turn(monkeypatch):
 
     expert = load_expert("digits8")
     monkeypatch.setattr(expert, "reference_data", no_data)
-    judge = judge_of(expert, n=25, n_paths=5)
-    assert judge.c.tolist() == [i % 10 for i in range(25)]
-    row = judge.judge(judge.few_steps)
+    evaluator = make_evaluator(expert, n=25, n_paths=5)
+    assert evaluator.c.tolist() == [i % 10 for i in range(25)]
+    row = evaluator.evaluate(evaluator.few_steps)
     assert "frechet" not in row
     assert row["action_mse_forward"] is row["shift"] is None
     assert row["action_ratio"] == pytest.approx([a / b for a, b in zip(row["action_mse_own"], row["action_mse_expert"], strict=True)])
@@ -329,16 +332,16 @@ def test_pictures_are_compared_with_a_folder(tmp_path: Path, colour):
     for i, picture in enumerate(pictures):
         Image.fromarray(picture.numpy()).save(tmp_path / f"{i:03d}.png")
     expert = load_expert("digits8")
-    judge = judge_of(expert, n=20, n_paths=10, batch_size=10, extractor="colour", images=str(tmp_path))
-    assert judge.real_features.values.shape == (40, 6)
-    assert judge.describe() | {"resize": "centre_crop_lanczos_256", "distance": "Fréchet distance (colour)"} == judge.describe()
-    assert judge.describe()["images"].startswith("40 pictures, ")
-    assert judge.floors().keys() == {"real_halves", "teacher_halves"}
-    assert judge.judge(judge.few_steps)["frechet"] > 100 * judge.floors()["real_halves"]["frechet"] > 0
+    evaluator = make_evaluator(expert, n=20, n_paths=10, batch_size=10, extractor="colour", images=str(tmp_path))
+    assert evaluator.real_features.values.shape == (40, 6)
+    assert evaluator.describe() | {"resize": "centre_crop_lanczos_256", "distance": "Fréchet distance (colour)"} == evaluator.describe()
+    assert evaluator.describe()["images"].startswith("40 pictures, ")
+    assert evaluator.floors().keys() == {"real_halves", "teacher_halves"}
+    assert evaluator.evaluate(evaluator.few_steps)["frechet"] > 100 * evaluator.floors()["real_halves"]["frechet"] > 0
 
 
 def test_what_is_kept_of_one_folder_of_pictures_is_not_taken_for_another_s(tmp_path: Path, colour, monkeypatch):
-    monkeypatch.setattr(judging, "KEPT", 16)
+    monkeypatch.setattr(evaluating, "KEPT", 16)
     for name, low in (("a", 0), ("b", 128)):
         (tmp_path / name).mkdir()
         pictures = torch.randint(low, 255, (40, 20, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -346,18 +349,18 @@ def test_what_is_kept_of_one_folder_of_pictures_is_not_taken_for_another_s(tmp_p
             Image.fromarray(picture.numpy()).save(tmp_path / name / f"{i:03d}.png")
     expert, asked = load_expert("digits8"), {"n": 20, "n_paths": 10, "batch_size": 10, "extractor": "colour"}
     alone, *rows = (
-        judge_of(expert, **asked, images=str(tmp_path / name), **store).judge_baselines()["teacher@4"]["frechet"]
+        make_evaluator(expert, **asked, images=str(tmp_path / name), **store).evaluate_baselines()["teacher@4"]["frechet"]
         for name, store in (("b", {}), ("a", {"store": str(tmp_path / "store")}), ("b", {"store": str(tmp_path / "store")}))
     )
     assert rows[1] == alone != rows[0]
 
 
 def test_reading_a_folder_of_pictures_goes_on_where_it_was_killed(tmp_path: Path, colour, monkeypatch):
-    monkeypatch.setattr(judging, "KEPT", 16)
+    monkeypatch.setattr(evaluating, "KEPT", 16)
     for i, picture in enumerate(torch.randint(0, 255, (40, 20, 30, 3), dtype=torch.uint8)):
         Image.fromarray(picture.numpy()).save(tmp_path / f"{i:03d}.png")
     expert, asked = load_expert("digits8"), {"n": 20, "n_paths": 10, "extractor": "colour", "images": str(tmp_path)}
-    read, load = [], judging.load_pictures
+    read, load = [], evaluating.load_pictures
 
     def killed(paths):
         if len(read) == 2:
@@ -365,21 +368,21 @@ def test_reading_a_folder_of_pictures_goes_on_where_it_was_killed(tmp_path: Path
         read.append(len(paths))
         return load(paths)
 
-    monkeypatch.setattr(judging, "load_pictures", killed)
+    monkeypatch.setattr(evaluating, "load_pictures", killed)
     with pytest.raises(KeyboardInterrupt):
-        judge_of(expert, **asked, store=str(tmp_path / "store"))
-    monkeypatch.setattr(judging, "load_pictures", lambda paths: read.append(len(paths)) or load(paths))
-    again = judge_of(expert, **asked, store=str(tmp_path / "store"))
+        make_evaluator(expert, **asked, store=str(tmp_path / "store"))
+    monkeypatch.setattr(evaluating, "load_pictures", lambda paths: read.append(len(paths)) or load(paths))
+    again = make_evaluator(expert, **asked, store=str(tmp_path / "store"))
     assert read == [16, 16, 8]
-    assert torch.equal(again.real_features.values, judge_of(expert, **asked).real_features.values)
+    assert torch.equal(again.real_features.values, make_evaluator(expert, **asked).real_features.values)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_pictures_of_an_expert_on_the_gpu_are_judged(colour):
-    judge = judge_of(load_expert("digits8", device="cuda"), n=20, n_paths=10, batch_size=8, extractor="colour")
-    row = judge.judge_baselines()["teacher@4"]
+    evaluator = make_evaluator(load_expert("digits8", device="cuda"), n=20, n_paths=10, batch_size=8, extractor="colour")
+    row = evaluator.evaluate_baselines()["teacher@4"]
     assert row["frechet"] > 0
-    assert judge.floors()["training_data"]["frechet"] > 0
+    assert evaluator.floors()["training_data"]["frechet"] > 0
 
 
 def test_what_an_expert_lacks_is_refused_before_anything_is_drawn(tmp_path: Path, colour):
@@ -410,26 +413,26 @@ class Digit:
 def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch, tmp_path: Path):
     expert = load_expert("digits8")
     monkeypatch.setattr(type(expert), "captions", lambda self, c: [str(int(i)) for i in c], raising=False)
-    monkeypatch.setattr(Judge, "scorers", {"clip_score": Digit()})
+    monkeypatch.setattr(Evaluator, "scorers", {"clip_score": Digit()})
     monkeypatch.setattr(
         samples, "lpips_distance", lambda weights, device: lambda a, b: (a.float() - b.float()).abs().flatten(1).mean(1) / 255
     )
-    judge = judge_of(expert, tmp_path, n=20, n_paths=5, batch_size=8, scores=("clip_score",), lpips=True)
-    row = judge.judge(judge.few_steps, judge.grid, name="few")
-    assert row["clip_score"] == pytest.approx(float(judge.c.double().mean()))
+    evaluator = make_evaluator(expert, tmp_path, n=20, n_paths=5, batch_size=8, scores=("clip_score",), lpips=True)
+    row = evaluator.evaluate(evaluator.few_steps, evaluator.grid, name="few")
+    assert row["clip_score"] == pytest.approx(float(evaluator.c.double().mean()))
     # Ten pictures of each condition, from one noise in all conditions: 45 pairs each.
-    x_T = torch.randn(10, *expert.sample_shape, generator=judge._generator("lpips x_T"))
+    x_T = torch.randn(10, *expert.sample_shape, generator=evaluator._generator("lpips x_T"))
     means = []
     for c in range(10):
         x = x_T
-        for t, s in zip(judge.grid.times[:-1], judge.grid.times[1:], strict=True):
-            x = judge.few_steps.act(x, t.expand(10), s.expand(10), torch.full((10,), c))
-        pictures = judge.pictures(x).double() / 255
+        for t, s in zip(evaluator.grid.times[:-1], evaluator.grid.times[1:], strict=True):
+            x = evaluator.few_steps.act(x, t.expand(10), s.expand(10), torch.full((10,), c))
+        pictures = evaluator.pictures(x).double() / 255
         pairs = [float((pictures[i] - pictures[j]).abs().mean()) for i in range(10) for j in range(i)]
         assert len(pairs) == 45
         means.append(sum(pairs) / 45)
     assert row["lpips"] == pytest.approx(sum(means) / 10, rel=1e-4)
-    described = judge.describe()
+    described = evaluator.describe()
     assert described["scores"] == {"clip_score": "digit_of_the_caption"}
     assert described["lpips"] == "lpips_0.1_alex"
     assert len(described["captions"]) == 12
@@ -437,30 +440,30 @@ def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch, tmp_path: Pa
     drawn, draw = [], samples.group_diversity
     monkeypatch.setattr(samples, "group_diversity", lambda groups, distance: drawn.append(len(groups)) or draw(groups, distance))
     for _ in range(2):
-        assert judge.judge(judge.few_steps, judge.grid, name="few") == row
+        assert evaluator.evaluate(evaluator.few_steps, evaluator.grid, name="few") == row
     assert drawn == [1]
 
 
 def test_a_score_that_a_store_lacks_is_drawn_for_and_one_that_it_has_is_no_burden(monkeypatch, tmp_path: Path):
     expert = load_expert("digits8")
     monkeypatch.setattr(type(expert), "captions", lambda self, c: [str(int(i)) for i in c], raising=False)
-    monkeypatch.setattr(Judge, "scorers", {})
-    assert "clip_score" not in judge_of(expert, tmp_path, n=20, n_paths=5).judge_baselines()["teacher@4"]
-    monkeypatch.setattr(Judge, "scorers", {"clip_score": Digit()})
-    scored = judge_of(expert, tmp_path, n=20, n_paths=5, scores=("clip_score",)).judge_baselines()
+    monkeypatch.setattr(Evaluator, "scorers", {})
+    assert "clip_score" not in make_evaluator(expert, tmp_path, n=20, n_paths=5).evaluate_baselines()["teacher@4"]
+    monkeypatch.setattr(Evaluator, "scorers", {"clip_score": Digit()})
+    scored = make_evaluator(expert, tmp_path, n=20, n_paths=5, scores=("clip_score",)).evaluate_baselines()
     assert scored["teacher@4"]["clip_score"] == scored["teacher@8"]["clip_score"] == pytest.approx(4.5, abs=2)
-    monkeypatch.setattr(Judge, "scorers", {})
+    monkeypatch.setattr(Evaluator, "scorers", {})
     expert.nfe = 0
-    plain = judge_of(expert, tmp_path, n=20, n_paths=5).judge_baselines()
+    plain = make_evaluator(expert, tmp_path, n=20, n_paths=5).evaluate_baselines()
     assert expert.nfe == 0
     assert not any("clip_score" in row for row in plain.values())
 
 
 def test_a_policy_that_hides_what_it_does_is_not_kept(tmp_path: Path):
     expert = mixture()
-    judge = judge_of(expert, tmp_path)
+    evaluator = make_evaluator(expert, tmp_path)
     for b in (0.1, 0.5):
-        row = judge.judge(Biased(judge.expert_policy, judge.grid.times[3], b), name="student")
+        row = evaluator.evaluate(Biased(evaluator.expert_policy, evaluator.grid.times[3], b), name="student")
         assert row["endpoint_rmse"] == pytest.approx(b, rel=1e-4)
-    scaled = [judge.judge(ScaledEpsilon(judge.few_steps, scale), name="scaled")["endpoint_rmse"] for scale in (1.01, 1.5)]
+    scaled = [evaluator.evaluate(ScaledEpsilon(evaluator.few_steps, scale), name="scaled")["endpoint_rmse"] for scale in (1.01, 1.5)]
     assert scaled[1] > 2 * scaled[0]

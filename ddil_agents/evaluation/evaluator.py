@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 KEPT = 1024  # real pictures whose features are written at a time
 
 
-class Judge(Samples):
+class Evaluator(Samples):
     """What every model of one comparison is held against: data, noise, conditions and the expert's trajectories, drawn once."""
 
     def __init__(self, expert_policy: ExpertPolicy, grid: TimeGrid, settings: Evaluation | None = None, store: Path | None = None) -> None:
@@ -159,7 +159,9 @@ class Judge(Samples):
         }
 
     @torch.no_grad()
-    def judge(self, policy: DdimPolicy, grid: TimeGrid | None = None, kernel: Kernel = "ddim", name: str | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, policy: DdimPolicy, grid: TimeGrid | None = None, kernel: Kernel = "ddim", name: str | None = None
+    ) -> dict[str, Any]:
         """Every metric of one policy; lists run over the steps of the grid.
 
         Args:
@@ -236,14 +238,14 @@ class Judge(Samples):
         full, few = self._baseline_names()
         return {full: self.expert_path[:, -1], few: self.sample(self.few_steps, self.grid)}
 
-    def judge_baselines(self) -> dict[str, Any]:
+    def evaluate_baselines(self) -> dict[str, Any]:
         """The metrics of the two; those of few steps are kept in the store, with what the expert would have done instead."""
         full, few = self._baseline_names()
         asked = "-".join(["scores", *self.settings.scores, *["lpips"] * self.settings.lpips])
         place = self._place(f"{few}-beside-{full}", self.few_steps, self.grid, "ddim", f"{asked}.json")
-        return {full: self.judge_expert(), few: kept(place, lambda: self.judge(self.few_steps, name=few))}
+        return {full: self.score_expert(), few: kept(place, lambda: self.evaluate(self.few_steps, name=few))}
 
-    def judge_expert(self) -> dict[str, Any]:
+    def score_expert(self) -> dict[str, Any]:
         """The metrics of the expert's own samples, which are there already."""
         scored = self._scored(self.expert_drawn, self.expert_policy, self.grid, "ddim", self._baseline_names()[0])
         at_no_distance = {"frechet_to_expert": 0.0, "endpoint_rmse": 0.0}
@@ -307,35 +309,35 @@ def evaluate_expert(
 ) -> dict[str, Any]:
     """The expert's own quality at each number of steps, against the data."""
     most = max(steps)
-    judge = Judge(ExpertPolicy(expert, 1, guidance_scale), TimeGrid(expert.schedule, most).to(expert.device), settings, store)
+    evaluator = Evaluator(ExpertPolicy(expert, 1, guidance_scale), TimeGrid(expert.schedule, most).to(expert.device), settings, store)
     models = {}
     for n in steps:
         grid = TimeGrid(expert.schedule, n).to(expert.device)
         name, policy = f"teacher@{n}", ExpertPolicy(expert, 1, guidance_scale)
-        models[name] = judge.judge_expert() if n == most else judge.judge(policy, grid, name=name)
-    return {"settings": judge.describe(), "floors": judge.floors(), "models": models, **provenance(expert.device)}
+        models[name] = evaluator.score_expert() if n == most else evaluator.evaluate(policy, grid, name=name)
+    return {"settings": evaluator.describe(), "floors": evaluator.floors(), "models": models, **provenance(expert.device)}
 
 
-def judge_student(judge: Judge, agent: str, policy: DdimPolicy, kernel: Kernel, kind: GridKind) -> dict[str, Any]:
+def evaluate_student(evaluator: Evaluator, agent: str, policy: DdimPolicy, kernel: Kernel, kind: GridKind) -> dict[str, Any]:
     """A student's rows and its teacher's, on the judge's grid and in `also_steps` steps.
 
     Args:
-        judge: Against what.
+        evaluator: Against what.
         agent: What the rows are called, `agent@4`.
         policy: The student.
         kernel, kind: How it samples.
     """
-    own = f"{agent}@{judge.grid.num_steps}"
-    models = judge.judge_baselines() | {own: judge.judge(policy, kernel=kernel, name=own)}
-    for more in judge.settings.also_steps:
-        grid = TimeGrid(judge.expert.schedule, more, kind).to(judge.expert.device)
-        models.setdefault(few := f"teacher@{more}", judge.judge(judge.few_steps, grid, name=few))
-        models.setdefault(own := f"{agent}@{more}", judge.judge(policy, grid, kernel, own))
+    own = f"{agent}@{evaluator.grid.num_steps}"
+    models = evaluator.evaluate_baselines() | {own: evaluator.evaluate(policy, kernel=kernel, name=own)}
+    for more in evaluator.settings.also_steps:
+        grid = TimeGrid(evaluator.expert.schedule, more, kind).to(evaluator.expert.device)
+        models.setdefault(few := f"teacher@{more}", evaluator.evaluate(evaluator.few_steps, grid, name=few))
+        models.setdefault(own := f"{agent}@{more}", evaluator.evaluate(policy, grid, kernel, own))
     return models
 
 
 def evaluate_run(learner: Agent, settings: Evaluation, store: Path | None = None) -> dict[str, Any]:
     """A student's quality beside its teacher's, on the learner's own grid."""
-    judge = Judge(learner.reference, learner.grid, settings, store)
-    models = judge_student(judge, learner.name, learner.student_policy, learner.kernel, learner.config.grid)
-    return {"settings": judge.describe(), "floors": judge.floors(), "models": models, **provenance(learner.expert.device)}
+    evaluator = Evaluator(learner.teacher_policy, learner.grid, settings, store)
+    models = evaluate_student(evaluator, learner.name, learner.student_policy, learner.kernel, learner.config.grid)
+    return {"settings": evaluator.describe(), "floors": evaluator.floors(), "models": models, **provenance(learner.expert.device)}
