@@ -111,7 +111,7 @@ class Algorithm(TrainedAgent):
         """Where the states come from: `kind`, over the times of `grid` (default: the student's), with settings of its own."""
         c = self.config
         own |= {"kernel": self.kernel, "p_expert": c.p_expert, "guidance_range": c.guidance_range}
-        own |= {"states_per_rollout": c.states_per_rollout}
+        own |= {"states_per_rollout": c.states_per_rollout, "world": self.expert.make_world(c.num_worlds)}
         return kind(self.expert_policy, student_policy, self.grid if grid is None else grid, c.seed, **own)
 
     def collect_schedule(self) -> tuple[int, int]:

@@ -77,6 +77,8 @@ class LearnerConfig(AgentConfig):
     states_per_rollout: StatesPerRollout = 1
     """States that each teacher or student rollout gives: 1, at a time drawn uniformly, as DDIL's Algorithm 1 draws a state; or all N of
     it, which cost fewer student forwards and are N times fewer independent draws of noise and condition."""
+    num_worlds: int = 16
+    """Worlds in which rollouts run at a time, of experts that have one; each rollout there is a whole episode."""
     batch_size: int = 64
     """States of a gradient step, of each process."""
     collect_size: int = 256
@@ -122,7 +124,7 @@ class LearnerConfig(AgentConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "collect_size", "updates_per_collect", "gradient_accumulation"):
+        for name in ("num_worlds", "batch_size", "collect_size", "updates_per_collect", "gradient_accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
         for name in ("learning_rate", "max_grad_norm"):

@@ -10,7 +10,7 @@ rollout keeps each latent three times.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -22,6 +22,7 @@ from ddil_env.expert import Expert, check_device
 from ddil_env.mdp import DenoisingMDP, Kernel, Reward, State
 from ddil_env.presets import load_expert
 from ddil_env.time_grid import GridKind
+from ddil_env.worlds.world import World
 
 
 class DenoisingEnv(EnvBase):
@@ -36,6 +37,8 @@ class DenoisingEnv(EnvBase):
         batch_size: Shape of the batch.
         device: Where to compute; default: where the expert is.
         kernel, reward, substeps, guidance_scale, grid: As in DenoisingMDP.
+        world: As many worlds as environments; default: those of an expert that has them (an episode is then many denoisings). None: an
+            episode is one denoising, of a condition that is drawn.
 
     Raises:
         ValueError: what DenoisingMDP or the expert refuses; a device that is not the expert's.
@@ -55,6 +58,7 @@ class DenoisingEnv(EnvBase):
         substeps: int = 1,
         guidance_scale: float | None = None,
         grid: GridKind = "linspace",
+        world: World | Literal["expert"] | None = "expert",
     ) -> None:
         if isinstance(expert, str):
             expert = load_expert(expert, **({} if device is None else {"device": device}))
@@ -66,8 +70,12 @@ class DenoisingEnv(EnvBase):
             raise ValueError(f"batch_size={list(batch_size)}: every axis needs at least one environment")
         super().__init__(device=expert.device, batch_size=torch.Size(batch_size))
         self.expert = expert
+        if world == "expert":
+            world = expert.make_world(self.batch_size.numel())
+        elif world is not None and world.num_worlds != self.batch_size.numel():
+            raise ValueError(f"{world.num_worlds} worlds for batch_size={list(batch_size)}: need one for each environment")
         self.mdp = DenoisingMDP(
-            expert, num_steps, kernel=kernel, reward=reward, substeps=substeps, guidance_scale=guidance_scale, grid=grid
+            expert, num_steps, kernel=kernel, reward=reward, substeps=substeps, guidance_scale=guidance_scale, grid=grid, world=world
         )
         self.num_steps = num_steps
         latent = Unbounded((*self.batch_size, *expert.sample_shape), device=self.device)
@@ -76,6 +84,8 @@ class DenoisingEnv(EnvBase):
         if expert.num_conditions:
             ids = expert.num_conditions + (expert.null_condition is not None)
             observation["c"] = Categorical(ids, self.batch_size, device=self.device)
+        elif expert.condition_shape is not None:
+            observation["c"] = Unbounded((*self.batch_size, *expert.condition_shape), device=self.device)
         self.observation_spec = Composite(observation, shape=self.batch_size)
         self.state_spec = self.observation_spec.clone()
         self.action_spec = latent.clone()
@@ -109,7 +119,12 @@ class DenoisingEnv(EnvBase):
         """The MDP's state, the batch flattened to one axis."""
         n, shape = self.batch_size.numel(), self.expert.sample_shape
         c = td.get("c", None)
-        return State(td["x_t"].reshape((n, *shape)), td["t"].reshape(n), td["s"].reshape(n), None if c is None else c.reshape(n))
+        return State(
+            td["x_t"].reshape((n, *shape)),
+            td["t"].reshape(n),
+            td["s"].reshape(n),
+            None if c is None else c.reshape(n, *c.shape[len(self.batch_size) :]),
+        )
 
     def _unflat(self, state: State, **others: Tensor) -> TensorDict:
         """A TensorDict of the env's batch shape; `others` (n,) gain a trailing axis."""
@@ -133,18 +148,23 @@ class DenoisingEnv(EnvBase):
         if missing:
             raise ValueError(f"set_state=True needs `x_t` and `t`; {', '.join(sorted(missing))} is missing")
         given = self._flat(tensordict.copy().set("s", tensordict["t"]))
-        c = given.c if given.c is not None or not self.expert.num_conditions else self.mdp.start(self._generators).c
+        c = given.c if given.c is not None or not self.expert.conditional else self.mdp.start(self._generators).c
         return self.mdp.at(given.x_t, given.t.float(), c)
 
     def _partial_start(self, mask: Tensor) -> State:
         """New episodes where mask (n,) is set. TorchRL keeps the other rows itself, so theirs are zeros here."""
-        rows = [g for g, chosen in zip(self._generators, mask.tolist(), strict=True) if chosen]
-        rows = rows or [torch.Generator(self.device)]  # nothing to reset: one throw-away draw, for the shapes
-        started = self.mdp.start(rows)
+        rows = mask.nonzero()[:, 0].tolist()
+        if not rows:
+            return self._flat(self.observation_spec.zero())
+        started = self.mdp.start([self._generators[row] for row in rows], rows)
         return started.map(lambda v: v.new_zeros(len(mask), *v.shape[1:]).index_put((mask,), v))
+
+    def _noise(self, rows: Sequence[int] | None = None) -> Tensor:
+        """ε of all environments, or of those rows."""
+        return self.mdp.noise(self._generators if rows is None else [self._generators[row] for row in rows])
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         state = self._flat(tensordict)
         action = tensordict["action"].reshape(state.x_t.shape)
-        after, reward, terminated = self.mdp.step(state, action, lambda: self.mdp.noise(self._generators))
+        after, reward, terminated = self.mdp.step(state, action, self._noise)
         return self._unflat(after, reward=reward, done=terminated, terminated=terminated.clone())

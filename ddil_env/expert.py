@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from ddil_env.prediction import Prediction, PredictionType
 from ddil_env.schedule import NoiseSchedule
 from ddil_env.support import Support, Unbounded
 from ddil_env.time_grid import TimeGrid, substep_times
+
+if TYPE_CHECKING:
+    from ddil_env.worlds.world import World
 
 __all__ = ["Denoiser", "Expert", "NetworkDenoiser", "NoDataError", "check_device"]
 
@@ -124,6 +127,7 @@ class Expert(ABC):
         schedule: The noise schedule that the model was trained on.
         sample_shape: Shape of one latent, any number of axes.
         num_conditions: Condition ids are 0 … num_conditions − 1; 0 means unconditional, and c is None everywhere.
+        condition_shape: Shape of a condition that is a float32 tensor instead of an id, as an observation is; None: conditions are ids.
         null_condition: The id that stands for "no condition" in classifier-free guidance; None if there is none.
         guidance_scale: The guidance scale that the expert uses by default; 1 is no guidance.
         support: Where clean samples lie; default: unbounded.
@@ -149,6 +153,7 @@ class Expert(ABC):
         sample_shape: tuple[int, ...],
         *,
         num_conditions: int = 0,
+        condition_shape: tuple[int, ...] | None = None,
         null_condition: int | None = None,
         guidance_scale: float = 1.0,
         support: Support | None = None,
@@ -159,6 +164,7 @@ class Expert(ABC):
         self.schedule = schedule
         self.sample_shape = tuple(sample_shape)
         self.num_conditions = num_conditions
+        self.condition_shape = None if condition_shape is None else tuple(condition_shape)
         self.null_condition = null_condition
         self._null_pair: tuple[Tensor, int, Tensor] | None = None  # the last conditions, their version, and [conditions, null]
         self.support: Support = support if support is not None else Unbounded()
@@ -180,6 +186,15 @@ class Expert(ABC):
             t: Times, (b,) float32.
             c: Condition ids, (b,) int64; None is no condition.
         """
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it takes a condition c."""
+        return self.num_conditions > 0 or self.condition_shape is not None
+
+    def make_world(self, num_worlds: int, **options: Any) -> World | None:
+        """Worlds in which its samples decide the next conditions (ddil_env.worlds); None: a sample is the end of an episode."""
+        return None
 
     def check_guidance(self, guidance_scale: float) -> float:
         """Returns the guidance scale if this expert supports it.

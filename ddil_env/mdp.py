@@ -26,6 +26,7 @@ from ddil_env.expert import Expert
 from ddil_env.policy import ExpertPolicy
 from ddil_env.steps import invert_ddim, renoise_step
 from ddil_env.time_grid import GridKind, TimeGrid
+from ddil_env.worlds.world import World
 
 Kernel = Literal["ddim", "renoise"]
 Reward = Literal["none", "expert_l2", "expert_loglik"]
@@ -35,7 +36,7 @@ LOGLIK_MIN_STD = 0.02
 
 
 class State(NamedTuple):
-    """A batch of states: x_t (b, *sample_shape) float32, t and s (b,) float32, c (b,) int64 or None."""
+    """A batch of states: x_t (b, *sample_shape) float32, t and s (b,) float32, c (b,) int64, (b, *condition_shape) float32, or None."""
 
     x_t: Tensor
     t: Tensor
@@ -62,10 +63,11 @@ class DenoisingMDP:
         substeps: Expert steps in a*.
         guidance_scale: The expert's guidance scale in a*; default: its own.
         grid: Kind of the time grid.
+        world: Where samples go and conditions come from; its reward is added to the chosen one. None: a sample ends its episode.
 
     Raises:
-        ValueError: num_steps or substeps out of range, an unknown kernel, reward or grid, or a guidance scale that the expert does
-            not support.
+        ValueError: a world of other shapes than the expert's, num_steps or substeps out of range, an unknown kernel, reward or grid, or a
+            guidance scale that the expert does not support.
     """
 
     def __init__(
@@ -78,19 +80,34 @@ class DenoisingMDP:
         substeps: int = 1,
         guidance_scale: float | None = None,
         grid: GridKind = "linspace",
+        world: World | None = None,
     ) -> None:
         check_choice("kernel", kernel, Kernel)
         check_choice("reward", reward, Reward)
+        if world is not None and (world.sample_shape, world.condition_shape) != (expert.sample_shape, expert.condition_shape):
+            raise ValueError(
+                f"the world takes samples {world.sample_shape} and answers {world.condition_shape}, the expert's are "
+                f"{expert.sample_shape} and {expert.condition_shape}; make the world with expert.make_world(), or give both the same shapes"
+            )
         self.expert = expert
+        self.world = world
         self.device = expert.device
         self.kernel = kernel
         self.grid = TimeGrid(expert.schedule, num_steps, grid).to(expert.device)
         self.policy = ExpertPolicy(expert, substeps, guidance_scale)
         self._reward = {"none": self._no_reward, "expert_l2": self._expert_l2, "expert_loglik": self._expert_loglik}[reward]
 
-    def start(self, generators: list[torch.Generator]) -> State:
-        """Starts episodes, one for each generator, so that an episode depends on its own seed alone."""
+    def start(self, generators: list[torch.Generator], rows: list[int] | None = None) -> State:
+        """Starts episodes, one for each generator, so that an episode depends on its own seed alone.
+
+        Args:
+            generators: One for each episode.
+            rows: Which of the world's they are; default: all.
+        """
         x_t = self.noise(generators)
+        if self.world is not None:
+            t = self.grid.times[:1].expand(len(generators)).clone()
+            return State(x_t, t, self.grid.previous(t), self.world.reset(generators, rows).to(self.device))
         conditions = [c for g in generators if (c := self.expert.sample_condition(1, g)) is not None]
         t = self.grid.times[:1].expand(len(generators)).clone()
         return State(x_t, t, self.grid.previous(t), torch.cat(conditions) if conditions else None)
@@ -110,6 +127,8 @@ class DenoisingMDP:
         Raises:
             ValueError: t outside (0, t_max], t between the whole numbers of a discrete schedule, or a condition id that does not exist.
         """
+        if self.world is not None:
+            raise ValueError("cannot start at a chosen state in a world, which sets the condition itself; reset without one")
         if not bool(((t > 0) & (t <= self.expert.schedule.t_max)).all()):
             raise ValueError(f"cannot start at t={t.tolist()[:4]}: need 0 < t ≤ {self.expert.schedule.t_max}")
         if self.expert.schedule.discrete and not bool((t == t.round()).all()):
@@ -121,13 +140,13 @@ class DenoisingMDP:
             raise ValueError(f"cannot start with c={c.tolist()[:4]}: condition ids are 0 … {last}")
         return State(x_t, t, self.grid.previous(t), c)
 
-    def step(self, state: State, action: Tensor, noise: Callable[[], Tensor]) -> tuple[State, Tensor, Tensor]:
+    def step(self, state: State, action: Tensor, noise: Callable[..., Tensor]) -> tuple[State, Tensor, Tensor]:
         """Makes one transition.
 
         Args:
             state: The states in which the actions are taken.
             action: The next latents, (b, *sample_shape).
-            noise: Draws fresh ε of the same shape; only the `renoise` kernel calls it.
+            noise: Draws fresh ε of the same shape, or given a list of rows of those; only the `renoise` kernel and a world call it.
 
         Returns:
             The next state, the reward (b,) float32 and whether the episode ended (b,) bool.
@@ -137,7 +156,27 @@ class DenoisingMDP:
         if self.kernel == "renoise":
             fresh = renoise_step(invert_ddim(self.expert.schedule, state.x_t, state.t, action, state.s), state.s, noise())
             x_s = torch.where(broadcast(state.s > 0, action), fresh.to(action.dtype), action)
-        return State(x_s, state.s, self.grid.previous(state.s), state.c), reward, state.s <= 0
+        following, ended = State(x_s, state.s, self.grid.previous(state.s), state.c), state.s <= 0
+        if self.world is None:
+            return following, reward, ended
+        return self._enter_world(self.world, following, reward, ended.nonzero()[:, 0].tolist(), noise)
+
+    def _enter_world(
+        self, world: World, state: State, reward: Tensor, rows: list[int], noise: Callable[..., Tensor]
+    ) -> tuple[State, Tensor, Tensor]:
+        """Gives the world the samples that are ready, those of `rows`; where its episode goes on, the next denoising begins."""
+        terminated = torch.zeros(len(reward), dtype=torch.bool, device=self.device)
+        if not rows:
+            return state, reward, terminated
+        assert state.c is not None  # of a world's shape
+        c, earned, done = (x.to(self.device) for x in world.step(state.x_t[rows].to(world.device), rows))
+        x_t, t, conditions = state.x_t.clone(), state.t.clone(), state.c.clone()
+        terminated[rows], conditions[rows] = done, c
+        reward = reward.clone()
+        reward[rows] += earned
+        if going_on := [row for row, ended in zip(rows, done.tolist(), strict=True) if not ended]:
+            x_t[going_on], t[going_on] = noise(going_on).to(x_t), self.grid.times[0]
+        return State(x_t, t, self.grid.previous(t), conditions), reward, terminated
 
     def expert_action(self, state: State) -> Tensor:
         """The expert's actions a*, (b, *sample_shape)."""

@@ -137,7 +137,7 @@ class ExpertPolicy(DdimPolicy):
             expert.schedule if schedule is None else schedule,
             substeps=substeps,
             support=(expert.support if support is None else support) if project else None,
-            conditional=expert.num_conditions > 0,
+            conditional=expert.conditional,
             max_batch=expert.max_batch,
         )
         self.expert = expert
@@ -175,7 +175,7 @@ class StudentPolicy(DdimPolicy):
         grid: TimeGrid | None = None,
         kernel: str | None = None,
     ) -> None:
-        super().__init__(None, expert.schedule, support=support, conditional=expert.num_conditions > 0, max_batch=expert.max_batch)
+        super().__init__(None, expert.schedule, support=support, conditional=expert.conditional, max_batch=expert.max_batch)
         self.student = student
         self.guidance_scale = guidance_scale
         self.grid, self.kernel = grid, kernel

@@ -29,8 +29,10 @@ from torch import Tensor
 
 from ddil_agents.devices import ranks
 from ddil_agents.states.buffer import SOURCES
+from ddil_agents.states.episodes import visit
 from ddil_env import ExpertPolicy, StudentPolicy, TimeGrid
 from ddil_env.mdp import Kernel
+from ddil_env.worlds.world import World
 
 STREAMS = ("data", "noise", "time", "rollout", "path", "guidance", "mixture", "loss", "real")
 
@@ -63,6 +65,13 @@ class Collector:
         p_expert: Probability that the expert acts in a step of a student rollout.
         guidance_range: Draw each state's guidance scale w from here; default: the expert policy's own scale throughout.
         states_per_rollout: States that a teacher or student rollout gives: 1, at a time drawn uniformly, or all.
+        world: Where rollouts are whole episodes (episodes.py); None: a rollout is one denoising.
+
+    Attributes:
+        world_steps: Samples that worlds have taken so far.
+
+    Raises:
+        ValueError: states_per_rollout=all in a world.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()  # streams that all ranks have in common
@@ -79,7 +88,10 @@ class Collector:
         p_expert: float = 0.0,
         guidance_range: tuple[float, float] | None = None,
         states_per_rollout: StatesPerRollout = 1,
+        world: World | None = None,
     ) -> None:
+        if world is not None and states_per_rollout == "all":
+            raise ValueError("states_per_rollout=all: in a world each denoising of an episode gives one state; use 1")
         self.expert_policy, self.student_policy = expert_policy, student_policy
         self.expert = expert_policy.expert
         self.grid = grid
@@ -92,6 +104,9 @@ class Collector:
             name: torch.Generator("cpu" if name in self.shared + self.on_host else self.expert.device).manual_seed(seeds[name])
             for name in STREAMS
         }
+        self.world, self.world_steps = world, 0
+        if world is not None:
+            self.streams["world"] = torch.Generator().manual_seed(own_seed(seed, "world"))
         self._owed = [0.0] * len(SOURCES)  # states that each source's share still owes, so that small collects add up to β exactly
 
     @torch.no_grad()
@@ -145,7 +160,9 @@ class Collector:
         return self.states(x_t=x_t, t=t, s=s, c=c, w=w, x_s=x_s, actors=actors, nfe=(self.expert.nfe - before) // n)
 
     def rollout(self, n: int, p_expert: float) -> TensorDict:
-        """States that n denoisings visit, labelled; the actor of every step is drawn with p_expert."""
+        """States that n denoisings visit, labelled; the actor of every step is drawn with p_expert, in a world that of every denoising."""
+        if self.world is not None:
+            return self.in_world(self.world, n, p_expert)
         return self.every_state(n, p_expert) if self.states_per_rollout == "all" else self.one_state(n, p_expert)
 
     def one_state(self, n: int, p_expert: float) -> TensorDict:
@@ -170,6 +187,16 @@ class Collector:
         nfe = (self.expert.nfe - before) // n + acted
         states = self.states(x_t=x_t, t=t, s=s, c=c, w=w, x_s=x_s, actors=actors, nfe=nfe)
         return states[torch.rand(n, generator=self.streams["rollout"], device=device).argsort()]  # a ring that is short cuts no time off
+
+    def in_world(self, world: World, n: int, p_expert: float) -> TensorDict:
+        """n of the states that episodes visit, labelled."""
+        before = self.expert.nfe
+        states = visit(self, world, n, p_expert)
+        x_t, t, c, w = (states.get(key, None) for key in ("x_t", "t", "c", "w"))
+        s = self.grid.previous(t)
+        states["s"], states["x_s"] = s, self.label(x_t, t, s, c, w)
+        states["nfe"] = torch.full((n,), (self.expert.nfe - before) // n, dtype=torch.int64, device=t.device)
+        return states
 
     def stops(self, n: int, m: int) -> Tensor:
         """j of n rollouts, falling, (n,) int64 on the host: of each of 0 … m − 1 n/m on average, and in one call that to within one."""
@@ -196,7 +223,7 @@ class Collector:
         taken = torch.zeros(n, m, self.grid.num_steps, dtype=torch.bool)
         taken[..., :m] = by_expert[:, None] & earlier
         x_t, x_s, actors = (a.flatten(0, 1) for a in (x, x_s, taken.to(device, non_blocking=True)))  # (n · m, …)
-        c, w = (None if a is None else a.repeat_interleave(m) for a in (c, w))
+        c, w = (None if a is None else a.repeat_interleave(m, dim=0) for a in (c, w))
         t, s = times[:-1].repeat(n), self.grid.previous(times[:-1]).repeat(n)
         if p_expert == 0:
             x_s = self.label(x_t, t, s, c, w)  # of all states at once, which is faster
@@ -275,9 +302,11 @@ class Collector:
         return TensorDict(present, batch_size=[len(t)], device=t.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"owed": list(self._owed), "streams": {name: g.get_state() for name, g in self.streams.items()}}
+        steps = {} if self.world is None else {"world_steps": self.world_steps}
+        return steps | {"owed": list(self._owed), "streams": {name: g.get_state() for name, g in self.streams.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._owed = list(state["owed"])
+        self.world_steps = state.get("world_steps", 0)
         for name, generator in self.streams.items():
             generator.set_state(state["streams"][name].cpu())

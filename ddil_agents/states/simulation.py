@@ -19,6 +19,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from ddil_agents.states.collect import Collector
+from ddil_agents.states.episodes import visit
 
 
 class BackwardSimulation(Collector):
@@ -64,6 +65,9 @@ class BackwardSimulation(Collector):
         return self._arrived(x_t, c, torch.zeros(n, 0, dtype=torch.bool, device=x_0.device))
 
     def rollout(self, n: int, p_expert: float) -> TensorDict:
+        if self.world is not None:
+            states = visit(self, self.world, n, p_expert, self.j)
+            return self._arrived(states["x_t"], states["c"], states["actors"][:, : self.j])
         x_t, c, _, by_expert = self.start(n, self.j, p_expert)
         for i, (t, s) in enumerate(pairwise(self.grid.times[: self.j + 1])):
             x_t = self.follow(x_t, t.expand(n), s.expand(n), c, None, by_expert[:, i])

@@ -341,7 +341,7 @@ def test_a_told_student_stays_told_and_teaches_what_it_is_told() -> None:
     second = next(stages)[1]
     assert torch.equal(weights(second.student), weights(first.ema_student))
     assert second.student.guidance_embedding
-    assert second.expert.guidance_scale == second.reference.guidance_scale == 2.0
+    assert second.expert.guidance_scale == second.teacher_policy.guidance_scale == 2.0
     batch = second.collector.collect(32, (1, 0, 0), 0)
     x_t, t, c, w, s = (batch[key] for key in ("x_t", "t", "c", "w", "s"))
     middle = first.grid.previous(t)  # 749, where half of the way is 750

@@ -1,0 +1,65 @@
+"""States that whole episodes in a world visit: the student's own samples decide what it is asked next.
+
+    c_0 ~ world ;   x_T ~ N(0, I), x_{t_1}, …, x_0 by the actor of this denoising ;   c_{k+1} = world.step(x_0)
+
+The actor is drawn anew for each denoising, the expert with p_expert (DAgger's mixture policy, Ross et al. 2011): a mixture inside one would
+visit neither policy's conditions. Every denoising gives one state, at a time drawn uniformly, and of all that were visited a random part is
+labelled: visits cost forwards of the actor and steps of the simulator, labels the expert's forwards.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from ddil_env.worlds.episodes import run_episodes
+from ddil_env.worlds.world import World
+
+if TYPE_CHECKING:
+    from ddil_agents.states.collect import Collector
+
+
+def visit(collector: Collector, world: World, n: int, p_expert: float, step: int | None = None) -> TensorDict:
+    """n states of whole episodes, drawn from all that were visited.
+
+    Args:
+        collector: Whose policies act, and whose streams are drawn from.
+        world: Every world runs one episode after the other until there are n states.
+        n: States asked for.
+        p_expert: Probability that the expert acts in a denoising.
+        step: The step of the denoising at which states are taken; default: drawn uniformly for each.
+
+    Returns:
+        (n,) `x_t`, `t`, `c`, `w` with a guidance range, `actors` (n, N) bool, true where the expert acted in a step of this
+        denoising that lies before the state.
+    """
+    device, times = collector.expert.device, collector.visited(p_expert)  # (m + 1,), the last is 0
+    m, parts = len(times) - 1, list[TensorDict]()
+
+    def act(c: Tensor, rows: Tensor, frame: int) -> Tensor:
+        k = len(rows)
+        x = torch.randn(k, *collector.expert.sample_shape, generator=collector.streams["rollout"], device=device)
+        w = collector.guidance(k)
+        by_expert = torch.rand(k, generator=collector.streams["path"]) < p_expert
+        j = torch.randint(m, (k,), generator=collector.streams["path"]) if step is None else torch.full((k,), step)
+        stop, x_t = j.to(device), x
+        for i, (t, u) in enumerate(pairwise(times)):
+            x_t = torch.where((stop == i).reshape(-1, *[1] * (x.ndim - 1)), x, x_t)
+            x = collector.follow(x, t.expand(k), u.expand(k), c, w, by_expert)
+        actors = torch.zeros(k, collector.grid.num_steps, dtype=torch.bool)
+        actors[:, :m] = by_expert[:, None] & (torch.arange(m) < j[:, None])
+        fields = {"x_t": x_t, "t": times[stop], "c": c, "actors": actors.to(device)}
+        parts.append(TensorDict(fields if w is None else fields | {"w": w}, batch_size=[k]))
+        return x
+
+    while sum(map(len, parts)) < n:
+        seeds = torch.randint(2**62, (world.num_worlds,), generator=collector.streams["world"]).tolist()
+        episodes = run_episodes(world, [torch.Generator().manual_seed(seed) for seed in seeds], act)
+        collector.world_steps += int(episodes.alive.sum())
+    visited = torch.cat(parts)
+    chosen = torch.randperm(len(visited), generator=collector.streams["path"])[:n]
+    return visited[chosen.to(device)]
