@@ -16,6 +16,7 @@ from ddil_agents.devices import ranks
 from ddil_agents.settings import check_types
 from ddil_agents.states.collect import stream_seed
 from ddil_env import DenoisingEnv, Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, load_expert, unroll
+from ddil_env.guidance import Told
 from ddil_env.mdp import Kernel
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ class Agent(ABC):
         nfe = torch.tensor([self.teacher_nfe, self.student_nfe], device=self.expert.device)
         teacher, student = ranks.total(nfe).tolist()
         return teacher, student
+
+    def told(self) -> list[Told]:
+        """The guidance of a student that is told it, as the expert's `save_student` takes it; empty for another student."""
+        scales = self.config.guidance_range
+        return [] if scales is None else [Told(*scales, self.reference.guidance_scale)]
 
     @abstractmethod
     def extend(self, num_updates: int) -> None:
