@@ -31,7 +31,7 @@ class AgentConfig:
     teacher_steps: int = 32
     """Steps of the teacher's sampler: a label takes teacher_steps / num_steps expert forwards."""
     guidance_scale: float | None = None
-    """The teacher's classifier-free guidance w (1 is none); null: the expert's own."""
+    """The teacher's classifier-free guidance w (1 or less is none); null: the expert's own."""
     seed: int = 0
     """Of weights, data, noise, times, rollouts and draws, each its own stream."""
     student: dict[str, Any] = field(default_factory=dict)

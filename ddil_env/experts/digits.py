@@ -162,7 +162,7 @@ class Digits(Expert):
 
     Args:
         dataset: `digits` (16×16) or `digits8` (8×8).
-        guidance_scale: Scale of classifier-free guidance; 1 is no guidance.
+        guidance_scale: Scale of classifier-free guidance; 1 or less is none.
         weights: A safetensors file of other weights; default: the shipped one.
         device: Where it computes.
 

@@ -88,7 +88,7 @@ class StableDiffusion(PromptedExpert):
         )
         shape = self.latent_shape(files, height, width)
         files.require("unet", "a text-to-image UNet over this VAE", out_channels=shape[0], time_cond_proj_dim=None)
-        files.require("unet", "a UNet over this text encoder", cross_attention_dim=files.config("text_encoder").get("hidden_size", 512))
+        files.require("unet", "a UNet over this text encoder", cross_attention_dim=files.text_config("text_encoder").hidden_size)
         super().__init__(
             files, shape, texts, own, guidance_scale=guidance_scale, dtype=dtype, max_batch=max_batch, model=model, device=device
         )

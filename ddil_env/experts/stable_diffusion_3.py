@@ -139,13 +139,10 @@ class StableDiffusion3(PromptedExpert):
         files = PipelineFolder.find(model, StableDiffusion3Pipeline, MODELS, TOKENIZERS, T5, without, FOLLOWS, variant, local_files_only)
         shape = self.latent_shape(files, height, width, files.config("transformer").get("patch_size", 2))
         files.require("transformer", "a text-to-image transformer over this VAE", out_channels=shape[0])
-        encoders = [files.config(name) for name in ("text_encoder", "text_encoder_2")]
-        pooled = sum(encoder.get("projection_dim", 512) for encoder in encoders)
+        pooled = sum(files.text_config(name).projection_dim for name in ("text_encoder", "text_encoder_2"))
         files.require("transformer", "a transformer over these text encoders", pooled_projection_dim=pooled)
         if "text_encoder_3" in files.models:
-            files.require(
-                "transformer", "a transformer over this T5", joint_attention_dim=files.config("text_encoder_3").get("d_model", 512)
-            )
+            files.require("transformer", "a transformer over this T5", joint_attention_dim=files.text_config("text_encoder_3").d_model)
         super().__init__(
             files, shape, texts, own, guidance_scale=guidance_scale, dtype=dtype, max_batch=max_batch, model=model, device=device
         )

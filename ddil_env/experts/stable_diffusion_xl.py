@@ -111,11 +111,10 @@ class StableDiffusionXL(PromptedExpert):
         )
         shape = self.latent_shape(files, height, width)
         files.require("unet", "an SDXL UNet over this VAE", out_channels=shape[0], time_cond_proj_dim=None, addition_embed_type="text_time")
-        first, second = (files.config(name) for name in ("text_encoder", "text_encoder_2"))
-        width, pooled = first.get("hidden_size", 512) + second.get("hidden_size", 512), second.get("projection_dim", 512)
-        added = 6 * (files.config("unet").get("addition_time_embed_dim") or 0) + pooled  # six sizes and the pooled text
-        what = "a UNet over these text encoders"
-        files.require("unet", what, cross_attention_dim=width, projection_class_embeddings_input_dim=added)
+        first, second = (files.text_config(name) for name in ("text_encoder", "text_encoder_2"))
+        added = 6 * (files.config("unet").get("addition_time_embed_dim") or 0) + second.projection_dim  # six sizes and the pooled text
+        widths = {"cross_attention_dim": first.hidden_size + second.hidden_size, "projection_class_embeddings_input_dim": added}
+        files.require("unet", "a UNet over these text encoders", **widths)
         stride = vae_stride(files.config("vae"))
         size = (shape[1] * stride, shape[2] * stride)
         self.time_ids = (*size, 0, 0, *size)

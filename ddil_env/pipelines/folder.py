@@ -6,6 +6,7 @@ Weights are read from safetensors alone, and no code from a model's folder is ru
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -137,6 +138,17 @@ class PipelineFolder:
         """
         return read_json(self.part(name) / "config.json")
 
+    def text_config(self, name: str) -> Any:
+        """The configuration of a text encoder, with the defaults of its class.
+
+        Raises:
+            ValueError: the file cannot be read as one.
+        """
+        try:
+            return self.models[name].config_class.from_pretrained(self.part(name), local_files_only=True)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"cannot read {self.part(name) / 'config.json'} as a text encoder's ({error}); fetch it again") from error
+
     def weights(self, name: str) -> tuple[list[Path], str | None]:
         """A component's files of weights, and the variant that they are of: the folder's own, or None for the plain ones."""
         return _find_weights(self.part(name), _stem(name), self.variant)
@@ -156,7 +168,7 @@ class PipelineFolder:
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
     def require(self, name: str, what: str, **expected: Any) -> None:
-        """Checks a component's configuration; an entry that the configuration leaves out counts as equal.
+        """Checks a component's configuration.
 
         Args:
             name: The component.
@@ -166,9 +178,9 @@ class PipelineFolder:
         Raises:
             ValueError: an entry has another value.
         """
-        config = self.config(name)
+        config, parameters = self.config(name), inspect.signature(self.models[name]).parameters
         for key, value in expected.items():
-            if (found := config.get(key, value)) != value:
+            if (found := config.get(key, parameters[key].default)) != value:
                 raise ValueError(f"{self.part(name)} has {key}={found}, but {what} has {value}; pass a model of that kind")
 
     def _check_weights(self, name: str) -> None:
@@ -221,7 +233,7 @@ class PipelineFolder:
             missing = sorted(info["missing_keys"])
             count = f"{len(missing)} of {component.__name__}'s tensors"
             raise ValueError(f"{folder} lacks {count}, the first is {missing[0]!r}; fetch it again")
-        if name not in STEMS and _stem(name) == STEM and (unused := sorted(info["unexpected_keys"])):
+        if _stem(name) == STEM and (unused := sorted(info["unexpected_keys"])):
             raise ValueError(
                 f"{folder} holds {len(unused)} tensors that a {component.__name__} of this configuration has no place for, the first is "
                 f"{unused[0]!r}; pass a model without them"

@@ -46,7 +46,7 @@ _SAMPLER = """
     dynamic_thresholding_ratio variance_type interpolation_type use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas
     solver_order solver_type solver_p algorithm_type lower_order_final euler_at_final final_sigmas_type lambda_min_clipped predict_x0
     disable_corrector original_inference_steps timestep_scaling s_noise s_churn stochastic_sampling time_shift_type predictor_order
-    corrector_order tau_func
+    corrector_order tau_func noise_sampler_seed tensor_format
 """
 # Entries of a scheduler that concern its steps alone: the library steps by its own sampler, and reads of a scheduler only the noise.
 SAMPLER = set(_SAMPLER.split())
@@ -64,7 +64,7 @@ def check_followed(path: Path, config: dict[str, Any], cls: Any, follows: Collec
     Raises:
         ValueError: it is of another class, or an entry that is neither the class's nor in `follows` is not at its default.
     """
-    if cls.__name__ not in ARCHITECTURE:
+    if not issubclass(cls, diffusers.ModelMixin):
         if config.get("use_attention_mask"):  # the one entry of a text encoder that pipelines read
             raise ValueError(
                 f"{path} has use_attention_mask=True, which is not followed: texts are read without a mask; pass another model"

@@ -21,7 +21,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 
 from ddil_env.errors import check_choice
 from ddil_env.mdp import Kernel
-from ddil_env.pipelines.find import read_json
+from ddil_env.pipelines.find import INDEX, read_json
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.followed import check_scheduler
 from ddil_env.prediction import PredictionType
@@ -60,20 +60,37 @@ class Noise(Protocol):
         """The scheduler that samples over the grid as this library does."""
 
 
-def _read_config(files: PipelineFolder) -> tuple[Path, str, dict[str, Any]]:
-    """Reads a scheduler's file: its path, the name of the class, and the configuration.
+def _read_noise(
+    files: PipelineFolder, noise: dict[str, tuple[Any, ...] | None], classes: tuple[str, ...] = (), **defaults: Any
+) -> tuple[Path, dict[str, Any]]:
+    """Reads what a folder says of the noise: the scheduler's file, and the entries that are asked for.
+
+    Args:
+        files: The folder. Its model_index.json names the scheduler's class as the scheduler's own file does, and diffusers goes by it.
+        noise: The entries, with the values that each may have, as in `check_scheduler`.
+        classes: The classes that are supported; empty for all.
+        defaults: Entries for a file that leaves them out.
 
     Raises:
-        ValueError: an unreadable file, or a scheduler that diffusers does not have.
+        ValueError: an unreadable file, a scheduler that diffusers does not have, what `check_scheduler` refuses, or that the two files
+            name two classes that read other noise.
     """
     path = files.part("scheduler", "scheduler_config.json") / "scheduler_config.json"
     config = read_json(path)
-    class_name = str(config.get("_class_name"))
-    scheduler_class = getattr(diffusers, class_name, None)
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
-        version = diffusers.__version__
-        raise ValueError(f"{path} names the scheduler {class_name!r}, which diffusers {version} does not have; update diffusers")
-    return path, class_name, config
+    own = str(config.get("_class_name"))
+    (_, named) = files.index.get("scheduler") or (None, own)
+    found = []
+    for class_name in (own, named):
+        scheduler_class = getattr(diffusers, class_name, None)
+        if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+            version = diffusers.__version__
+            raise ValueError(f"{path} names the scheduler {class_name!r}, which diffusers {version} does not have; update diffusers")
+        if classes and class_name not in classes:
+            raise ValueError(f"{path}: {class_name} is not supported; supported: {', '.join(classes)}")
+        found.append(check_scheduler(path, class_name, {**defaults, **config}, noise))
+    if len({tuple(value or None for value in each.values()) for each in found}) > 1:
+        raise ValueError(f"{path} is of a {own} and {INDEX} names a {named}, which reads it as other noise; write one class into both")
+    return path, found[0]
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,6 @@ class DiffusionNoise:
         Raises:
             ValueError: an unknown scheduler, or noise that `NoiseSchedule` does not describe.
         """
-        path, class_name, config = _read_config(files)
         supported: dict[str, tuple[Any, ...] | None] = {
             "beta_schedule": tuple(KINDS),
             "prediction_type": tuple(PREDICTION_TYPES),
@@ -103,7 +119,7 @@ class DiffusionNoise:
             "predict_epsilon": (None, True),  # the prediction type's name of old
             **dict.fromkeys(("beta_start", "beta_end", "num_train_timesteps")),
         }
-        found = check_scheduler(path, class_name, {"prediction_type": "epsilon", **config}, supported)
+        path, found = _read_noise(files, supported, prediction_type="epsilon")
         del found["trained_betas"], found["predict_epsilon"]
         noise = cls(found | {"rescale_betas_zero_snr": bool(found["rescale_betas_zero_snr"])})
         try:
@@ -182,13 +198,10 @@ class FlowNoise:
         Raises:
             ValueError: another scheduler, or a shift that is not one number.
         """
-        path, class_name, config = _read_config(files)
-        if class_name != "FlowMatchEulerDiscreteScheduler":
-            raise ValueError(f"{path}: {class_name} is not supported; supported: FlowMatchEulerDiscreteScheduler")
         off = ("use_dynamic_shifting", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
         read = ("num_train_timesteps", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
         supported = {**dict.fromkeys(off, (False, None)), "shift_terminal": (None,), **dict.fromkeys(read)}
-        found = check_scheduler(path, class_name, config, supported)
+        _, found = _read_noise(files, supported, ("FlowMatchEulerDiscreteScheduler",))
         return cls({key: found[key] for key in ("num_train_timesteps", "shift")})  # the others belong to use_dynamic_shifting
 
     @property
