@@ -16,6 +16,7 @@ from ddil_agents.devices import ranks
 from ddil_agents.settings import check_types
 from ddil_agents.states.collect import stream_seed
 from ddil_env import DenoisingEnv, Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, load_expert, unroll
+from ddil_env.errors import BROKEN_LATENTS, check_finite
 from ddil_env.guidance import Told
 from ddil_env.mdp import Kernel
 
@@ -79,7 +80,7 @@ class Agent(ABC):
     def told(self) -> list[Told]:
         """The guidance of a student that is told it, as the expert's `save_student` takes it; empty for another student."""
         scales = self.config.guidance_range
-        return [] if scales is None else [Told(*scales, self.reference.guidance_scale)]
+        return [] if scales is None else [Told(scales[0], scales[1], self.reference.guidance_scale)]
 
     @abstractmethod
     def extend(self, num_updates: int) -> None:
@@ -146,7 +147,9 @@ class Agent(ABC):
         return self._denoise(x_T, drawn if c is None else self._check_condition(c, n), generator)
 
     def _denoise(self, x_T: Tensor, c: Tensor | None, generator: torch.Generator) -> Tensor:
-        return unroll(self.student_policy, self.grid, x_T, c, kernel=self.kernel, generator=generator)[:, -1]
+        samples = unroll(self.student_policy, self.grid, x_T, c, kernel=self.kernel, generator=generator)[:, -1]
+        check_finite(samples, BROKEN_LATENTS)
+        return samples
 
     def _check_condition(self, c: Tensor | Sequence[int] | int, n: int) -> Tensor:
         """Condition ids as (n,) on the device."""

@@ -17,10 +17,12 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from helpers import assert_same_samples
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import write_tiny_ddpm, write_tiny_sd3, write_tiny_sdxl
 from tiny_sd import WORDS, write_tiny_sd
 
+from ddil_agents import dagger
 from ddil_env import ExpertPolicy, TimeGrid, check_expert, unroll
 from ddil_env.experts.ddpm import DDPM
 from ddil_env.experts.digits import Digits
@@ -28,6 +30,7 @@ from ddil_env.experts.stable_diffusion import StableDiffusion
 from ddil_env.experts.stable_diffusion_3 import StableDiffusion3
 from ddil_env.experts.stable_diffusion_xl import StableDiffusionXL
 from ddil_env.pipelines import find
+from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.followed import ARCHITECTURE, check_followed
 
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -352,3 +355,31 @@ def test_a_device_that_is_not_there_takes_one_line(folders: dict[str, Path]) -> 
     with pytest.raises(ValueError, match=r"device 'mps' is not to be had: .*Available here: cpu") as error:
         opened("sd", folders["sd"], device="mps")
     assert "\n" not in str(error.value)
+
+
+def test_a_run_goes_on_with_its_model_in_another_place(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, run = Path(shutil.copytree(folders["ddpm"], tmp_path / "model")), str(tmp_path / "run")
+    sizes = (
+        "--num_updates 1 --num_steps 2 --teacher_steps 2 --batch_size 2 --collect_size 2 --beta.forward 0 --beta.teacher 1 --beta.student 0"
+    )
+    judged = "--mixed_precision no --evaluate.n 10 --evaluate.n_paths 2 --evaluate.n_action 2"
+    dagger.main(["--env", "ddpm", "--env.model", str(model), *sizes.split(), *judged.split(), "--out", run])
+    model.rename(tmp_path / "moved")
+    with pytest.raises(SystemExit):
+        dagger.main(["--resume", run])
+    assert f"there is no folder {model}; pass --env.model PATH" in capsys.readouterr().err
+    dagger.main(["--resume", run, "--env.model", str(tmp_path / "moved")])
+
+
+def test_a_folder_of_data_whose_name_looks_like_a_pattern_is_a_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+    data = tmp_path / "pics [1024px] {a,b}"
+    data.mkdir()
+    for i in range(12):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text(WORDS[i % 3])
+    assert len(StableDiffusion(str(folders["sd"]), data=str(data), workers=1).pairs or ()) == 12
+    assert (tmp_path / "pics [1024px] {a,b}.pairs").is_dir()
+    with pytest.raises(ValueError, match=r"is of several files, beside which no cache is put; name its folder, --env.data_cache"):
+        OwnData(str(tmp_path / "[01].tar"))
