@@ -92,6 +92,17 @@ def check_followed(path: Path, config: dict[str, Any], cls: Any, follows: Collec
             )
 
 
+def check_class(path: Path, name: str, entry: Any, cls: Any) -> None:
+    """Checks the class that a model_index.json gives a component, [library, class], which diffusers goes by; None is no entry.
+
+    Raises:
+        ValueError: another class.
+    """
+    named = entry[1] if isinstance(entry, list) and len(entry) == 2 else cls.__name__
+    if FORMER_NAMES.get(named, named) != cls.__name__:
+        raise ValueError(f"{path} has a {named} as {name}; this expert reads a {cls.__name__} there; pass a pipeline that has one")
+
+
 def check_index(path: Path, index: dict[str, Any], pipeline: Any) -> None:
     """Checks the entries of a model_index.json that are no components.
 

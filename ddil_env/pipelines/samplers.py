@@ -124,8 +124,8 @@ class DiffusionNoise:
         noise = cls(found | {"rescale_betas_zero_snr": bool(found["rescale_betas_zero_snr"])})
         try:
             noise.schedule().check_prediction_type(noise.prediction_type)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; see that both entries are the model's") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}; see that its entries are the model's") from error
         return noise
 
     @property

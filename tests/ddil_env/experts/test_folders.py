@@ -155,6 +155,12 @@ def test_a_component_of_another_class_is_named(folders: dict[str, Path], tmp_pat
         opened("sd", folder)
 
 
+def test_diffusers_goes_by_the_index_and_so_does_an_expert(folders: dict[str, Path], tmp_path: Path) -> None:
+    encoder = {"text_encoder": ["transformers", "T5EncoderModel"]}
+    with pytest.raises(ValueError, match=r"model_index.json has a T5EncoderModel as text_encoder; this expert reads a CLIPTextModel there"):
+        opened("sd", edited(folders["sd"], tmp_path / "t5", "model_index.json", **encoder))
+
+
 def test_tensors_without_a_place_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
     path = Path(shutil.copytree(folders["sd"], tmp_path / "more")) / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({**load_file(path), "ip_adapter.weight": torch.zeros(1)}, path, metadata={"format": "pt"})
@@ -351,10 +357,12 @@ def test_a_model_of_one_file_is_met_with_the_command_that_converts_it(tmp_path: 
         opened("sd", tmp_path / "old.ckpt")
 
 
-def test_a_device_that_is_not_there_takes_one_line(folders: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=r"device 'mps' is not to be had: .*Available here: cpu") as error:
-        opened("sd", folders["sd"], device="mps")
+@pytest.mark.parametrize("device", ["mps", "meta"])
+def test_a_device_that_is_not_there_takes_one_line(device: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=f"device '{device}' is not to be had: .*Available here: cpu") as error:
+        opened("sd", folders["sd"], device=device)
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
 
 
 def test_a_run_goes_on_with_its_model_in_another_place(

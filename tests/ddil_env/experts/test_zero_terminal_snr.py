@@ -112,7 +112,7 @@ def test_noise_says_nothing_of_the_data_there_and_is_not_predicted(expert: Stabl
     message = "'eps' does not go with the 'scaled_linear' schedule of zero terminal SNR: .*`eps` needs α > 0 at t_max"
     with pytest.raises(ValueError, match=message):
         expert.make_student(prediction_type="eps")
-    with pytest.raises(ValueError, match=f"scheduler_config.json: .*{message}.*see that both entries are the model's"):
+    with pytest.raises(ValueError, match=f"scheduler_config.json: .*{message}.*see that its entries are the model's"):
         StableDiffusion(str(write_zero_snr(tmp_path, "epsilon")), WORDS)
     with pytest.raises(ValueError, match=r"zero_terminal_snr=True with the 'flow' schedule"):
         NoiseSchedule("flow", zero_terminal_snr=True)
