@@ -16,6 +16,8 @@ from ddil_agents.devices import ranks
 from ddil_agents.settings import check_types
 from ddil_agents.states.collect import stream_seed
 from ddil_env import DenoisingEnv, Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, load_expert, unroll
+from ddil_env.errors import BROKEN_LATENTS, check_finite
+from ddil_env.guidance import Told
 from ddil_env.mdp import Kernel
 
 if TYPE_CHECKING:
@@ -74,6 +76,11 @@ class Agent(ABC):
         nfe = torch.tensor([self.teacher_nfe, self.student_nfe], device=self.expert.device)
         teacher, student = ranks.total(nfe).tolist()
         return teacher, student
+
+    def guidance_input(self) -> list[Told]:
+        """The scales that a guidance-conditioned student was trained for, as the expert's `save_student` takes it; empty for another student."""
+        scales = self.config.guidance_range
+        return [] if scales is None else [Told(scales[0], scales[1], self.teacher_policy.guidance_scale)]
 
     @abstractmethod
     def extend(self, num_updates: int) -> None:
@@ -140,7 +147,9 @@ class Agent(ABC):
         return self._denoise(x_T, drawn if c is None else self._check_condition(c, n), generator)
 
     def _denoise(self, x_T: Tensor, c: Tensor | None, generator: torch.Generator) -> Tensor:
-        return unroll(self.student_policy, self.grid, x_T, c, kernel=self.kernel, generator=generator)[:, -1]
+        samples = unroll(self.student_policy, self.grid, x_T, c, kernel=self.kernel, generator=generator)[:, -1]
+        check_finite(samples, BROKEN_LATENTS)
+        return samples
 
     def _check_condition(self, c: Tensor | Sequence[int] | int, n: int) -> Tensor:
         """Condition ids as (n,) on the device."""

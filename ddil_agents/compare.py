@@ -100,7 +100,7 @@ def check(comparison: Comparison, out: Path) -> None:
                 expert, config, evaluation = refuse_early(find_agent(agent), ["--env", comparison.env, "--config", str(path)], expert)
             except ValueError as error:
                 raise ValueError(f"arm {arm}: {error}") from error
-            guidance = config.guidance_scale if config.guidance_scale is not None else expert.guidance_scale
+            guidance = expert.guidance_scale if config.guidance_scale is None else expert.check_guidance(config.guidance_scale)
             measures[arm] = {"guidance_scale": guidance, "teacher_steps": config.teacher_steps, **dataclasses.asdict(evaluation)}
             measures[arm] |= {"seed": None, "also_steps": None}
     expert = None

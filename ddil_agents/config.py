@@ -31,7 +31,7 @@ class AgentConfig:
     teacher_steps: int = 32
     """Steps of the teacher's sampler: a label takes teacher_steps / num_steps expert forwards."""
     guidance_scale: float | None = None
-    """The teacher's classifier-free guidance w (1 is none); null: the expert's own."""
+    """The teacher's classifier-free guidance w (1 or less is none); null: the expert's own."""
     seed: int = 0
     """Of weights, data, noise, times, rollouts and draws, each its own stream."""
     student: dict[str, Any] = field(default_factory=dict)
@@ -155,8 +155,9 @@ class LearnerConfig(AgentConfig):
             )
         if self.guidance_range is not None:
             least, most = self.guidance_range
-            if not -math.inf < least < most < math.inf:
-                raise ValueError(f"guidance_range={self.guidance_range}: need two different, finite numbers, the lower first")
+            if not 1 <= least < most < math.inf:
+                rule = "need two different, finite numbers from 1 on, the lower first; 1 or less is no guidance"
+                raise ValueError(f"guidance_range={self.guidance_range}: {rule}")
             if self.guidance_scale is not None and not least <= self.guidance_scale <= most:
                 raise ValueError(
                     f"guidance_scale={self.guidance_scale} lies outside guidance_range={self.guidance_range}, which is trained on"

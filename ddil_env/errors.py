@@ -5,9 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, get_args
 
+import torch
+from torch import Tensor
+
+BROKEN_LATENTS = "NaN or infinite values in {} samples, which are no pictures: the denoiser gave them; look at its weights or its dtype"
+
 
 class NoDataError(ValueError):
     """An expert that has no data was asked for some."""
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Refuses a tensor with NaN or infinite values.
+
+    Args:
+        tensor: Any tensor.
+        what: The message, from the tensor's name to the cure, with {} for the number of its samples that hold such values.
+
+    Raises:
+        ValueError: it holds some.
+    """
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        raise ValueError(what.format(f"{int((~finite).flatten(1).any(1).sum())} of {len(tensor)}"))
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

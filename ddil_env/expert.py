@@ -16,7 +16,6 @@ and `check_expert(MyExpert())` proves that it conforms.
 from __future__ import annotations
 
 import functools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,9 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ddil_env.device import check_device
 from ddil_env.errors import NoDataError
+from ddil_env.guidance import Told, no_guidance_below_1
 from ddil_env.prediction import Prediction, PredictionType
 from ddil_env.schedule import NoiseSchedule
 from ddil_env.support import Support, Unbounded
@@ -38,19 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["Denoiser", "Expert", "NetworkDenoiser", "NoDataError", "check_device"]
 
 Predict = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Prediction]  # (x_t, t, c, w); w None: the denoiser's own scale
-
-
-def check_device(device: torch.device | str) -> torch.device:
-    """Returns the device, with its index, after putting a tensor on it.
-
-    Raises:
-        ValueError: the device does not exist on this machine.
-    """
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise ValueError(f"device {str(device)!r} is not to be had: {error}. Available here: {', '.join(available)}") from error
 
 
 class Denoiser(Protocol):
@@ -129,7 +117,7 @@ class Expert(ABC):
         num_conditions: Condition ids are 0 … num_conditions − 1; 0 means unconditional, and c is None everywhere.
         condition_shape: Shape of a condition that is a float32 tensor instead of an id, as an observation is; None: conditions are ids.
         null_condition: The id that stands for "no condition" in classifier-free guidance; None if there is none.
-        guidance_scale: The guidance scale that the expert uses by default; 1 is no guidance.
+        guidance_scale: The guidance scale that the expert uses by default; 1 or less is no guidance.
         support: Where clean samples lie; default: unbounded.
         device: Where the expert computes.
 
@@ -197,13 +185,14 @@ class Expert(ABC):
         return None
 
     def check_guidance(self, guidance_scale: float) -> float:
-        """Returns the guidance scale if this expert supports it.
+        """Returns the guidance scale if this expert supports it, and 1 for any scale below: both are no guidance.
+
+        So diffusers' pipelines read the scale: they guide where it is above 1, and model cards that say 0 mean the condition alone.
 
         Raises:
-            ValueError: a scale that is not finite, or that is not 1 for an expert without a null condition.
+            ValueError: a scale that is not finite, or that is above 1 for an expert without a null condition.
         """
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale={guidance_scale}: need a finite number; 1 is no guidance")
+        guidance_scale = no_guidance_below_1(guidance_scale)
         if guidance_scale != 1 and self.null_condition is None:
             raise ValueError(
                 f"guidance_scale={guidance_scale}: {type(self).__name__} has no null condition to guide against; use guidance_scale=1"
@@ -215,12 +204,14 @@ class Expert(ABC):
 
         Args:
             x_t, t, c: As in `predict`.
-            guidance_scale: w, a number or (b,) tensor; the number 1 runs the conditional half alone. Default: the expert's own.
+            guidance_scale: w, a number or (b,) tensor, of which 1 or less is no guidance; as a number, it runs the conditional half alone.
+                Default: the expert's own.
 
         Raises:
-            ValueError: guidance without a condition, or without a null condition.
+            ValueError: a number that is not finite, or guidance without a condition or without a null condition.
         """
         w = self.guidance_scale if guidance_scale is None else guidance_scale
+        w = w.clamp(min=1) if isinstance(w, Tensor) else no_guidance_below_1(w)
         if not isinstance(w, Tensor) and w == 1:
             return self.predict(x_t, t, c)
         if c is None or self.null_condition is None:
@@ -295,13 +286,22 @@ class Expert(ABC):
         """
         raise ValueError(f"{type(self).__name__} names no layer for a discriminator (critic_features); train without the GAN loss")
 
-    def save_student(self, student: NetworkDenoiser, directory: Path, num_steps: int, grid: str = "linspace", kernel: str = "ddim") -> None:
+    def save_student(
+        self,
+        student: NetworkDenoiser,
+        directory: Path,
+        num_steps: int,
+        grid: str = "linspace",
+        kernel: str = "ddim",
+        told: Told | None = None,
+    ) -> None:
         """Writes what the student has learned, its weights or its adapters, as `student.safetensors` into a directory.
 
         Args:
             student: A student that `make_student` made.
             directory: An existing directory.
             num_steps, grid, kernel: How it samples, for formats that hold a sampler too.
+            told: The guidance of a student with a guidance embedding, likewise; passed for such students alone.
         """
         from safetensors.torch import save_model
 

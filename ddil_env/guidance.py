@@ -1,4 +1,4 @@
-"""The guidance embedding: how a network takes the guidance scale as an input (guidance distillation, Meng et al. 2023, §3.1).
+"""The guidance scale: what values mean, and the guidance embedding, by which a network takes it as an input (Meng et al. 2023, §3.1).
 
     h(w) = [sin(1000 (w − 1) f_i), cos(1000 (w − 1) f_i)] ,   f_i = 10000^(−i/(d/2 − 1))
 
@@ -9,12 +9,33 @@ A projection of h is added to the features of the time. It starts at zero, so th
 
 from __future__ import annotations
 
+import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 GUIDANCE_FEATURES = 256  # d, as in latent consistency models
+
+
+class Told(NamedTuple):
+    """The guidance scales that a student with a guidance embedding was trained on, and the one at which it is judged."""
+
+    least: float
+    most: float
+    scale: float
+
+
+def no_guidance_below_1(guidance_scale: float) -> float:
+    """Returns the scale, or 1 for one below.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale={guidance_scale}: need a finite number; 1 or less is no guidance")
+    return max(guidance_scale, 1.0)
 
 
 def guidance_features(w: Tensor, d: int = GUIDANCE_FEATURES) -> Tensor:

@@ -36,6 +36,8 @@ class NoiseSchedule:
         num_train_steps: Length T of the chain that the network was trained on.
         set_alpha_to_one: The level at t = 0. True: the data, (α, σ) = (1, 0). False: the chain's first level √ᾱ_0, at which
             the solver of latent consistency models ends (as in diffusers' DDIMScheduler).
+        zero_terminal_snr: Whether the levels of the discrete kinds are stretched to pure noise, (α, σ) = (0, 1), at t_max (Lin et al. 2024,
+            Algorithm 1; diffusers' `rescale_betas_zero_snr`). ε does not say what the data are there: networks predict v or x_0.
         shift: s of `flow`: σ = s u/(1 + (s − 1) u) at u = t / 1000. Above 1, evenly spaced times lie closer together in σ near
             noise (Esser et al. 2024).
 
@@ -44,7 +46,8 @@ class NoiseSchedule:
         discrete: Whether times are whole numbers.
 
     Raises:
-        ValueError: an unknown kind, a β outside (0, 1), fewer than 2 steps, or a shift that is not positive or not of `flow`.
+        ValueError: an unknown kind, a β outside (0, 1), fewer than 2 steps, a shift that is not positive or not of `flow`, or
+            zero_terminal_snr of `flow`, which ends in pure noise as it is.
     """
 
     def __init__(
@@ -55,16 +58,21 @@ class NoiseSchedule:
         num_train_steps: int = 1000,
         set_alpha_to_one: bool = True,
         shift: float = 1.0,
+        zero_terminal_snr: bool = False,
     ) -> None:
         check_choice("schedule kind", kind, Kind)
         if not 0 < shift < math.inf or (shift != 1 and kind != "flow"):
             raise ValueError(f"shift={shift} with the {kind!r} schedule: need a positive, finite number, and 1 unless it is 'flow'")
+        if zero_terminal_snr and kind == "flow":
+            raise ValueError("zero_terminal_snr=True with the 'flow' schedule, which ends in pure noise as it is; leave it out")
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}: need 0 < beta_start ≤ beta_end < 1")
         if num_train_steps < 2:
             raise ValueError(f"num_train_steps={num_train_steps}: a chain needs at least 2 steps")
         self.kind = kind
         self._settings = {"kind": kind, "beta_start": beta_start, "beta_end": beta_end, "num_train_steps": num_train_steps}
+        self._settings["zero_terminal_snr"] = zero_terminal_snr
+        self.zero_terminal_snr = zero_terminal_snr
         self.num_train_steps = num_train_steps
         self.t_max = num_train_steps if kind == "flow" else num_train_steps - 1
         self.discrete = kind != "flow"
@@ -89,7 +97,12 @@ class NoiseSchedule:
             alpha_bar = torch.cos((u + 0.008) / 1.008 * torch.pi / 2) ** 2
             beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
         log_alpha_bar = torch.log1p(-beta).cumsum(0)
-        table = torch.stack([(log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt()])
+        if self.zero_terminal_snr:
+            alpha = (log_alpha_bar / 2).exp()
+            alpha = alpha[0] / (alpha[0] - alpha[-1]) * (alpha - alpha[-1])
+            table = torch.stack([alpha, (1 - alpha**2).sqrt()])
+        else:
+            table = torch.stack([(log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt()])
         if set_alpha_to_one:
             table[:, 0] = torch.tensor([1.0, 0.0])
         return table
@@ -121,7 +134,7 @@ class NoiseSchedule:
     def prediction(self, output: Tensor, x_t: Tensor, t: Tensor, kind: PredictionType) -> Prediction:
         """Converts a network's output (b, *sample_shape) at x_t (b, *sample_shape), t (b,) to x̂_0 and ε̂.
 
-        eps:  x_0 = (x_t − σ ε)/α
+        eps:  x_0 = (x_t − σ ε)/α                        needs α > 0
         v:    x_0 = α x_t − σ v,    ε = α v + σ x_t      Salimans & Ho 2021, App. D; needs α² + σ² = 1
         x_0:  ε = (x_t − α x_0)/σ
         flow: x_0 = x_t − σ u,      ε = x_t + α u         u = ε − x_0; needs α + σ = 1
@@ -145,11 +158,13 @@ class NoiseSchedule:
         """Checks that this schedule supports a prediction type.
 
         Raises:
-            ValueError: an unknown type; `v` or `eps` with a flow schedule; `flow` with a variance-preserving one.
+            ValueError: an unknown type; `v` or `eps` with a flow schedule; `flow` with a variance-preserving one; `eps` with
+                zero_terminal_snr.
         """
         check_choice("prediction type", kind, PredictionType)
-        if (kind in ("v", "eps") and not self.discrete) or (kind == "flow" and self.discrete):
+        if (kind in ("v", "eps") and not self.discrete) or (kind == "flow" and self.discrete) or (kind == "eps" and self.zero_terminal_snr):
+            name = f"{self.kind!r} schedule{' of zero terminal SNR' if self.zero_terminal_snr else ''}"
             raise ValueError(
-                f"prediction type {kind!r} does not go with the {self.kind!r} schedule: `v` needs α² + σ² = 1, "
+                f"prediction type {kind!r} does not go with the {name}: `v` needs α² + σ² = 1, "
                 "`eps` needs α > 0 at t_max, `flow` needs α + σ = 1"
             )

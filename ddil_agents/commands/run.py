@@ -51,7 +51,8 @@ from ddil_agents.training.trained_agent import TrainedAgent
 from ddil_env import Expert, ExpertPolicy, NoDataError, TimeGrid, check_expert
 from ddil_env.presets import read_yaml
 
-OF_THE_MACHINE = MAY_DIFFER | {"env.device", "evaluate.batch_size", "push_to_hub", "hub_private"}  # what a resumed run may be given anew
+PLACES = {"env.model", "env.data", "env.images", "env.data_cache"}  # where what the run is made of lies, which may move
+OF_THE_MACHINE = MAY_DIFFER | PLACES | {"env.device", "evaluate.batch_size", "push_to_hub", "hub_private"}  # may be given to a resume anew
 
 
 def run(agent: type[Agent], argv: list[str] | None = None) -> None:
@@ -190,7 +191,7 @@ def finish(
     """
     n, name = judged.num_steps, f"{learner.name}@{judged.num_steps}"
     with folder_atomically(out / "student") as student:
-        expert.save_student(learner.ema_student, student, n, judged.grid, learner.kernel)
+        expert.save_student(learner.ema_student, student, n, judged.grid, learner.kernel, *learner.guidance_input())
     store = out / "evaluation" if evaluation.n > evaluation.batch_size else None  # long ones go on where a kill stopped them
     evaluator = Evaluator(ExpertPolicy(expert, judged.substeps, judged.guidance_scale), learner.grid, evaluation, store)
     rows = read_metrics(out / "metrics.jsonl")

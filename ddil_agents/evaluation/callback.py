@@ -100,7 +100,9 @@ class EvalCallback(Callback):
                 with folder_atomically(self.out / "best") as folder:
                     config = agent.config
                     (folder / "student").mkdir()
-                    agent.expert.save_student(agent.ema_student, folder / "student", config.num_steps, config.grid, agent.kernel)
+                    agent.expert.save_student(
+                        agent.ema_student, folder / "student", config.num_steps, config.grid, agent.kernel, *agent.guidance_input()
+                    )
                     (folder / "evaluation.json").write_text(json.dumps(row))
             with writing(self.out / "eval.jsonl"), (self.out / "eval.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")

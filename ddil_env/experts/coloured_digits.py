@@ -92,7 +92,7 @@ class ColouredDigits(StableDiffusion):
     Args:
         model: A pipeline's folder; default: the shipped one.
         unseen: Whether data and conditions are of the 56 held-out captions, for evaluation, instead of the 504 others.
-        guidance_scale: Scale of classifier-free guidance; 1 is no guidance.
+        guidance_scale: Scale of classifier-free guidance; 1 or less is none.
         dtype, max_batch, device: As in `StableDiffusion`.
 
     Raises:

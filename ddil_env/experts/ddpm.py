@@ -23,6 +23,7 @@ from ddil_env.pipelines.samplers import DiffusionNoise
 from ddil_env.support import Box
 
 MODELS = {"unet": UNet2DModel}
+FOLLOWS = {"unet": ["class_embed_type", "num_class_embeds"]}
 
 
 class UnconditionalUNet(PipelineNetwork):
@@ -54,6 +55,7 @@ class DDPM(PipelineExpert):
         dtype: Precision of the UNet. x̂_0 and ε̂ are float32 in any case.
         max_batch: Largest batch that goes through the UNet at once when states are labelled or sampled.
         local_files_only: Whether the hub is never asked.
+        variant: Which weights to read of the components that have several, such as fp16.
         data: A folder of pictures, or a cache of it.
         data_cache: Folder of the cache; default: the name of the data with .pairs at its end.
         held_out: Share of the pictures that is held out of training, for evaluation.
@@ -76,6 +78,7 @@ class DDPM(PipelineExpert):
         dtype: Dtype = "float32",
         max_batch: int = 64,
         local_files_only: bool = False,
+        variant: str | None = None,
         data: str | None = None,
         data_cache: str | None = None,
         held_out: float = 0.05,
@@ -83,7 +86,7 @@ class DDPM(PipelineExpert):
         device: torch.device | str = "cpu",
     ) -> None:
         own = OwnData(data, None, data_cache, held_out, workers)
-        files = PipelineFolder.find(model, DDPMPipeline, MODELS, local_files_only=local_files_only)
+        files = PipelineFolder.find(model, DDPMPipeline, MODELS, follows=FOLLOWS, variant=variant, local_files_only=local_files_only)
         config = files.config("unet")
         channels, side = config.get("in_channels", 3), config.get("sample_size")
         if side is None:

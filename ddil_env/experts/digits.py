@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from ddil_env.adapters import LoRA, add_adapters
 from ddil_env.data.tensors import TensorData
-from ddil_env.errors import check_choice
+from ddil_env.errors import BROKEN_LATENTS, check_choice, check_finite
 from ddil_env.expert import Expert, NetworkDenoiser
 from ddil_env.guidance import guidance_features, zero_projection
 from ddil_env.prediction import Prediction, PredictionType
@@ -162,7 +162,7 @@ class Digits(Expert):
 
     Args:
         dataset: `digits` (16×16) or `digits8` (8×8).
-        guidance_scale: Scale of classifier-free guidance; 1 is no guidance.
+        guidance_scale: Scale of classifier-free guidance; 1 or less is none.
         weights: A safetensors file of other weights; default: the shipped one.
         device: Where it computes.
 
@@ -250,6 +250,7 @@ class Digits(Expert):
         return mid_block
 
     def decode(self, x_0: Tensor) -> Tensor:
+        check_finite(x_0, BROKEN_LATENTS)
         levels = ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
         return levels[:, 0, :, :, None].expand(-1, -1, -1, 3).contiguous()
 

@@ -9,7 +9,6 @@ the scale as an input (Meng et al. 2023, §3.1).
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ddil_env.expert import Expert, NetworkDenoiser
+from ddil_env.guidance import Told, no_guidance_below_1
 from ddil_env.prediction import Prediction
 from ddil_env.time_grid import TimeGrid
 
@@ -32,11 +32,11 @@ class Distilled(Expert):
         origin: The expert that made the student.
         student: The student. It is copied, so that training it further does not change this expert.
         guidance_scale: Default guidance scale of a student with a guidance embedding; default: the origin's. A student without one has
-            its guidance built in, and supports a scale of 1 alone.
+            its guidance built in, and supports no other: a scale of 1 (or less) alone.
         grid: The times that the student was trained on, which its policy steps over; default: those of the origin.
 
     Raises:
-        ValueError: a guidance scale that is not finite, or is not 1 for a student without a guidance embedding.
+        ValueError: a guidance scale that is not finite, or is above 1 for a student without a guidance embedding.
     """
 
     guided_nfe = 1
@@ -58,10 +58,8 @@ class Distilled(Expert):
         self.max_batch = origin.max_batch
 
     def check_guidance(self, guidance_scale: float) -> float:
-        if self.student.guidance_embedding:
-            if not math.isfinite(guidance_scale):
-                raise ValueError(f"guidance_scale={guidance_scale}: need a finite number; 1 is no guidance")
-        elif guidance_scale != 1:
+        guidance_scale = no_guidance_below_1(guidance_scale)
+        if guidance_scale != 1 and not self.student.guidance_embedding:
             raise ValueError(
                 f"guidance_scale={guidance_scale}: this student has its teacher's guidance built in; use guidance_scale=1, "
                 "or distil one with guidance_embedding=True"
@@ -80,11 +78,11 @@ class Distilled(Expert):
             guidance_scale: w, a number or (b,) tensor, an input of the network; default: the expert's own.
 
         Raises:
-            ValueError: a scale other than 1 for a student without a guidance embedding.
+            ValueError: a scale above 1 for a student without a guidance embedding.
         """
         w = self.guidance_scale if guidance_scale is None else guidance_scale
         if self.student.guidance_embedding:
-            scales = w if isinstance(w, Tensor) else torch.full_like(t, w)
+            scales = w.clamp(min=1) if isinstance(w, Tensor) else torch.full_like(t, self.check_guidance(w))
         else:
             scales = None
             for scale in w.unique().tolist() if isinstance(w, Tensor) else [w]:
@@ -129,8 +127,16 @@ class Distilled(Expert):
     def critic_features(self, student: NetworkDenoiser) -> nn.Module:
         return self.origin.critic_features(student)
 
-    def save_student(self, student: NetworkDenoiser, directory: Path, num_steps: int, grid: str = "linspace", kernel: str = "ddim") -> None:
-        self.origin.save_student(student, directory, num_steps, grid, kernel)
+    def save_student(
+        self,
+        student: NetworkDenoiser,
+        directory: Path,
+        num_steps: int,
+        grid: str = "linspace",
+        kernel: str = "ddim",
+        told: Told | None = None,
+    ) -> None:
+        self.origin.save_student(student, directory, num_steps, grid, kernel, *([] if told is None else [told]))
 
     def load_student(self, directory: Path, *args: Any, **overrides: Any) -> NetworkDenoiser:
         return self.origin.load_student(directory, *args, **overrides)

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from ddil_env.data.pairs import Pairs
 from ddil_env.data.sources import Source, read_pictures
 from ddil_env.expert import NetworkDenoiser
+from ddil_env.guidance import Told
 from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.expert import Dtype
-from ddil_env.pipelines.folder import PipelineFolder, read_json
+from ddil_env.pipelines.find import read_json
+from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.latent_expert import LatentExpert
 from ddil_env.pipelines.networks import PipelineNetwork, token_features
 from ddil_env.pipelines.samplers import DiffusionNoise
@@ -87,11 +89,12 @@ class ClassConditionalDiT(LatentExpert):
 
     Args:
         model: A folder that holds model_index.json, or a hub id.
-        guidance_scale: Scale of classifier-free guidance in diffusers' convention; 1 is no guidance.
+        guidance_scale: Scale of classifier-free guidance in diffusers' convention; 1 or less is none, the class alone.
         dtype: Precision of the transformer and the VAE. x̂_0 and ε̂ are float32 in any case.
         max_batch: Largest batch that goes through the transformer at once (a guided pair counts as one) when states are labelled or
             sampled.
         local_files_only: Whether the hub is never asked.
+        variant: Which weights to read of the components that have several, such as fp16.
         data: A folder with a folder of pictures for each class, or a cache of it. Classes are numbered in the order of the folders'
             names, of which there must be one for each class, or as `classes.json` beside them says, {"folder": class}.
         data_cache: Folder of the cache; default: the name of the data with .pairs at its end.
@@ -114,6 +117,7 @@ class ClassConditionalDiT(LatentExpert):
         dtype: Dtype = "float32",
         max_batch: int = 16,
         local_files_only: bool = False,
+        variant: str | None = None,
         data: str | None = None,
         data_cache: str | None = None,
         held_out: float = 0.05,
@@ -121,7 +125,7 @@ class ClassConditionalDiT(LatentExpert):
         device: torch.device | str = "cpu",
     ) -> None:
         own = OwnData(data, None, data_cache, held_out, workers)
-        files = PipelineFolder.find(model, DiTPipeline, MODELS, local_files_only=local_files_only)
+        files = PipelineFolder.find(model, DiTPipeline, MODELS, variant=variant, local_files_only=local_files_only)
         config = files.config("transformer")
         shape = self.latent_shape(files, None, None)
         if (out := config.get("out_channels") or shape[0]) not in (shape[0], 2 * shape[0]):
@@ -158,8 +162,16 @@ class ClassConditionalDiT(LatentExpert):
             raise ValueError(f"{self.folder / 'model_index.json'} has no id2label, the classes' names; leave out the scores of captions")
         return [self.labels[str(i)] for i in c.tolist()]
 
-    def save_student(self, student: NetworkDenoiser, directory: Path, num_steps: int, grid: str = "linspace", kernel: str = "ddim") -> None:
-        super().save_student(student, directory, num_steps, grid, kernel)
+    def save_student(
+        self,
+        student: NetworkDenoiser,
+        directory: Path,
+        num_steps: int,
+        grid: str = "linspace",
+        kernel: str = "ddim",
+        told: Told | None = None,
+    ) -> None:
+        super().save_student(student, directory, num_steps, grid, kernel, told)
         if self.labels:  # the classes' names, which DiTPipeline reads but does not write
             path = directory / "model_index.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": self.labels}, indent=2))

@@ -68,7 +68,7 @@ class GaussianMixtureExpert(Expert):
         weights: w > 0, (k,); they are normalised. Default: equal.
         schedule: A NoiseSchedule, or the name of a kind.
         labels: Class of each component, (k,) whole numbers from 0 on; the expert is then class-conditional.
-        guidance_scale: Scale of classifier-free guidance from the whole mixture to a class; 1 is no guidance.
+        guidance_scale: Scale of classifier-free guidance from the whole mixture to a class; 1 or less is none.
         device: Where it computes.
 
     Raises:
@@ -202,7 +202,7 @@ class Grid25(GaussianMixtureExpert):
     """A 5×5 grid of narrow modes in ±0.8, on which mode loss and mode drift both show: each column is a class with uneven weights.
 
     Args:
-        guidance_scale: Scale of classifier-free guidance; 1 is no guidance.
+        guidance_scale: Scale of classifier-free guidance; 1 or less is none.
         device: Where it computes.
     """
 

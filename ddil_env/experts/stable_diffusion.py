@@ -32,6 +32,7 @@ __all__ = ["PROMPTS", "Dtype", "PromptedUNet", "StableDiffusion", "coco_captions
 
 MODELS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 TOKENIZERS = {"tokenizer": CLIPTokenizer}
+FOLLOWS = {"unet": ["time_cond_proj_dim"]}
 
 
 class StableDiffusion(PromptedExpert):
@@ -41,11 +42,12 @@ class StableDiffusion(PromptedExpert):
         model: A folder that holds model_index.json, or a hub id.
         prompts: A list, a text file with one prompt a line, or COCO's captions (.json); default: 16 built-in ones. All
             embeddings stay in the device's memory.
-        guidance_scale: Scale of classifier-free guidance in diffusers' convention; 1 is no guidance.
+        guidance_scale: Scale of classifier-free guidance in diffusers' convention; 1 or less is none, the prompt alone.
         dtype: Precision of the UNet and the VAE. x̂_0 and ε̂ are float32 in any case: at t = 999 an error in ε̂ is 14.6 times as large in x̂_0.
         height, width: Size of the pictures, in pixels; default: what the UNet was trained on.
         max_batch: Largest batch that goes through the UNet at once (a guided pair counts as one) when states are labelled or sampled.
         local_files_only: Whether the hub is never asked.
+        variant: Which weights to read of the components that have several, such as fp16.
         data: Pictures with captions, which serve as the prompts: a folder, COCO's, webdataset shards, or a cache of them.
         images: COCO's folder of pictures, if it is not beside the captions.
         data_cache: Folder of the cache of latents and embeddings; default: the name of the data with .pairs at its end.
@@ -71,6 +73,7 @@ class StableDiffusion(PromptedExpert):
         width: int | None = None,
         max_batch: int = 16,
         local_files_only: bool = False,
+        variant: str | None = None,
         data: str | None = None,
         images: str | None = None,
         data_cache: str | None = None,
@@ -80,9 +83,12 @@ class StableDiffusion(PromptedExpert):
     ) -> None:
         own = OwnData(data, images, data_cache, held_out, workers)
         texts = own.texts(prompts)
-        files = PipelineFolder.find(model, StableDiffusionPipeline, MODELS, TOKENIZERS, local_files_only=local_files_only)
+        files = PipelineFolder.find(
+            model, StableDiffusionPipeline, MODELS, TOKENIZERS, follows=FOLLOWS, variant=variant, local_files_only=local_files_only
+        )
         shape = self.latent_shape(files, height, width)
         files.require("unet", "a text-to-image UNet over this VAE", out_channels=shape[0], time_cond_proj_dim=None)
+        files.require("unet", "a UNet over this text encoder", cross_attention_dim=files.text_config("text_encoder").hidden_size)
         super().__init__(
             files, shape, texts, own, guidance_scale=guidance_scale, dtype=dtype, max_batch=max_batch, model=model, device=device
         )

@@ -39,6 +39,7 @@ MODELS = {
     "text_encoder_3": T5EncoderModel,
 }
 TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5TokenizerFast}
+FOLLOWS = {"vae": ["shift_factor"]}
 T5 = ("text_encoder_3", "tokenizer_3")
 T5_TOKENS = 256  # the pipeline's max_sequence_length
 
@@ -92,13 +93,14 @@ class StableDiffusion3(PromptedExpert):
     Args:
         model: A folder that holds model_index.json, or a hub id.
         prompts: A list, a text file with one prompt a line, or COCO's captions (.json); default: 16 built-in ones.
-        guidance_scale: Scale of classifier-free guidance in diffusers' convention; 1 is no guidance.
+        guidance_scale: Scale of classifier-free guidance in diffusers' convention; 1 or less is none, the prompt alone.
         t5: Whether to read the third text encoder, 9 GB in half precision, if the folder has one; students are then saved with it.
         dtype: Precision of the transformer and the VAE. x̂_0 and ε̂ are float32 in any case.
         height, width: Size of the pictures, in pixels; default: what the transformer was trained on.
         max_batch: Largest batch that goes through the transformer at once (a guided pair counts as one) when states are labelled or
             sampled.
         local_files_only: Whether the hub is never asked.
+        variant: Which weights to read of the components that have several, such as fp16.
         data: Pictures with captions, which serve as the prompts: a folder, COCO's, webdataset shards, or a cache of them.
         images: COCO's folder of pictures, if it is not beside the captions.
         data_cache: Folder of the cache of latents and embeddings; default: the name of the data with .pairs at its end.
@@ -123,6 +125,7 @@ class StableDiffusion3(PromptedExpert):
         width: int | None = None,
         max_batch: int = 4,
         local_files_only: bool = False,
+        variant: str | None = None,
         data: str | None = None,
         images: str | None = None,
         data_cache: str | None = None,
@@ -133,9 +136,13 @@ class StableDiffusion3(PromptedExpert):
         own = OwnData(data, images, data_cache, held_out, workers)
         texts = own.texts(prompts)
         without = () if t5 else T5
-        files = PipelineFolder.find(model, StableDiffusion3Pipeline, MODELS, TOKENIZERS, T5, without, local_files_only)
+        files = PipelineFolder.find(model, StableDiffusion3Pipeline, MODELS, TOKENIZERS, T5, without, FOLLOWS, variant, local_files_only)
         shape = self.latent_shape(files, height, width, files.config("transformer").get("patch_size", 2))
         files.require("transformer", "a text-to-image transformer over this VAE", out_channels=shape[0])
+        pooled = sum(files.text_config(name).projection_dim for name in ("text_encoder", "text_encoder_2"))
+        files.require("transformer", "a transformer over these text encoders", pooled_projection_dim=pooled)
+        if "text_encoder_3" in files.models:
+            files.require("transformer", "a transformer over this T5", joint_attention_dim=files.text_config("text_encoder_3").d_model)
         super().__init__(
             files, shape, texts, own, guidance_scale=guidance_scale, dtype=dtype, max_batch=max_batch, model=model, device=device
         )

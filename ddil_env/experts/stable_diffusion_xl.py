@@ -36,6 +36,10 @@ MODELS = {
     "text_encoder_2": CLIPTextModelWithProjection,
 }
 TOKENIZERS = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer}
+FOLLOWS = {
+    "unet": ["time_cond_proj_dim", "addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim"],
+    "vae": ["latents_mean", "latents_std"],
+}
 
 
 class SDXLUNet(PromptedUNet):
@@ -63,11 +67,12 @@ class StableDiffusionXL(PromptedExpert):
     Args:
         model: A folder that holds model_index.json, or a hub id.
         prompts: A list, a text file with one prompt a line, or COCO's captions (.json); default: 16 built-in ones.
-        guidance_scale: Scale of classifier-free guidance in diffusers' convention; 1 is no guidance.
+        guidance_scale: Scale of classifier-free guidance in diffusers' convention; 1 or less is none, the prompt alone.
         dtype: Precision of the UNet and the VAE; a VAE that overflows in float16 is in float32.
         height, width: Size of the pictures, in pixels; default: what the UNet was trained on.
         max_batch: Largest batch that goes through the UNet at once (a guided pair counts as one) when states are labelled or sampled.
         local_files_only: Whether the hub is never asked.
+        variant: Which weights to read of the components that have several, such as fp16.
         data: Pictures with captions, which serve as the prompts: a folder, COCO's, webdataset shards, or a cache of them.
         images: COCO's folder of pictures, if it is not beside the captions.
         data_cache: Folder of the cache of latents and embeddings; default: the name of the data with .pairs at its end.
@@ -91,6 +96,7 @@ class StableDiffusionXL(PromptedExpert):
         width: int | None = None,
         max_batch: int = 4,
         local_files_only: bool = False,
+        variant: str | None = None,
         data: str | None = None,
         images: str | None = None,
         data_cache: str | None = None,
@@ -100,9 +106,15 @@ class StableDiffusionXL(PromptedExpert):
     ) -> None:
         own = OwnData(data, images, data_cache, held_out, workers)
         texts = own.texts(prompts)
-        files = PipelineFolder.find(model, StableDiffusionXLPipeline, MODELS, TOKENIZERS, local_files_only=local_files_only)
+        files = PipelineFolder.find(
+            model, StableDiffusionXLPipeline, MODELS, TOKENIZERS, follows=FOLLOWS, variant=variant, local_files_only=local_files_only
+        )
         shape = self.latent_shape(files, height, width)
         files.require("unet", "an SDXL UNet over this VAE", out_channels=shape[0], time_cond_proj_dim=None, addition_embed_type="text_time")
+        first, second = (files.text_config(name) for name in ("text_encoder", "text_encoder_2"))
+        added = 6 * (files.config("unet").get("addition_time_embed_dim") or 0) + second.projection_dim  # six sizes and the pooled text
+        widths = {"cross_attention_dim": first.hidden_size + second.hidden_size, "projection_class_embeddings_input_dim": added}
+        files.require("unet", "a UNet over these text encoders", **widths)
         stride = vae_stride(files.config("vae"))
         size = (shape[1] * stride, shape[2] * stride)
         self.time_ids = (*size, 0, 0, *size)

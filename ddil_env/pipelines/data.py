@@ -49,7 +49,7 @@ class OwnData:
             raise ValueError(f"{unused}: these belong to data of pictures, and data=None is not given; leave them out, or pass data")
         if unused and is_cache(self.path):
             raise ValueError(f"{unused}: these belong to data of pictures, and data={self.data!r} is a cache of them; leave them out")
-        if self.data is not None and self.data_cache is None and MAGIC & set(self.data):
+        if self.data is not None and self.data_cache is None and MAGIC & set(self.data) and not self.path.exists():
             raise ValueError(f"data={self.data!r} is of several files, beside which no cache is put; name its folder, --env.data_cache")
 
     @property

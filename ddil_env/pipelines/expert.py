@@ -21,8 +21,9 @@ from ddil_env.adapters import LoRA, add_adapters
 from ddil_env.data.cache import Embed
 from ddil_env.data.pairs import Pairs
 from ddil_env.data.sources import Source, read_pairs
-from ddil_env.errors import check_choice
+from ddil_env.errors import BROKEN_LATENTS, check_choice, check_finite
 from ddil_env.expert import Expert, NetworkDenoiser
+from ddil_env.guidance import Told
 from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.networks import PipelineNetwork
@@ -139,6 +140,10 @@ class PipelineExpert(Expert):
         """Height and width of the pictures, in pixels."""
         height, width = self.sample_shape[-2:]
         return height, width
+
+    def own_picture_size(self) -> tuple[int, int]:
+        """Height and width of the pictures that the pipeline of a student draws where its call names no size."""
+        return self.picture_size
 
     def fingerprint(self) -> str:
         """Identifies what a cache of pairs depends on: size, dtype, and the files of the VAE, the text encoders and the tokenizers.
@@ -269,17 +274,26 @@ class PipelineExpert(Expert):
             )
         return sampler
 
-    def save_student(self, student: NetworkDenoiser, directory: Path, num_steps: int, grid: str = "linspace", kernel: str = "ddim") -> None:
-        """Writes a pipeline that `DiffusionPipeline.from_pretrained` loads and that samples as this library does.
+    def save_student(
+        self,
+        student: NetworkDenoiser,
+        directory: Path,
+        num_steps: int,
+        grid: str = "linspace",
+        kernel: str = "ddim",
+        told: Told | None = None,
+    ) -> None:
+        """Writes a pipeline that `DiffusionPipeline.from_pretrained` loads and that samples as this library does; arguments as in `Expert`.
 
-        From the same noise its samples are this library's, to 1e-4. The guidance and the number of steps are arguments of the pipeline's
-        call, which the README.md in the folder gives. A student of adapters is written with the weights that they make; beside these
-        weights lies a file of the adapters, which `load_lora_weights` reads into the teacher's pipeline.
+        From the same noise its samples are this library's, to 1e-4. Guidance, number of steps and a size other than the model's own are
+        arguments of the pipeline's call, which the README.md in the folder shows and its sampling.json holds. A student of adapters is
+        written with the weights that they make; beside these weights lies a file of the adapters, which `load_lora_weights` reads into
+        the teacher's pipeline.
 
         Raises:
             ValueError: the student is not one of this expert's, or what `check_export` refuses.
         """
-        write_student(self, student, directory, num_steps, grid, kernel)
+        write_student(self, student, directory, num_steps, grid, kernel, told)
 
     def load_student(
         self,
@@ -317,6 +331,11 @@ class PipelineExpert(Expert):
 
 
 def to_uint8(pictures: Tensor) -> Tensor:
-    """Converts floats in [−1, 1], (b, 3 or 1, h, w), to uint8 (b, h, w, 3) on the CPU."""
+    """Converts floats in [−1, 1], (b, 3 or 1, h, w), to uint8 (b, h, w, 3) on the CPU.
+
+    Raises:
+        ValueError: NaN or infinite values, which would be black.
+    """
+    check_finite(pictures, BROKEN_LATENTS)
     levels = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return levels.expand(-1, -1, -1, 3).contiguous().cpu()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,40 +10,43 @@ import yaml
 
 from ddil_env.adapters import LORA_FILE, adapter_layers
 from ddil_env.expert import NetworkDenoiser
-from ddil_env.pipelines.folder import HUB_ID
-from ddil_env.pipelines.samplers import Sampler
+from ddil_env.guidance import Told
+from ddil_env.pipelines.find import HUB_ID
 
 if TYPE_CHECKING:
     from ddil_env.pipelines.expert import PipelineExpert
 
 
-def model_card(expert: PipelineExpert, student: NetworkDenoiser, num_steps: int, sampler: Sampler, kernel: str) -> str:
+def model_card(
+    expert: PipelineExpert, student: NetworkDenoiser, num_steps: int, call: dict[str, Any], kernel: str, told: Told | None
+) -> str:
     """The text of the card, with the metadata that the hub reads at its top.
 
     Args:
         expert: The teacher.
         student: Whose folder the card is for.
-        num_steps, sampler, kernel: How it samples.
+        num_steps, kernel: How it samples.
+        call: The arguments of the pipeline's call, beside its subject.
+        told: The guidance of a student with a guidance embedding, if it is known.
     """
     pipeline = expert.files.pipeline
-    takes_guidance = "guidance_scale" in inspect.signature(pipeline.__call__).parameters
-    arguments = dict(sampler.arguments)
-    if takes_guidance:
-        arguments["guidance_scale"] = float(expert.guidance_scale) if student.guidance_embedding else 1.0
     licence = expert.files.licence()
     head: dict[str, Any] = {"library_name": "diffusers", "license": "unknown", **licence, "tags": ["ddil", "distillation", "few-step"]}
     if expert.task is not None:
         head["pipeline_tag"] = expert.task
     if re.fullmatch(HUB_ID, expert.model) and not Path(expert.model).is_dir():
         head["base_model"] = expert.model
-    guidance = GUIDANCE_IS_AN_INPUT if student.guidance_embedding else GUIDANCE_IS_LEARNED
+    scales = "any of the range that it was trained on"
+    if told is not None:
+        scales += f", {told.least:g} to {told.most:g}"
+    guidance = GUIDANCE_IS_AN_INPUT.format(scales) if student.guidance_embedding else GUIDANCE_IS_LEARNED
     return CARD.format(
         head=yaml.safe_dump(head, sort_keys=False),
         num_steps=num_steps,
         pipeline=pipeline.__name__,
         absent="".join(f", {name}=None" for name in expert.files.absent),  # diffusers learns of absent components from the call alone
-        call=", ".join([expert.example, *(f"{name}={value}" for name, value in arguments.items())]),
-        guidance=guidance if takes_guidance else "",
+        call=", ".join([expert.example, *(f"{name}={value}" for name, value in call.items())]),
+        guidance=guidance if "guidance_scale" in call else "",
         noise=FRESH_NOISE if kernel == "renoise" and num_steps > 1 else "",
         adapters=_describe_adapters(student, pipeline),
         data=expert.describe_data(),
@@ -91,7 +93,7 @@ GUIDANCE_IS_LEARNED = """`guidance_scale=1.0` runs the network once a step. It i
 learned the guidance. A student of an unguided teacher can be guided like any pipeline.
 """
 
-GUIDANCE_IS_AN_INPUT = """The network reads `guidance_scale` as an input: any of the range that it was trained on, 1.0 for no guidance.
+GUIDANCE_IS_AN_INPUT = """The network reads `guidance_scale` as an input: {}; 1.0 is no guidance.
 It runs once a step whatever the scale.
 """
 

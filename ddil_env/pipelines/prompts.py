@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
 from ddil_env.data.pairs import Pairs
@@ -91,6 +92,7 @@ class TextReader:
 
     def __init__(self, files: PipelineFolder, number: str, device: torch.device, max_length: int | None = None) -> None:
         self.tokenizer = files.tokenizer(f"tokenizer{number}")
+        self._inverts = issubclass(files.pipeline, TextualInversionLoaderMixin)
         self.encoder = files.load(f"text_encoder{number}").to(device)
         self.max_length = max_length or min(self.tokenizer.model_max_length, self.encoder.config.max_position_embeddings)
         self._warned = False
@@ -106,6 +108,8 @@ class TextReader:
         Returns:
             What `read` took, (n, *any) float32 each.
         """
+        if self._inverts:  # a textual inversion of several vectors is a token of each
+            texts = TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), self.tokenizer)
         self._warn_of_truncation(texts)
         batches = []
         for start in range(0, len(texts), 64):

@@ -1,27 +1,29 @@
 """Pipelines' schedulers: the noise schedule that a scheduler describes, and the scheduler that samples as this library does.
 
-    kernel    variance preserving                          flow matching
-    ddim      DPMSolverMultistepScheduler, first order     FlowMatchEulerDiscreteScheduler
-    renoise   LCMScheduler                                 FlowMatchEulerDiscreteScheduler, stochastic_sampling
+    kernel    variance preserving                          zero terminal SNR    flow matching
+    ddim      DPMSolverMultistepScheduler, first order     DDIMScheduler        FlowMatchEulerDiscreteScheduler
+    renoise   LCMScheduler                                 LCMScheduler         FlowMatchEulerDiscreteScheduler, stochastic_sampling
 
-First-order DPM-Solver++ that ends at σ = 0 is DDIM; diffusers' DDIMScheduler does not accept these times. LCMScheduler's
+First-order DPM-Solver++ that ends at σ = 0 is DDIM; diffusers' DDIMScheduler takes no times but its own. Where the schedule ends at
+α = 0, DPM-Solver++ puts 2⁻¹² for α, and DDIMScheduler 0. LCMScheduler's
 c_skip x_t + c_out x̂_0 equals x̂_0 except for c_skip = 0.25/(0.25 + (10 t)²), which is 7e-6 at t = 19. Euler's step along u is DDIM's
 too: x_s = x_t + (σ_s − σ_t) u = (1 − σ_s) x̂_0 + σ_s ε̂.
 """
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import diffusers
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
 
 from ddil_env.errors import check_choice
 from ddil_env.mdp import Kernel
-from ddil_env.pipelines.folder import PipelineFolder, read_json
+from ddil_env.pipelines.find import INDEX, read_json
+from ddil_env.pipelines.folder import PipelineFolder
+from ddil_env.pipelines.followed import check_scheduler
 from ddil_env.prediction import PredictionType
 from ddil_env.schedule import Kind, NoiseSchedule
 from ddil_env.time_grid import LCM_SOLVER_STEPS, TimeGrid
@@ -58,27 +60,37 @@ class Noise(Protocol):
         """The scheduler that samples over the grid as this library does."""
 
 
-def _read_config(files: PipelineFolder) -> tuple[Path, str, dict[str, Any]]:
-    """Reads a scheduler's file: its path, the name of the class, and the configuration with the defaults of that class.
+def _read_noise(
+    files: PipelineFolder, noise: dict[str, tuple[Any, ...] | None], classes: tuple[str, ...] = (), **defaults: Any
+) -> tuple[Path, dict[str, Any]]:
+    """Reads what a folder says of the noise: the scheduler's file, and the entries that are asked for.
+
+    Args:
+        files: The folder. Its model_index.json names the scheduler's class as the scheduler's own file does, and diffusers goes by it.
+        noise: The entries, with the values that each may have, as in `check_scheduler`.
+        classes: The classes that are supported; empty for all.
+        defaults: Entries for a file that leaves them out.
 
     Raises:
-        ValueError: an unreadable file, or a scheduler that diffusers does not have.
+        ValueError: an unreadable file, a scheduler that diffusers does not have, what `check_scheduler` refuses, or that the two files
+            name two classes that read other noise.
     """
     path = files.part("scheduler", "scheduler_config.json") / "scheduler_config.json"
     config = read_json(path)
-    class_name = str(config.get("_class_name"))
-    scheduler_class = getattr(diffusers, class_name, None)
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
-        version = diffusers.__version__
-        raise ValueError(f"{path} names the scheduler {class_name!r}, which diffusers {version} does not have; update diffusers")
-    defaults = {name: parameter.default for name, parameter in inspect.signature(scheduler_class).parameters.items()}
-    return path, class_name, {**defaults, **config}
-
-
-def _check_supported(path: Path, class_name: str, config: dict[str, Any], supported: dict[str, tuple[Any, ...]]) -> None:
-    for key, values in supported.items():
-        if config[key] not in values:
-            raise ValueError(f"{path}: {class_name} with {key}={config[key]!r} is not supported; supported: {', '.join(map(str, values))}")
+    own = str(config.get("_class_name"))
+    (_, named) = files.index.get("scheduler") or (None, own)
+    found = []
+    for class_name in (own, named):
+        scheduler_class = getattr(diffusers, class_name, None)
+        if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+            version = diffusers.__version__
+            raise ValueError(f"{path} names the scheduler {class_name!r}, which diffusers {version} does not have; update diffusers")
+        if classes and class_name not in classes:
+            raise ValueError(f"{path}: {class_name} is not supported; supported: {', '.join(classes)}")
+        found.append(check_scheduler(path, class_name, {**defaults, **config}, noise))
+    if len({tuple(value or None for value in each.values()) for each in found}) > 1:
+        raise ValueError(f"{path} is of a {own} and {INDEX} names a {named}, which reads it as other noise; write one class into both")
+    return path, found[0]
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,8 @@ class DiffusionNoise:
     """Variance-preserving noise over discrete times, of any diffusers scheduler with betas.
 
     Args:
-        options: beta_schedule, beta_start, beta_end, num_train_timesteps and prediction_type, with diffusers' values.
+        options: beta_schedule, beta_start, beta_end, num_train_timesteps, prediction_type and rescale_betas_zero_snr, with diffusers'
+            values.
     """
 
     options: dict[str, Any]
@@ -98,16 +111,22 @@ class DiffusionNoise:
         Raises:
             ValueError: an unknown scheduler, or noise that `NoiseSchedule` does not describe.
         """
-        path, class_name, config = _read_config(files)
-        supported: dict[str, tuple[Any, ...]] = {
+        supported: dict[str, tuple[Any, ...] | None] = {
             "beta_schedule": tuple(KINDS),
             "prediction_type": tuple(PREDICTION_TYPES),
             "trained_betas": (None,),
-            "rescale_betas_zero_snr": (False, None),
+            "rescale_betas_zero_snr": (False, True, None),
+            "predict_epsilon": (None, True),  # the prediction type's name of old
+            **dict.fromkeys(("beta_start", "beta_end", "num_train_timesteps")),
         }
-        config = {**dict.fromkeys(supported), "prediction_type": "epsilon", **config}
-        _check_supported(path, class_name, config, supported)
-        return cls({key: config[key] for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps", "prediction_type")})
+        path, found = _read_noise(files, supported, prediction_type="epsilon")
+        del found["trained_betas"], found["predict_epsilon"]
+        noise = cls(found | {"rescale_betas_zero_snr": bool(found["rescale_betas_zero_snr"])})
+        try:
+            noise.schedule().check_prediction_type(noise.prediction_type)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}; see that its entries are the model's") from error
+        return noise
 
     @property
     def prediction_type(self) -> PredictionType:
@@ -115,7 +134,13 @@ class DiffusionNoise:
 
     def schedule(self) -> NoiseSchedule:
         options = self.options
-        return NoiseSchedule(KINDS[options["beta_schedule"]], options["beta_start"], options["beta_end"], options["num_train_timesteps"])
+        return NoiseSchedule(
+            KINDS[options["beta_schedule"]],
+            options["beta_start"],
+            options["beta_end"],
+            options["num_train_timesteps"],
+            zero_terminal_snr=options["rescale_betas_zero_snr"],
+        )
 
     def check_student(self, prediction_type: PredictionType) -> None:
         self.schedule().check_prediction_type(prediction_type)
@@ -124,7 +149,7 @@ class DiffusionNoise:
         """Passes a number of steps if the scheduler's own times for it are the grid's, `timesteps` otherwise.
 
         Raises:
-            ValueError: an unknown kernel.
+            ValueError: an unknown kernel, or, with zero terminal SNR and the ddim kernel, times that are not DDIMScheduler's own.
         """
         check_choice("kernel", kernel, Kernel)
         diffusers_names = {kind: name for name, kind in PREDICTION_TYPES.items()}
@@ -132,6 +157,16 @@ class DiffusionNoise:
         options["steps_offset"] = 1  # unused by these two; another value makes a pipeline warn
         times, n = grid.times[:-1].long().tolist(), grid.num_steps
         candidates: list[Any]
+        if kernel == "ddim" and options["rescale_betas_zero_snr"]:
+            T = options["num_train_timesteps"]
+            scheduler = DDIMScheduler(**options, timestep_spacing="trailing", clip_sample=False)
+            scheduler.set_timesteps(n)
+            if T % n or scheduler.timesteps.tolist() != times:  # its steps are T // n long, whatever its times
+                raise ValueError(
+                    f"grid={grid.kind!r} in {n} steps with zero terminal SNR: DDIMScheduler, the one deterministic scheduler whose "
+                    f"noise ends at α = 0, takes other steps; choose grid trailing and a number of steps that divides {T}"
+                )
+            return Sampler(scheduler, {"num_inference_steps": n})
         if kernel == "ddim":
             spacing = "linspace" if grid.kind == "linspace" else "trailing"
             ddim = {"solver_order": 1, "algorithm_type": "dpmsolver++", "final_sigmas_type": "zero", "timestep_spacing": spacing}
@@ -163,12 +198,11 @@ class FlowNoise:
         Raises:
             ValueError: another scheduler, or a shift that is not one number.
         """
-        path, class_name, config = _read_config(files)
-        if class_name != "FlowMatchEulerDiscreteScheduler":
-            raise ValueError(f"{path}: {class_name} is not supported; supported: FlowMatchEulerDiscreteScheduler")
         off = ("use_dynamic_shifting", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-        _check_supported(path, class_name, config, {**dict.fromkeys(off, (False, None)), "shift_terminal": (None,)})
-        return cls({key: config[key] for key in ("num_train_timesteps", "shift")})
+        read = ("num_train_timesteps", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+        supported = {**dict.fromkeys(off, (False, None)), "shift_terminal": (None,), **dict.fromkeys(read)}
+        _, found = _read_noise(files, supported, ("FlowMatchEulerDiscreteScheduler",))
+        return cls({key: found[key] for key in ("num_train_timesteps", "shift")})  # the others belong to use_dynamic_shifting
 
     @property
     def prediction_type(self) -> PredictionType:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from ddil_env.adapters import LORA_FILE, LoRA, adapter_layers, load_adapters, merge_adapters, save_adapters
 from ddil_env.expert import NetworkDenoiser
+from ddil_env.guidance import Told
+from ddil_env.pipelines.find import read_json
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.model_card import model_card
 from ddil_env.pipelines.networks import PipelineNetwork
@@ -15,15 +21,19 @@ from ddil_env.prediction import PredictionType
 if TYPE_CHECKING:
     from ddil_env.pipelines.expert import PipelineExpert
 
+SAMPLING = "sampling.json"  # how a student samples: the arguments of its pipeline's call, and what they come from
 
-def write_student(expert: PipelineExpert, student: NetworkDenoiser, directory: Path, num_steps: int, grid: str, kernel: str) -> None:
-    """Writes the pipeline, the adapters if the student has any, and the model card; errors as in `PipelineExpert.save_student`.
+
+def write_student(
+    expert: PipelineExpert, student: NetworkDenoiser, directory: Path, num_steps: int, grid: str, kernel: str, told: Told | None
+) -> None:
+    """Writes the pipeline, the adapters if the student has any, how it is called, and the model card; errors as in `save_student`.
 
     Args:
         expert: Gives the pipeline and its other components.
         student: One of its students.
         directory: An existing folder.
-        num_steps, grid, kernel: How the student samples.
+        num_steps, grid, kernel, told: How the student samples, as in `Expert.save_student`.
     """
     network = expert.network_of(student, "save a {} as a pipeline")
     sampler = expert.sampler(student.prediction_type, num_steps, grid, kernel)
@@ -31,10 +41,37 @@ def write_student(expert: PipelineExpert, student: NetworkDenoiser, directory: P
     components = {expert.denoiser: _merged(expert, student).core, "scheduler": sampler.scheduler}
     components |= {name: files.load(name) for name in files.models if name != expert.denoiser}
     components |= {name: files.tokenizer(name) for name in files.tokenizers} | dict.fromkeys(files.absent)
-    files.pipeline(**components, **expert.pipeline_options()).save_pretrained(directory, safe_serialization=True)
+    pipeline = files.pipeline(**components, **expert.pipeline_options())
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    _write_size(expert, directory / expert.denoiser / "config.json")
     if adapter_layers(network.core):
         save_adapters(network.core, directory / LORA_FILE, expert.denoiser)
-    (directory / "README.md").write_text(model_card(expert, student, num_steps, sampler, kernel), encoding="utf-8")
+    call = sampler.arguments | _call(expert, student, told)
+    sampling = {"call": call, "num_steps": num_steps, "grid": grid, "kernel": kernel, "dtype": "float32"}
+    sampling |= {} if told is None else {"guidance_range": [told.least, told.most]}
+    (directory / SAMPLING).write_text(json.dumps(sampling, indent=1), encoding="utf-8")
+    (directory / "README.md").write_text(model_card(expert, student, num_steps, call, kernel, told), encoding="utf-8")
+
+
+def _write_size(expert: PipelineExpert, path: Path) -> None:
+    """Makes a UNet's configuration name the size of the student's pictures, which its pipeline draws where it is told none."""
+    if expert.picture_size == expert.own_picture_size() or not isinstance(expert.network.core, UNet2DConditionModel):
+        return  # transformers build their embedding of positions from their size
+    height, width = expert.sample_shape[-2:]
+    if height == width or expert.files.pipeline is StableDiffusionPipeline:  # SDXL's knows squares alone; its call names the size
+        config = {**read_json(path), "sample_size": height if height == width else [height, width]}
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+def _call(expert: PipelineExpert, student: NetworkDenoiser, told: Told | None) -> dict[str, Any]:
+    """The arguments of the pipeline's call beside its times and its subject, as far as they are not what the pipeline does by itself."""
+    takes, call = inspect.signature(expert.files.pipeline.__call__).parameters, {}
+    if "guidance_scale" in takes:
+        scale = told.scale if told is not None else expert.guidance_scale
+        call["guidance_scale"] = float(scale) if student.guidance_embedding else 1.0
+    if "height" in takes and expert.picture_size != expert.own_picture_size():
+        call["height"], call["width"] = expert.picture_size
+    return call
 
 
 def read_student(
@@ -47,7 +84,9 @@ def read_student(
     lora: LoRA | None,
 ) -> NetworkDenoiser:
     """Reads the network and the prediction type that `write_student` wrote; arguments and errors as in `PipelineExpert.load_student`."""
-    saved = PipelineFolder(directory, expert.files.pipeline, {expert.denoiser: expert.files.models[expert.denoiser]})
+    follows = {expert.denoiser: (*expert.files.follows.get(expert.denoiser, ()), "time_cond_proj_dim")}  # which is checked below
+    models = {expert.denoiser: expert.files.models[expert.denoiser]}
+    saved = PipelineFolder(directory, expert.files.pipeline, models, follows=follows)
     saved_type = expert.noise_kind.read(saved).prediction_type
     if prediction_type not in (None, saved_type):
         raise ValueError(f"{directory} predicts {saved_type}; pass prediction_type={saved_type!r}, not {prediction_type!r}")

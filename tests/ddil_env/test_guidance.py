@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, LatentConsistencyModelPipeline, StableDiffusionPipeline
+from helpers import assert_same_samples
 from tiny_sd import write_tiny_sd
 from torch import Tensor, nn
 
+from ddil_agents import BCConfig
 from ddil_env import Expert, ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, StudentPolicy, TimeGrid, check_expert, unroll
 from ddil_env.experts.digits import Digits
 from ddil_env.experts.distilled import Distilled
@@ -358,3 +360,42 @@ def test_a_distilled_expert_can_be_distilled_again(experts: dict[str, Expert]) -
     grid = TimeGrid(expert.schedule, 4)
     ours, theirs = (unroll(ExpertPolicy(each), grid, x_T, c) for each in (first, second))
     assert torch.equal(ours, theirs)
+
+
+# What values of w mean
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0, -3.0])
+def test_a_scale_of_1_or_less_is_no_guidance_wherever_it_is_given(scale: float, experts: dict[str, Expert]) -> None:
+    for name in ("digits8", "sd"):
+        expert = experts[name]
+        x_t, t, c, _ = states(expert)
+        plain = expert.predict(x_t, t, c)
+        expert.nfe = 0
+        assert equal(expert.guided(x_t, t, c, scale), plain)
+        assert expert.nfe == len(x_t)  # and costs no second forward
+        mixed = expert.guided(x_t, t, c, torch.tensor([scale, 4.0, scale, 1.0, 4.0]))
+        torch.testing.assert_close(mixed.x_0[[0, 2, 3]], plain.x_0[[0, 2, 3]], atol=1e-4, rtol=1e-4)
+        assert expert.check_guidance(scale) == 1
+        policy = ExpertPolicy(expert, guidance_scale=scale)
+        assert (policy.guidance_scale, policy.nfe_per_action) == (1, 1)
+    assert Digits("digits8", guidance_scale=scale).guidance_scale == 1
+    assert Distilled(experts["sd"], experts["sd"].make_student(), guidance_scale=scale).guidance_scale == 1
+    plain_expert = GaussianMixtureExpert([[0.0, 1.0], [1.0, 0.0]], 0.1)
+    assert plain_expert.check_guidance(scale) == 1  # no null condition is needed
+
+
+def test_a_scale_of_0_is_what_diffusers_pipeline_draws(experts: dict[str, Expert]) -> None:
+    expert: Any = experts["sd"]
+    pipeline = StableDiffusionPipeline.from_pretrained(expert.folder)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, solver_order=1, timestep_spacing="linspace")
+    pipeline.set_progress_bar_config(disable=True)
+    x_T = torch.randn(3, *expert.sample_shape, generator=torch.Generator().manual_seed(1))
+    theirs = pipeline(list(expert.prompts), latents=x_T, num_inference_steps=4, guidance_scale=0.0, output_type="latent").images
+    ours = unroll(ExpertPolicy(expert, guidance_scale=0.0), TimeGrid(expert.schedule, 4), x_T, torch.arange(3))[:, -1]
+    assert_same_samples(ours, theirs)
+
+
+def test_a_range_that_no_guidance_is_part_of_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"guidance_range=\(0.0, 4.0\): need two different, finite numbers from 1 on, the lower first"):
+        BCConfig(guidance_range=(0.0, 4.0))

@@ -24,7 +24,7 @@ from ddil_agents import Dagger, DaggerConfig
 from ddil_env.expert import Denoiser, Expert, NetworkDenoiser
 from ddil_env.experts.stable_diffusion import PROMPTS, Dtype, PromptedUNet, StableDiffusion
 from ddil_env.mdp import Kernel
-from ddil_env.pipelines import folder as pipeline_folder
+from ddil_env.pipelines import find as pipeline_folder
 from ddil_env.policy import StudentPolicy
 from ddil_env.rollout import unroll
 from ddil_env.steps import ddim_step
