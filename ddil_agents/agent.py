@@ -78,7 +78,7 @@ class Agent(ABC):
         return teacher, student
 
     def guidance_input(self) -> list[Told]:
-        """The scales that a guidance-conditioned student was trained for, as the expert's `save_student` takes it; empty for another student."""
+        """The scales that a guidance-conditioned student was trained for, as `save_student` takes them; empty for another student."""
         scales = self.config.guidance_range
         return [] if scales is None else [Told(scales[0], scales[1], self.teacher_policy.guidance_scale)]
 

@@ -54,6 +54,8 @@ class GymWorld(World):
         device: torch.device | str = "cpu",
         **options: Any,
     ) -> None:
+        if num_worlds < 1:
+            raise ValueError(f"num_worlds={num_worlds}: need at least 1")
         if not 1 <= execute <= chunk:
             raise ValueError(f"execute={execute}: need 1 to chunk={chunk} actions of each sample")
         try:

@@ -1,0 +1,102 @@
+"""States that episodes in a world visit, and learners on them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from line_world import GAIN, Steersman
+
+from ddil_agents import DMD2, Beta, Dagger, DaggerConfig, DMD2Config
+from ddil_agents.evaluation.episodes import EpisodeEvaluator
+from ddil_env import unroll
+
+SMALL: dict[str, Any] = {
+    "num_steps": 2,
+    "teacher_steps": 4,
+    "num_updates": 12,
+    "batch_size": 16,
+    "collect_size": 32,
+    "updates_per_collect": 4,
+    "num_worlds": 8,
+    "warmup_updates": 2,
+}
+
+
+def dagger(beta: Beta = Beta(0.5, 0.1, 0.4), expert: Steersman | None = None, **changed: Any) -> Dagger:  # noqa: B008
+    return Dagger(expert or Steersman(), DaggerConfig(**{**SMALL, "beta": beta, **changed}))
+
+
+def test_labels_are_the_teachers_actions_under_the_conditions_that_were_visited() -> None:
+    learner = dagger()
+    states = learner.trainer.collect()
+    assert states["c"].shape == (len(states), 2)
+    expected = learner.expert_policy.act(states["x_t"], states["t"], states["s"], states["c"])
+    torch.testing.assert_close(states["x_s"], expected)
+
+
+def test_episodes_of_the_teacher_and_of_the_student_visit_their_own_conditions() -> None:
+    """The teacher halves c in every frame; a student that does nothing leaves it where it was."""
+    learner = dagger(Beta(0, 0.5, 0.5), num_worlds=64, collect_size=4000)
+    idle = torch.zeros(1)
+    learner.collector.student_policy.act = lambda x_t, t, s, c, w=None: x_t * (s > 0)[:, None] + idle  # type: ignore[method-assign]
+    states = learner.trainer.collect()
+    spread = {i: float(states["c"][states["source"] == i].std()) for i in (1, 2)}
+    assert spread[2] == pytest.approx(1, abs=0.1)  # N(0, 1), six times
+    frames = sum((1 + GAIN) ** (2 * k) for k in range(6)) / 6
+    assert spread[1] == pytest.approx(frames**0.5, abs=0.1)
+    times = states["t"][states["source"] == 2]
+    assert float((times == 99).float().mean()) == pytest.approx(0.5, abs=0.05)  # uniform over the steps
+
+
+def test_the_actor_is_drawn_for_each_denoising() -> None:
+    states = dagger(Beta(0, 0, 1), p_expert=0.5, num_steps=4, teacher_steps=8, collect_size=400).trainer.collect()
+    for t, actors in zip(states["t"].tolist(), states["actors"], strict=True):
+        before = [99.0, 74.0, 50.0, 25.0].index(t)
+        assert int(actors.sum()) in (0, before)
+    second = states["actors"][states["t"] == 50][:, :2]
+    assert 0.3 < float(second.all(1).float().mean()) < 0.7
+
+
+def test_costs_are_counted_in_forwards_and_in_steps_of_the_world() -> None:
+    learner = dagger(Beta(0, 0, 1), num_worlds=8, collect_size=20)
+    learner.trainer.collect()
+    assert learner.collector.world_steps == 8 * 6  # one episode of six frames in each world
+    assert learner.student_nfe == 8 * 6 * 2
+    assert learner.teacher_nfe == 20 * 2  # a label takes two steps of the teacher
+
+
+@pytest.mark.parametrize("name", ["dagger", "dmd2"])
+def test_a_run_in_a_world_resumes_exactly(name: str, tmp_path: Path) -> None:
+    def make() -> Any:
+        if name == "dagger":
+            return dagger(expert=Steersman(wall=1.5))  # ends are ragged
+        return DMD2(Steersman(wall=1.5), DMD2Config(**{**SMALL, "beta": Beta(0, 0.5, 0.5), "critic_updates": 2}))
+
+    whole = make()
+    whole.train(tmp_path, progress=False, checkpoint_every=5)
+    resumed = make().load(tmp_path / "checkpoints" / "step_00000010")
+    resumed.train(None, progress=False)
+    for ours, theirs in zip(resumed.networks["student"].parameters(), whole.networks["student"].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert resumed.collector.world_steps == whole.collector.world_steps > 0
+
+
+def test_a_student_learns_to_steer() -> None:
+    learner = dagger(Beta(0.5, 0, 0.5), num_updates=600, learning_rate=1e-2, batch_size=64, collect_size=128, updates_per_collect=8)
+    evaluator = EpisodeEvaluator(learner.teacher_policy, learner.grid, n=32)
+    before = evaluator.evaluate(learner.student_policy)
+    learner.learn(progress=False)
+    after, teacher = evaluator.evaluate(learner.student_policy), evaluator.evaluate(evaluator.expert_policy)
+    assert after["error_data"] < 0.02 < before["error_data"]
+    assert abs(after["return"] - teacher["return"]) < 0.3 < abs(before["return"] - teacher["return"])
+    assert after["survival"] == [1.0] * 8
+    assert after["length"] == 6
+    c = torch.randn(200, 2)
+    x_0 = unroll(learner.student_policy, learner.grid, torch.randn(200, 2), c)[:, -1]
+    torch.testing.assert_close(x_0, GAIN * c, atol=0.5, rtol=0)
+
+
+def test_all_states_of_a_rollout_are_refused_in_a_world() -> None:
+    with pytest.raises(ValueError, match="states_per_rollout=all: in a world each denoising of an episode gives one state; use 1"):
+        dagger(states_per_rollout="all")
