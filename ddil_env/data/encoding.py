@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ddil_env.data.files import Pair, Skipped
+from ddil_env.data.hashes import hash_picture
 from ddil_env.data.pictures import Picture, PictureReader
 from ddil_env.data.shards import DTYPES, Shard, stale_path
 
@@ -104,11 +105,9 @@ class Encoder:
                 for batch in each:
                     whole: list[tuple[Pair, Picture | Row]] = []
                     for pair, sha256 in batch:
-                        picture = self.kept.picture(sha256) or next(read)
+                        picture = self.kept.picture(sha256) or _unchanged(next(read), pair, sha256)
                         if isinstance(picture, str):
                             skipped.append(Skipped(pair.name, picture))
-                        elif isinstance(picture, Picture) and picture.file_sha256 != sha256:
-                            raise ValueError(f"{pair.path} changed while it was being cached; leave the data alone and run it again")
                         else:
                             whole.append((pair, picture))
                     if whole:
@@ -164,6 +163,17 @@ class Encoder:
                 first = names[int(bad.nonzero()[0])]
                 raise ValueError(f"NaN or infinite {name} of {int(bad.sum())} pairs, the first {first!r}; compute in float32 or bfloat16")
         return {name: values.cpu() for name, values in rows.items()}
+
+
+def _unchanged(picture: Picture | str, pair: Pair, sha256: str) -> Picture | str:
+    """Returns what was read of a pair.
+
+    Raises:
+        ValueError: its file is not the one of that hash.
+    """
+    if sha256 != (hash_picture(pair) if isinstance(picture, str) else picture.file_sha256):
+        raise ValueError(f"{pair.path} changed while it was being cached; leave the data alone and run it again")
+    return picture
 
 
 def _as_tensor(hashes: list[bytes]) -> Tensor:

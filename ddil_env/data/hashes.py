@@ -53,7 +53,7 @@ class Hashes:
             else:
                 unread[key] = pair
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            hashes = pool.map(_hash, unread.values())
+            hashes = pool.map(hash_picture, unread.values())
             found |= zip(unread, tqdm(hashes, total=len(unread), desc="hash pictures", unit=" files", delay=5), strict=True)
         for pair in unread.values():
             stamp = [pair.offset, pair.size, *stamp_of(pair.path)]
@@ -80,7 +80,8 @@ def _stamp(path: str) -> tuple[int | None, int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def _hash(pair: Pair) -> str:
+def hash_picture(pair: Pair) -> str:
+    """The SHA-256 of a pair's picture as it lies on the disk, in hexadecimal; "" if it cannot be read."""
     try:
         return hashlib.sha256(pair.read()).hexdigest()
     except (OSError, ValueError):
