@@ -15,7 +15,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,10 @@ def cache_pairs(
     if is_cache(folder) and _is_finished(folder, found := _read_or_start_manifest(folder, manifest), manifest):
         hashes.remember(folder)
         if found.get("left_out") != manifest["left_out"]:
-            with suppress(OSError):  # the cache is whole, and may be read-only
+            try:
                 _finish(source, folder, found | {"left_out": manifest["left_out"]}, _skipped_by_shard(folder, manifest))
+            except OSError:  # the cache is whole, and may be read-only
+                warnings.warn(f"{source.path}: {len(source.skipped)} left out, {_first(source.skipped)}", stacklevel=2)
         return folder
     with _lock(folder):
         for partial in folder.glob(".*.partial"):  # left by a process that was killed
@@ -257,5 +259,8 @@ def _write_skipped(folder: Path, skipped: list[Skipped]) -> str:
     """Writes skipped.txt; returns the part of a message that names the first pairs in it and the file."""
     lines = "".join(f"{name}\t{' '.join(reason.split())}\n" for name, reason in skipped)
     write_file(folder / "skipped.txt", lines.encode(errors="backslashreplace"))
-    first = ", ".join(f"{name} ({reason})" for name, reason in skipped[:3])
-    return f"the first: {first}; all are named in {folder / 'skipped.txt'}"
+    return f"{_first(skipped)}; all are named in {folder / 'skipped.txt'}"
+
+
+def _first(skipped: list[Skipped]) -> str:
+    return f"the first: {', '.join(f'{name} ({reason})' for name, reason in skipped[:3])}"

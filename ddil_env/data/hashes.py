@@ -21,6 +21,7 @@ from ddil_env.data.files import Pair
 
 STAMPS = "stamps.json"
 SETTLED = 2.0  # seconds
+ABSENT = (0, 0, 0, 0)
 
 
 class Hashes:
@@ -47,7 +48,7 @@ class Hashes:
         for pair in pairs:
             key, stamp = (pair.path, pair.offset), [pair.offset, pair.size, *stamp_of(pair.path)]
             remembered = known.get(pair.name)
-            if isinstance(remembered, list) and remembered[:-1] == stamp and stamp[2] is not None:
+            if isinstance(remembered, list) and remembered[:-1] == stamp:
                 self._stamps[pair.name] = remembered
                 found[key] = str(remembered[-1])
             else:
@@ -56,9 +57,9 @@ class Hashes:
             hashes = pool.map(hash_picture, unread.values())
             found |= zip(unread, tqdm(hashes, total=len(unread), desc="hash pictures", unit=" files", delay=5), strict=True)
         for pair in unread.values():
-            stamp = [pair.offset, pair.size, *stamp_of(pair.path)]
-            if stamp[2] is not None and max(stamp[3], stamp[4]) < (begin - SETTLED) * 1e9:
-                self._stamps[pair.name] = [*stamp, found[pair.path, pair.offset]]
+            status = stamp_of(pair.path)
+            if status != ABSENT and max(status[1], status[2]) < (begin - SETTLED) * 1e9:
+                self._stamps[pair.name] = [pair.offset, pair.size, *status, found[pair.path, pair.offset]]
                 self._new = True
         self.values = [found[pair.path, pair.offset] for pair in pairs]
 
@@ -72,11 +73,11 @@ class Hashes:
             self._new = False
 
 
-def _stamp(path: str) -> tuple[int | None, int, int, int]:
+def _stamp(path: str) -> tuple[int, int, int, int]:
     try:
         status = os.stat(path)
     except (OSError, ValueError):
-        return None, 0, 0, 0
+        return ABSENT
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 

@@ -99,7 +99,7 @@ def read_pictures(path: str | Path, known: tuple[str, ...] = ()) -> Source:
     captions = {os.path.splitext(name)[0] + ".txt" for name in names}
     for name in [name for name in tree.files if name in known or name in captions or name.rpartition("/")[2] == METADATA]:
         tree.take(name)
-    listed = [make_pair(name, name.rpartition("/")[0].partition("/")[0], path) for name in names if (path := tree.take(name))]
+    listed = [make_pair(name, shown(name.rpartition("/")[0].partition("/")[0]), file) for name in names if (file := tree.take(name))]
     pairs, skipped = _divide(chain(listed, tree.left("")))
     if not pairs:
         raise ValueError(f"no picture that Pillow reads in {str(path)!r} (looked in {root.absolute()}); pass a folder of pictures")
@@ -139,11 +139,11 @@ def _list_folder(tree: Tree, images: str | Path | None) -> tuple[str, Iterator[P
         path = choose_annotations(tree, annotations)
         return "COCO", chain(list_coco(path, images, tree), _left(tree, f"{path.name} does not name it"))
     if shards:
-        paths = [path for name in shards if (path := tree.take(name))]
+        files = [file for name in shards if (file := tree.take(name))]
         for name in [name for name in tree.files if BESIDE_SHARDS.fullmatch(name)]:
             tree.take(name)
-        return "webdataset", chain(list_webdataset(paths), _left(tree, "a picture beside shards"))
-    listed = chain.from_iterable(_list_metadata(path, tree) for name in listings if (path := tree.take(name)))
+        return "webdataset", chain(list_webdataset(files), _left(tree, "a picture beside shards"))
+    listed = chain.from_iterable(_list_metadata(file, tree) for name in listings if (file := tree.take(name)))
     kind = " and ".join(kind for kind, names in ((METADATA, listings), ("folder", captioned)) if names) or "folder"
     return kind, chain(listed, _list_captioned(tree, texts), _left(tree, NO_CAPTION))
 

@@ -734,7 +734,7 @@ def test_a_cache_of_an_earlier_version_is_refused_with_its_cure(tmp_path, folder
         Pairs(out)
 
 
-def test_what_is_left_out_later_is_told_though_the_cache_is_whole(tmp_path, folder):
+def test_what_is_left_out_later_is_told_though_the_cache_is_whole(tmp_path, folder, monkeypatch):
     out = cache(folder, tmp_path / "cache")
     (folder / "new.heic").write_bytes(b"x")
     with pytest.warns(UserWarning, match=r"11 pairs kept, 1 left out, 0 for broken pictures; the first: new\.heic"):
@@ -742,6 +742,14 @@ def test_what_is_left_out_later_is_told_though_the_cache_is_whole(tmp_path, fold
     assert (out / "skipped.txt").read_text().startswith("new.heic\t")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        cache(folder, out)
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    (folder / "another.heic").write_bytes(b"x")
+    monkeypatch.setattr(os, "replace", read_only)
+    with pytest.warns(UserWarning, match=r"2 left out, the first: another\.heic"):
         cache(folder, out)
 
 

@@ -182,9 +182,10 @@ def test_what_lies_among_pictures_without_captions_is_named(tmp_path):
     for name in ("a/1.jpg", "b/2.tif"):
         write_captioned(tmp_path, name)
     write_captioned(tmp_path, "b/3.heic")
+    write_captioned(tmp_path, os.fsdecode(b"c\xff/4.jpg"))
     (tmp_path / "classes.json").write_text("{}")
     source = read_pictures(tmp_path, ("classes.json",))
-    assert [(pair.name, pair.caption) for pair in source.pairs] == [("a/1.jpg", "a"), ("b/2.tif", "b")]
+    assert [(pair.name, pair.caption) for pair in source.pairs] == [("a/1.jpg", "a"), ("b/2.tif", "b"), (r"c\udcff/4.jpg", r"c\udcff")]
     assert [name for name, _ in source.skipped] == ["b/3.heic", "b/3.txt"]
 
 
