@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,29 +13,49 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ddil_env.data.sources import Pair
-
-FORMATS = ("JPEG", "PNG", "WEBP")  # Pillow's other plug-ins never see the bytes: one of them runs a program
+from ddil_env.data.files import Pair, formats
 
 
-def load_picture(content: bytes, height: int, width: int) -> Tensor:
-    """Decodes a picture, uint8 (height, width, 3): rotated as its EXIF says, centre-cropped to that aspect, resized with Lanczos.
+class Picture(NamedTuple):
+    """A picture that was read: its pixels, uint8 (height, width, 3), and hashes of all its pixels and of its file's bytes."""
 
-    For a square this is the protocol `centre_crop_lanczos` of ddil_agents.evaluation.metrics.pictures, by which samples are evaluated.
+    pixels: Tensor
+    sha256: bytes
+    file_sha256: str
 
-    Args:
-        content: The bytes of the file.
-        height, width: Size of the result, in pixels.
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Converts a picture to RGB; what is transparent in it shows white."""
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def decode_picture(content: bytes) -> Image.Image:
+    """Decodes a picture to RGB, rotated as its EXIF says, on white where it is transparent; of an animation the first frame.
 
     Raises:
         Exception: whatever Pillow raises for bytes that are no picture, are cut short, or decode to 90 million pixels and more.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+        with Image.open(io.BytesIO(content), formats=formats()) as opened:  # Pillow's other plug-ins never see the bytes
             if opened.mode.startswith("I") or opened.mode == "F":  # convert() would clip these to white
                 raise ValueError(f"mode {opened.mode} has more than 8 bits a channel")
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            return on_white(ImageOps.exif_transpose(opened))
+
+
+def load_picture(content: bytes, height: int, width: int) -> Tensor:
+    """Decodes a picture, uint8 (height, width, 3), as `decode_picture` and `fit` do; errors as there."""
+    return fit(decode_picture(content), height, width)
+
+
+def fit(image: Image.Image, height: int, width: int) -> Tensor:
+    """Crops a picture in the middle to the aspect of this size, in pixels, and resizes it with Lanczos: uint8 (height, width, 3).
+
+    For a square this is the protocol `centre_crop_lanczos` of ddil_agents.evaluation.metrics.pictures, by which samples are evaluated.
+    """
     scale = min(image.width / width, image.height / height)
     w, h = round(width * scale), round(height * scale)
     left, top = round((image.width - w) / 2), round((image.height - h) / 2)
@@ -41,7 +63,7 @@ def load_picture(content: bytes, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.array(image))  # (height, width, 3)
 
 
-class PictureReader(Dataset[Tensor | str]):
+class PictureReader(Dataset[Picture | str]):
     """Reads a pair's picture, or says why it cannot. The pair itself is the index, so that no worker holds the whole source.
 
     Args:
@@ -51,10 +73,13 @@ class PictureReader(Dataset[Tensor | str]):
     def __init__(self, height: int, width: int) -> None:
         self.height, self.width = height, width
 
-    def __getitem__(self, pair: Pair) -> Tensor | str:
+    def __getitem__(self, pair: Pair) -> Picture | str:
         try:
-            return load_picture(pair.read(), self.height, self.width)
+            content = pair.read()
+            image = decode_picture(content)
+            sha256 = hashlib.sha256(f"{image.width}x{image.height}".encode() + image.tobytes()).digest()
+            return Picture(fit(image, self.height, self.width), sha256, hashlib.sha256(content).hexdigest())
         except UnidentifiedImageError:  # its own text holds an address in memory
-            return f"no picture in one of the formats {', '.join(FORMATS)}"
+            return "no picture of a format that Pillow reads here"
         except Exception as error:  # Pillow's plug-ins raise errors of many kinds for damaged files
             return f"{type(error).__name__}: {error}"

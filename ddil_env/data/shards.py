@@ -5,20 +5,25 @@ A cache is a folder of
     pairs-00000.safetensors, …   latents, embeddings and captions, each file of a fixed stretch of the source
     null.safetensors             the embeddings of "", which is guidance's null condition
     pairs.json                   what the cache was made of
+    skipped.txt, stamps.json     what was left out; under which size and times the pictures' files were read
 
-A shard holds the tensors `latents`, `embeddings.NAME`, `captions` (their UTF-8 bytes in a row) and `captions.ends` (the byte where
-each caption ends, int64), and the metadata `skipped`, a JSON list of [name, reason], "[]" if nothing was left out. pairs.json holds
-`identity` = {"model": …}, `source` (a text) and, once the cache is whole, `counts` (the lengths of the shards). A cache that is made
-elsewhere has the same files.
+A shard holds the tensors `latents`, `pictures` (uint8 (n, 32), a hash of each picture's pixels: pairs of one picture go together),
+`embeddings.NAME`, `captions` (their UTF-8 bytes in a row) and `captions.ends` (the byte where each caption ends, int64), and the metadata
+`skipped`, a JSON list of [name, reason], "[]" if nothing was left out. pairs.json holds `identity` = {"model": …}, `source` (a text) and,
+once the cache is whole, `counts` (the lengths of the shards). A cache that is made elsewhere has these files, null.safetensors without
+`latents` and `pictures`. One that is made here has also `files` (uint8 (n, 32), the SHA-256 of each picture's file) and, in pairs.json,
+`stretches`, a hash of what each shard is made of; shards whose stretch changed are named stale-*.safetensors until it is made anew.
 
 Every file is written in whole or not at all, and a shard depends on nothing but its own stretch of the source.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +31,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ddil_env.data.sources import Skipped
+from ddil_env.data.files import Skipped
 
+VERSION = 2  # of how pictures and captions are read
 MANIFEST, NULL = "pairs.json", "null.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "U8": torch.uint8}
 HAS_MADVISE = hasattr(mmap, "MADV_RANDOM")  # not on Windows
@@ -47,15 +53,23 @@ def write_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, f"cannot write {path}: {error.strerror}. Make room and run it again: it continues after the last whole shard"
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        with suppress(OSError):  # a folder that cannot be written holds no part of it
+            partial.unlink(missing_ok=True)
+        cure = (
+            "Make room and run it again: it continues after the last whole shard" if full else "Name another folder, --env.data_cache DIR"
+        )
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}. {cure}") from error
 
 
 def shard_path(folder: Path, k: int) -> Path:
     """Where shard k of a cache lies."""
     return folder / f"pairs-{k:05d}.safetensors"
+
+
+def stale_path(folder: Path, number: str) -> Path:
+    """Where the shard of that number, or those of a glob, lie once their stretch of the source changed."""
+    return folder / f"stale-{number}.safetensors"
 
 
 class Shard:
@@ -100,6 +114,16 @@ class Shard:
 
     def __len__(self) -> int:
         return len(self.tensors.get("captions.ends", ()))
+
+    def caption(self, row: int) -> str:
+        """The text of a row."""
+        ends = self.tensors["captions.ends"]
+        start, end = int(ends[row - 1]) if row else 0, int(ends[row])
+        return self.tensors["captions"][start:end].numpy().tobytes().decode()
+
+    def files(self) -> list[str]:
+        """The SHA-256 of each row's picture file, in hexadecimal."""
+        return [bytes(row).hex() for row in self.tensors["files"].numpy()] if len(self) else []
 
     def prefetch(self, name: str, row: int) -> None:
         """Asks the system to read a row into memory in the background."""

@@ -58,7 +58,7 @@ class DDPM(PipelineExpert):
         variant: Which weights to read of the components that have several, such as fp16.
         data: A folder of pictures, or a cache of it.
         data_cache: Folder of the cache; default: the name of the data with .pairs at its end.
-        held_out: Share of the pictures that is held out of training, for evaluation.
+        held_out: Share of the pictures that is held out of training, for evaluation; default: a twentieth, at least 10, if there are 40.
         workers: Number of processes that read pictures.
         device: Where it computes.
 
@@ -81,7 +81,7 @@ class DDPM(PipelineExpert):
         variant: str | None = None,
         data: str | None = None,
         data_cache: str | None = None,
-        held_out: float = 0.05,
+        held_out: float | None = None,
         workers: int = 4,
         device: torch.device | str = "cpu",
     ) -> None:

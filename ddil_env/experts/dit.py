@@ -70,7 +70,7 @@ def read_classes(path: str, classes: int) -> Source:
     Raises:
         ValueError: there are no pictures, a folder has no class, or there is no classes.json and not one folder for each class.
     """
-    source = read_pictures(path)
+    source = read_pictures(path, ("classes.json",))
     names = sorted({pair.caption for pair in source.pairs})
     listing = Path(path).expanduser() / "classes.json"
     numbers = read_json(listing) if listing.is_file() else {name: i for i, name in enumerate(names)}
@@ -79,7 +79,7 @@ def read_classes(path: str, classes: int) -> Source:
             f"{path!r} holds pictures in {len(names)} folders, and the model has {classes} classes: "
             f'say in {listing} which class each is, {{"{names[0] or "folder"}": 0}}'
         )
-    if wrong := [name for name in names if numbers.get(name) not in range(classes)]:
+    if wrong := [name for name in names if type(numbers.get(name)) is not int or numbers[name] not in range(classes)]:
         raise ValueError(f"{listing} gives the folder {wrong[0]!r} the class {numbers.get(wrong[0])!r}; classes are 0 to {classes - 1}")
     return replace(source, pairs=[pair._replace(caption=f"{numbers[pair.caption]:d}") for pair in source.pairs])
 
@@ -98,7 +98,7 @@ class ClassConditionalDiT(LatentExpert):
         data: A folder with a folder of pictures for each class, or a cache of it. Classes are numbered in the order of the folders'
             names, of which there must be one for each class, or as `classes.json` beside them says, {"folder": class}.
         data_cache: Folder of the cache; default: the name of the data with .pairs at its end.
-        held_out: Share of the pictures that is held out of training, for evaluation.
+        held_out: Share of the pictures that is held out of training, for evaluation; default: a twentieth, at least 10, if there are 40.
         workers: Number of processes that read pictures.
         device: Where it computes.
 
@@ -120,7 +120,7 @@ class ClassConditionalDiT(LatentExpert):
         variant: str | None = None,
         data: str | None = None,
         data_cache: str | None = None,
-        held_out: float = 0.05,
+        held_out: float | None = None,
         workers: int = 4,
         device: torch.device | str = "cpu",
     ) -> None:

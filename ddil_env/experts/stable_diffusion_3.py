@@ -104,7 +104,7 @@ class StableDiffusion3(PromptedExpert):
         data: Pictures with captions, which serve as the prompts: a folder, COCO's, webdataset shards, or a cache of them.
         images: COCO's folder of pictures, if it is not beside the captions.
         data_cache: Folder of the cache of latents and embeddings; default: the name of the data with .pairs at its end.
-        held_out: Share of the pairs that is held out of training, for evaluation.
+        held_out: Share of the pictures that is held out of training, for evaluation; default: a twentieth, at least 10, if there are 40.
         workers: Number of processes that read pictures.
         device: Where it computes.
 
@@ -129,7 +129,7 @@ class StableDiffusion3(PromptedExpert):
         data: str | None = None,
         images: str | None = None,
         data_cache: str | None = None,
-        held_out: float = 0.05,
+        held_out: float | None = None,
         workers: int = 4,
         device: torch.device | str = "cpu",
     ) -> None:

@@ -29,7 +29,7 @@ class OwnData:
         data: What `read_pairs` can read, or a cache; None if there are no data.
         images: COCO's folder of pictures, if it is not beside the captions.
         data_cache: Folder of the cache; default: the name of the data with .pairs at its end, beside them.
-        held_out: Share of the pairs that is held out of training, for evaluation.
+        held_out: Share of the pictures that is held out of training, for evaluation; default as in `Pairs`.
         workers: Number of processes that read pictures.
 
     Raises:
@@ -39,7 +39,7 @@ class OwnData:
     data: str | None = None
     images: str | None = None
     data_cache: str | None = None
-    held_out: float = 0.05
+    held_out: float | None = None
     workers: int = 4
 
     def __post_init__(self) -> None:
@@ -90,6 +90,20 @@ class OwnData:
         if not is_cache(self.path):
             if any(self.path.glob("pairs-*.safetensors")):
                 raise ValueError(f"{self.path} has the shards of a cache and no {MANIFEST}; fetch that too, or cache the pictures again")
-            source, workers = read(str(self.data), self.images), min(self.workers, os.cpu_count() or 1)
+            try:
+                source = read(str(self.data), self.images)
+            except ValueError as error:
+                raise ValueError(f"{error}{self._where_moved()}") from error
+            workers = min(self.workers, os.cpu_count() or 1)
             cache_pairs(source, self.folder, encode, embed, model=model, height=height, width=width, workers=workers)
         return Pairs(self.folder, model, self.held_out)
+
+    def _where_moved(self) -> str:
+        """What an error adds where a path does not exist: that it may have been moved, and where the new one belongs."""
+        settings = (("data", self.data), ("images", self.images))
+        gone = [name for name, value in settings if value is not None and not Path(value).expanduser().exists()]
+        if not gone:
+            return ""
+        cached = f". Its cache is there: --data {self.folder}" if gone[0] == "data" and is_cache(self.folder) else ""
+        names = " and ".join(f"env.{name}" for name in gone)
+        return f"{cached}. If a run began before it was moved, write the new path as {names} into the run's config.yaml, and resume it"

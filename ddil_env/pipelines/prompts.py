@@ -14,6 +14,8 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
+from ddil_env.data.captions import read_caption
+from ddil_env.data.coco import sorted_annotations
 from ddil_env.data.pairs import Pairs
 from ddil_env.pipelines.folder import PipelineFolder
 
@@ -41,37 +43,92 @@ def read_prompts(prompts: str | list[str] | None) -> tuple[str, ...]:
     """Reads prompts; empty ones are left out.
 
     Args:
-        prompts: A list, the path of a text file with one prompt a line, or the path of a COCO captions file (.json), of which each image
-            gives the caption of lowest id, in the order of image ids. Default: the built-in prompts.
+        prompts: A list, the path of a text file (.txt) with one prompt a line, or the path of a COCO captions file (.json), of which each
+            image gives the first caption that is not empty, in the order of image ids. Default: the built-in prompts.
 
     Raises:
-        ValueError: an unreadable file, or no prompt.
+        ValueError: a file that is unreadable or of another format, a prompt that is no text, or no prompt.
     """
     if prompts is None:
         return PROMPTS
     source = "the list of prompts"
     if isinstance(prompts, str):
         source = f"the prompts file {Path(prompts).expanduser().absolute()}"
-        try:
-            text = Path(prompts).expanduser().read_text(encoding="utf-8")
-            prompts = coco_captions(text) if prompts.endswith(".json") else text.splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read {source} ({error}); it must be a UTF-8 text file with one prompt a line") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{source} is no COCO captions file ({error!r}); pass one, which holds annotations with image_id, id and caption"
-            ) from error
-    kept = tuple(line.strip() for line in prompts if line.strip())
+        prompts = _read_file(Path(prompts).expanduser(), source)
+    kept = []
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str):
+            raise ValueError(f"{source} holds {prompt!r:.60} as number {number}, which is no text; remove it")
+        if prompt := prompt.strip():
+            _check_prompt(prompt, number, source)
+            kept.append(prompt)
     if not kept:
         raise ValueError(f"{source} holds no prompt; give one a line, or leave prompts out to use the {len(PROMPTS)} built-in ones")
-    return kept
+    return tuple(kept)
+
+
+def _read_file(path: Path, source: str) -> list[str]:
+    suffix = path.suffix.lower()
+    if suffix not in ("", ".txt", ".json"):
+        raise ValueError(
+            f"{source} is a {suffix} file; prompts are read from a text file (.txt) with one prompt a line, or from a COCO captions file "
+            "(.json): write its prompts into a .txt, one a line"
+        )
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {source} ({error}); it must be a UTF-8 text file with one prompt a line") from error
+    if suffix != ".json":
+        return [line.removesuffix("\r") for line in text.split("\n")]  # a form feed or U+2028 is part of a prompt
+    try:
+        return coco_captions(text)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{source} is no COCO captions file ({error!r}); pass one, which holds annotations with image_id, id and caption, "
+            "or a .txt with one prompt a line"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{source}, {error}; mend or remove it") from error
+
+
+def _check_prompt(prompt: str, number: int, source: str) -> None:
+    try:
+        read_caption(prompt)
+    except ValueError as error:
+        raise ValueError(f"{source}, prompt {number}: {error}; mend or remove it") from error
+    if "\r" in prompt:
+        raise ValueError(f"{source}, prompt {number}: {prompt!r:.60} holds a carriage return; end lines with \\n or \\r\\n")
+    if _is_json(prompt):
+        raise ValueError(f"{source}, prompt {number}: {prompt!r:.60} is a JSON object; write its prompt alone on the line")
+
+
+def _is_json(prompt: str) -> bool:
+    try:
+        return isinstance(json.loads(prompt), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 def coco_captions(text: str) -> list[str]:
-    """The first caption of each image, from the text of a COCO captions file."""
-    first: dict[int, str] = {}
-    for annotation in sorted(json.loads(text)["annotations"], key=lambda a: (a["image_id"], a["id"])):
-        first.setdefault(annotation["image_id"], " ".join(annotation["caption"].split()))
+    """The first caption of each image that is not empty, from the text of a COCO captions file.
+
+    Raises:
+        ValueError: a caption that is no text, or an image with empty captions alone.
+        KeyError, TypeError: the text is of another form.
+    """
+    first: dict[Any, str] = {}
+    empty: dict[Any, str] = {}
+    for annotation in sorted_annotations(json.loads(text)):
+        place = f"annotation id={annotation['id']!r} of image_id={annotation['image_id']!r}"
+        if isinstance(annotation["caption"], str) and not annotation["caption"].strip():
+            empty.setdefault(annotation["image_id"], place)
+        elif annotation["image_id"] not in first:
+            try:
+                first[annotation["image_id"]] = read_caption(annotation["caption"])
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from error
+    if without := [place for i, place in empty.items() if i not in first]:
+        raise ValueError(f"{without[0]}: the text is empty, and the image has no other")
     return list(first.values())
 
 

@@ -21,10 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ddil_env.data.files import formats, is_picture
+from ddil_env.data.pictures import on_white
 from ddil_env.weights import read_tensors
 
 RESIZE = "centre_crop_lanczos_256"
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
 
 def check_pictures(pictures: Tensor) -> None:
@@ -62,17 +63,17 @@ def resize(pictures: Tensor, size: int = 256) -> Tensor:
 
 def _read_picture(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=formats()) as image:
             if image.mode.startswith("I") or image.mode == "F":  # convert() would clip these to white
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
-            return image.convert("RGB")
+            return on_white(image)
     except Exception as error:  # Pillow's plug-ins raise whatever a damaged file makes them
         raise ValueError(f"{path} is no picture that can be read ({error}); mend it or leave it out of the paths") from error
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The .jpeg, .jpg, .png and .webp files of a folder, in order of name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    """The files of a folder with a suffix of Pillow's formats, in order of name."""
+    return sorted(path for path in folder.iterdir() if is_picture(path.name))
 
 
 def folder_digest(folder: Path) -> str:
@@ -86,7 +87,7 @@ def load_pictures(paths: Path | Iterable[Path], size: int = 256, batch_size: int
     """Reads pictures, resized as by `resize`, a batch (b, size, size, 3) at a time.
 
     Args:
-        paths: Files in order; or a folder, whose .jpeg, .jpg, .png and .webp files are read in order of name.
+        paths: Files in order; or a folder, whose pictures are read in order of name.
         size: Side of what comes back.
         batch_size: Pictures a batch; the last may have fewer.
 

@@ -316,6 +316,23 @@ def test_flags_that_do_not_go_together_are_refused(folders: dict[str, Path], coc
             expert("sd15", folders, coco, **options)
 
 
+def test_data_that_moved_are_told_with_where_their_new_path_belongs(folders: dict[str, Path], tmp_path: Path) -> None:
+    coco = write_coco(tmp_path / "coco", 6)
+    expert("sd15", folders, coco, data_cache=None)
+    coco.rename(tmp_path / "moved")
+    rule = "write the new path as env.{} into the run's config.yaml, and resume it"
+    with pytest.raises(ValueError, match=rf"coco' is no source.*Its cache is there: --data .*coco\.pairs\. If .*{rule.format('data')}"):
+        expert("sd15", folders, coco, data_cache=None)
+    (tmp_path / "moved" / "train2017").rename(tmp_path / "pictures")
+    with pytest.raises(ValueError, match=rf"pass their folder as images\. If a run began before it was moved, {rule.format('images')}"):
+        expert("sd15", folders, tmp_path / "moved", images=str(tmp_path / "gone"))
+
+
+def test_a_folder_whose_name_has_the_marks_of_a_pattern_is_a_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+    coco = write_coco(tmp_path / "bees [16px]", 6)
+    assert expert("sd15", folders, coco, data_cache=None).pairs.folder == tmp_path / "bees [16px].pairs"
+
+
 def encode_in_a_process(model: Path, data: Path, workers: int, queue: Any) -> None:
     made = []
     encode = StableDiffusion.encode
@@ -360,9 +377,8 @@ def test_a_dits_classes_are_the_folders_in_order_or_as_classes_json_says(tmp_pat
     assert [("a", "b", "c").index(source[i][0]) for i in matches] == c.tolist()
     assert teacher.null_condition == 3
     (data / "classes.json").write_text('{"a": 2, "b": 0, "c": 1}')
-    with pytest.raises(ValueError, match="cache of another pairs_sha256"):
-        ClassConditionalDiT(model, data=str(data), workers=0)
-    again = ClassConditionalDiT(model, data=str(data), data_cache=str(tmp_path / "again"), held_out=0.3, workers=0)
+    with pytest.warns(UserWarning, match="the data changed since they were cached; 0 pictures and 0 captions were encoded anew"):
+        again = ClassConditionalDiT(model, data=str(data), held_out=0.3, workers=0)
     assert again.reference_data(9)[1].tolist() == [(2, 0, 1)[i] for i in c]
     (data / "classes.json").write_text('{"a": 3, "b": 0, "c": 1}')
     with pytest.raises(ValueError, match=r"gives the folder 'a' the class 3; classes are 0 to 2"):

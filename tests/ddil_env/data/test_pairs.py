@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from ddil_agents.evaluation.metrics.pictures import resize
 from ddil_env.data.cache import cache_pairs
+from ddil_env.data.hashes import hash_picture
 from ddil_env.data.pairs import Pairs
 from ddil_env.data.pictures import load_picture
 from ddil_env.data.sources import read_pairs
@@ -55,7 +56,7 @@ def cache(source, out, **changes):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "stamps.json"}  # it holds times
 
 
 # Pictures
@@ -215,10 +216,9 @@ def test_a_moved_source_is_the_same_and_a_changed_one_is_another(tmp_path, folde
     moved = folder.rename(tmp_path / "moved")
     cache(moved, tmp_path / "cache")
     (moved / "part0" / "000.txt").write_text("another caption")
-    with pytest.raises(
-        ValueError, match=r"is the cache of another pairs_sha256: .*folder .*/data, 11 pairs; here folder .*/moved, 11 pairs"
-    ):
+    with pytest.warns(UserWarning, match=r"the data changed since they were cached; 0 pictures and 1 captions were encoded anew"):
         cache(moved, tmp_path / "cache")
+    assert Pairs(tmp_path / "cache", held_out=0).captions(torch.tensor([0])) == ["another caption"]
 
 
 @pytest.mark.parametrize("change", [{"model": "fake-2"}, {"height": 24}, {"width": 4}, {"shard_size": 8}])
@@ -384,7 +384,7 @@ def test_a_cache_made_elsewhere_with_the_documented_files_opens(tmp_path):
             "captions": torch.frombuffer(bytearray(b"".join(texts) or b" "), dtype=torch.uint8),
         } | {"captions.ends": ends}
 
-    shard = {"latents": torch.rand(3, 4, 2, 2), **tensors(3, ["a", "bé", "c d"])}
+    shard = {"latents": torch.rand(3, 4, 2, 2), "pictures": torch.arange(3, dtype=torch.uint8)[:, None], **tensors(3, ["a", "bé", "c d"])}
     save_file(shard, tmp_path / "pairs-00000.safetensors", {"skipped": "[]"})
     save_file(tensors(1, [""]), tmp_path / "null.safetensors", {"skipped": "[]"})
     (tmp_path / "pairs.json").write_text(json.dumps({"identity": {"model": "theirs"}, "source": "elsewhere", "counts": [3]}))
@@ -438,6 +438,7 @@ def write_large(out, shards=50, size=2000, tokens=77, channels=768):
         "captions.ends": ("I64", 8, ()),
         "embeddings.text": ("F16", 2, (tokens, channels)),
         "latents": ("F16", 2, (4, 64, 64)),
+        "pictures": ("U8", 1, (32,)),
         "captions": ("U8", 1, ()),
     }
     out.mkdir()
@@ -451,6 +452,8 @@ def write_large(out, shards=50, size=2000, tokens=77, channels=768):
         with (out / (f"pairs-{k:05d}.safetensors" if k < shards else "null.safetensors")).open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + end)
+            file.seek(8 + len(text) + header["pictures"]["data_offsets"][0])
+            file.write(b"".join((k * size + i).to_bytes(32) for i in range(n)))
     identity = {"pairs_sha256": "", "model": "fake-1"}
     (out / "pairs.json").write_text(json.dumps({"identity": identity, "source": "zeros", "counts": [size] * shards}))
     return out
@@ -489,4 +492,286 @@ def test_settings_out_of_range_are_refused(tmp_path, folder):
             cache(folder, tmp_path / "cache", **change)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        cache(folder, tmp_path / "cache")
+
+
+# Transparency and content
+
+
+def encoded(pixels, kind, **options):
+    content = BytesIO()
+    Image.fromarray(pixels).save(content, kind, **options) if isinstance(pixels, np.ndarray) else pixels.save(content, kind, **options)
+    return content.getvalue()
+
+
+def half_clear():
+    """Red of which the right half is transparent, and green under it."""
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[:, :4] = 255, 0, 0, 255
+    pixels[:, 4:] = 0, 255, 0, 0
+    return pixels
+
+
+def palette():
+    picture = Image.fromarray(np.repeat(np.array([[0] * 4 + [1] * 4], np.uint8), 8, 0), "P")
+    picture.putpalette([255, 0, 0, 0, 255, 0])
+    return picture
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(half_clear(), "PNG"),
+        encoded(half_clear(), "TIFF"),
+        encoded(half_clear(), "WEBP", lossless=True, exact=True),
+        encoded(palette(), "PNG", transparency=1),
+        encoded(palette(), "GIF", transparency=1),
+        encoded(half_clear()[..., :3], "PNG", transparency=(0, 255, 0)),
+    ],
+    ids=["rgba", "tiff", "webp", "palette", "gif", "one colour"],
+)
+def test_what_is_transparent_shows_white(content):
+    picture = load_picture(content, 8, 8)
+    assert (picture[:, :4] == torch.tensor([255, 0, 0])).all()
+    assert (picture[:, 4:] == 255).all()
+
+
+def test_half_transparent_grey_is_half_white():
+    grey = np.full((4, 4, 2), (100, 51), np.uint8)  # a fifth of it covers
+    picture = load_picture(encoded(Image.fromarray(grey, "LA"), "PNG"), 4, 4)
+    assert (picture == round(0.2 * 100 + 0.8 * 255)).all()
+
+
+@pytest.fixture
+def thirty(tmp_path):
+    """Pictures in three files and two formats each, two of the files with two captions."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = []
+    for i in range(10):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+        for name, kind in ((f"{i}.png", "PNG"), (f"copy{i}.png", "PNG"), (f"{i}.bmp", "BMP")):
+            (data / name).write_bytes(encoded(pixels, kind))
+            texts = ["a", "b"] if kind == "PNG" else ["c"]
+            rows += [{"file_name": name, "text": f"{i} {text}"} for text in texts]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return data
+
+
+def parts(pairs):
+    """The pictures of the captions of the held-out and of the training pairs."""
+    ids = [pairs.reference(1000, held_out)[1] for held_out in (True, False)]
+    assert len(torch.cat(ids).unique()) == len(pairs) == sum(map(len, ids))
+    return [{caption.split()[0] for caption in pairs.captions(each)} for each in ids]
+
+
+def test_pairs_of_one_picture_are_held_out_together(tmp_path, thirty):
+    pairs = Pairs(cache(thirty, tmp_path / "cache"), held_out=0.3)
+    held_out, training = parts(pairs)
+    assert (len(held_out), len(training), held_out & training) == (3, 7, set())
+    first = pairs.captions(pairs.reference(7)[1])
+    assert len({caption.split()[0] for caption in first}) == 7  # each picture once before any comes twice
+    larger = Pairs(cache(thirty, tmp_path / "larger", shard_size=7), held_out=0.3)
+    assert parts(larger) == [held_out, training]
+
+
+def test_a_few_pictures_more_leave_the_rest_where_it_was(tmp_path):
+    before = [held_out_of(tmp_path / f"{n}", n) for n in (100, 110, 200)]
+    for fewer, more, n in zip(before, before[1:], (100, 110), strict=False):
+        changed = {i for i in range(n) if (i in fewer) != (i in more)}
+        assert len(changed) < 0.05 * n
+
+
+def held_out_of(root, n):
+    """The numbers of the pictures that are held out of n."""
+    root.mkdir()
+    for i in range(n):
+        (root / f"{i}.png").write_bytes(jpeg(i, format="PNG", size=(3, 3)))
+        (root / f"{i}.txt").write_text(f"{i}")
+    pairs = Pairs(cache(root, root.with_name(f"{n}.pairs"), batch_size=50, shard_size=1000), held_out=0.2)
+    return set(map(int, pairs.captions(pairs.reference(n, held_out=True)[1])))
+
+
+@pytest.mark.parametrize(("n", "expected"), [(39, 0), (40, 10), (60, 10), (199, 10), (260, 13)])
+def test_a_small_set_holds_out_ten_by_default_or_none_with_a_warning(tmp_path, n, expected):
+    shard = {"latents": torch.zeros(n, 1), "pictures": torch.arange(2 * n).to(torch.int16).view(torch.uint8).view(n, 4)}
+    texts = {"captions": torch.zeros(1, dtype=torch.uint8), "captions.ends": torch.zeros(n, dtype=torch.int64)}
+    save_file({**shard, **texts}, tmp_path / "pairs-00000.safetensors", {"skipped": "[]"})
+    save_file({"captions.ends": torch.zeros(1, dtype=torch.int64)}, tmp_path / "null.safetensors", {"skipped": "[]"})
+    (tmp_path / "pairs.json").write_text(json.dumps({"identity": {}, "source": "here", "counts": [n]}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pairs = Pairs(tmp_path)
+    assert len(pairs._held_out) == expected
+    assert ["none of its 39 pictures is held out" in str(each.message) for each in caught] == ([] if expected else [True])
+    assert len(Pairs(tmp_path, held_out=0.001)._held_out) == 1
+
+
+# Changes of the source
+
+
+class Counted:
+    """`encode` and `embed`, with what they were asked for."""
+
+    def __init__(self):
+        self.pictures, self.captions = 0, []
+
+    def encode(self, pictures):
+        self.pictures += len(pictures)
+        return encode(pictures)
+
+    def embed(self, captions):
+        self.captions += captions
+        return embed(captions)
+
+
+def update(source, out, **changes):
+    """Caches, and says how many pictures and which captions were encoded."""
+    counted = Counted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cache_pairs(read_pairs(source), out, counted.encode, counted.embed, **{**SETTINGS, **changes})
+    return counted.pictures, counted.captions
+
+
+def test_what_changed_is_encoded_and_the_rest_is_kept(tmp_path, folder):
+    out = cache(folder, tmp_path / "cache")
+    assert update(folder, out) == (0, [])
+    (folder / "part0" / "000.txt").write_text("another caption")
+    assert update(folder, out) == (0, ["another caption"])
+    (folder / "part0" / "0.jpg").write_bytes(jpeg(50))
+    (folder / "part0" / "0.txt").write_text("a first one")  # every later pair moves to another place
+    assert update(folder, out) == (1, ["a first one"])
+    (folder / "part1" / "005.jpg").rename(folder / "part1" / "5.jpg")
+    (folder / "part1" / "005.txt").rename(folder / "part1" / "5.txt")
+    assert update(folder, out) == (0, [])
+    (folder / "part0" / "0.jpg").unlink()
+    assert update(folder, out) == (0, [])
+    assert contents(out) == contents(cache(folder, tmp_path / "whole"))
+
+
+def test_a_picture_edited_to_the_same_size_and_time_is_seen(tmp_path, folder):
+    path = folder / "part0" / "004.bmp"
+    pixels = np.zeros((9, 9, 3), np.uint8)
+    path.write_bytes(encoded(pixels, "BMP"))
+    path.with_suffix(".txt").write_text("a caption")
+    out = cache(folder, tmp_path / "cache")
+    before = path.stat()
+    path.write_bytes(encoded(pixels + 9, "BMP"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert update(folder, out) == (1, [])
+    assert contents(out) == contents(cache(folder, tmp_path / "whole"))
+
+
+def test_files_that_did_not_change_are_not_read_again(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr("ddil_env.data.hashes.SETTLED", -100)  # as if the files were older
+    out = cache(folder, tmp_path / "cache")
+    read = []
+    monkeypatch.setattr("ddil_env.data.hashes.hash_picture", lambda pair: read.append(pair.name) or hash_picture(pair))
+    assert update(folder, out) == (0, [])
+    assert read == []
+    content = (folder / "part0" / "000.jpg").read_bytes()
+    (folder / "part0" / "000.jpg").write_bytes(content)
+    (out / "stamps.json").write_text((out / "stamps.json").read_text().replace("part1/001", "part1/gone"))
+    assert update(folder, out) == (0, [])
+    assert read == ["part0/000.jpg", "part1/001.jpg"]
+    (out / "stamps.json").write_text("damaged")
+    assert update(folder, out) == (0, [])
+    assert len(read) == 13
+
+
+def test_an_update_that_was_cut_short_loses_nothing(tmp_path, folder):
+    out = cache(folder, tmp_path / "cache")
+    (folder / "part0" / "0.jpg").write_bytes(jpeg(50))
+    (folder / "part0" / "0.txt").write_text("a first one")
+    (folder / "part1" / "011.jpg").write_bytes(jpeg(51))
+    (folder / "part1" / "011.txt").write_text("a last one")
+
+    def cut(captions):
+        if "a last one" in captions:
+            raise KeyboardInterrupt
+        return embed(captions)
+
+    with pytest.raises(KeyboardInterrupt):
+        cache_pairs(read_pairs(folder), out, encode, cut, **SETTINGS)
+    with pytest.raises(ValueError, match="is not finished"):
+        Pairs(out)
+    assert update(folder, out) == (1, ["a last one"])
+    assert contents(out) == contents(cache(folder, tmp_path / "whole"))
+
+
+def test_a_cache_of_other_pictures_is_not_replaced(tmp_path, folder):
+    out = cache(folder, tmp_path / "cache")
+    before = contents(out)
+    for path in sorted(folder.rglob("*.jpg"))[2:]:
+        path.write_bytes(jpeg(100 + int(path.stem)))
+    with pytest.raises(ValueError, match=r"is the cache of other pictures: of its 11 \(folder .*\) 2 are here .*pass another folder"):
+        cache(folder, out)
+    assert contents(out) == before
+
+
+def test_a_picture_that_changes_while_it_is_cached_is_never_kept_as_what_it_was(tmp_path, folder):
+    def change(captions):
+        (folder / "part1" / "009.jpg").write_bytes(jpeg(50))
+        return embed(captions)
+
+    with pytest.raises(ValueError, match=r"009\.jpg changed while it was being cached; leave the data alone and run it again"):
+        cache_pairs(read_pairs(folder), tmp_path / "cache", encode, change, **SETTINGS)
+
+
+def test_a_cache_of_an_earlier_version_is_refused_with_its_cure(tmp_path, folder):
+    out = cache(folder, tmp_path / "cache")
+    manifest = json.loads((out / "pairs.json").read_text())
+    (out / "pairs.json").write_text(json.dumps({key: value for key, value in manifest.items() if key != "stretches"}))
+    with pytest.raises(ValueError, match=r"was made by an earlier version of ddil or elsewhere .*delete it to cache again"):
+        cache(folder, out)
+    for path in out.glob("pairs-*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys() if name != "pictures"}, file.metadata()  # noqa: SIM118
+        save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=r"pairs-00000\.safetensors holds no `pictures`, .*earlier version.*cache the pictures again"):
+        Pairs(out)
+
+
+def test_what_is_left_out_later_is_told_though_the_cache_is_whole(tmp_path, folder, monkeypatch):
+    out = cache(folder, tmp_path / "cache")
+    (folder / "new.heic").write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"11 pairs kept, 1 left out, 0 for broken pictures; the first: new\.heic"):
+        cache(folder, out)
+    assert (out / "skipped.txt").read_text().startswith("new.heic\t")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache(folder, out)
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    (folder / "another.heic").write_bytes(b"x")
+    monkeypatch.setattr(os, "replace", read_only)
+    with pytest.warns(UserWarning, match=r"2 left out, the first: another\.heic"):
+        cache(folder, out)
+
+
+def test_a_name_that_is_not_utf8_is_written_with_escapes(tmp_path, folder):
+    path = os.path.join(os.fsencode(folder), b"bad\xff.jpg")
+    for name, content in ((path, b"broken"), (path[:-3] + b"txt", b"a caption")):
+        with open(name, "wb") as file:
+            file.write(content)
+    with pytest.warns(UserWarning, match="11 pairs kept, 1 left out, 1 for broken"):
+        out = cache(folder, tmp_path / "cache")
+    assert (out / "skipped.txt").read_text() == "bad\\udcff.jpg\tno picture of a format that Pillow reads here\n"
+
+
+def test_a_place_that_cannot_be_written_is_named_with_the_cure(tmp_path, folder, monkeypatch):
+    (tmp_path / "file").touch()
+    cure = r"cannot write the cache .* and the lock beside it: .*; name a folder that can be written, --env\.data_cache DIR"
+    with pytest.raises(OSError, match=cure):
+        cache(folder, tmp_path / "file" / "cache")
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "data/.cache.lock")
+
+    monkeypatch.setattr("ddil_env.data.cache.FileLock.acquire", read_only)
+    with pytest.raises(OSError, match=cure.replace("it: .*", "it: Read-only file system")):
         cache(folder, tmp_path / "cache")

@@ -83,6 +83,15 @@ def test_a_broken_picture_stops_the_reading_by_name(folder, content):
         list(load_pictures(folder, size=8))
 
 
+def test_reference_pictures_of_any_format_count_and_transparent_ones_lie_on_white(tmp_path):
+    Image.new("RGBA", (8, 8), (0, 255, 0, 0)).save(tmp_path / "0.png")
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "1.tif")
+    (tmp_path / "notes.txt").write_text("x")
+    clear, opaque = next(load_pictures(tmp_path, size=8))
+    assert (clear == 255).all()
+    assert (opaque == torch.tensor([1, 2, 3])).all()
+
+
 def test_a_picture_of_16_bits_is_refused_since_pillow_would_clip_it(tmp_path):
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match=r"deep\.png.*more than 8 bits"):
