@@ -84,6 +84,7 @@ def check_expert(expert: Expert, seed: int = 0, student: Denoiser | None = None)
         _require(good, expert, f"decode gave {pictures.dtype} {tuple(pictures.shape)}; need uint8 ({n}, height, width, 3) or None")
         _require(pictures.device.type == "cpu", expert, f"decode gave pictures on {pictures.device}; need them on the CPU")
     _check_data(expert, generator)
+    _check_world(expert)
     if student is None and type(expert).make_student is not Expert.make_student:
         student = expert.make_student()
     if student is not None:
@@ -99,12 +100,35 @@ def _call(expert: Expert, what: str, function: Callable[[], Any]) -> Any:
 
 
 def _check_condition(expert: Expert, c: Tensor | None, n: int, where: str) -> None:
-    _require((c is None) == (expert.num_conditions == 0), expert, f"{where} must give None for c exactly if num_conditions is 0")
-    if c is not None:
-        _require(c.shape == (n,) and c.dtype == torch.int64, expert, f"{where} gave c as {c.dtype} {tuple(c.shape)}; need int64 ({n},)")
-        first, last = int(c.min()), int(c.max())
-        in_range = 0 <= first <= last < expert.num_conditions
-        _require(in_range, expert, f"{where}: condition ids must be 0 … {expert.num_conditions - 1}; it gave {first} to {last}")
+    if not expert.conditional or c is None:
+        _require(c is None and not expert.conditional, expert, f"{where} must give None for c exactly if the expert is unconditional")
+        return
+    if expert.condition_shape is not None:
+        shape = (n, *expert.condition_shape)
+        good = tuple(c.shape) == shape and c.dtype == torch.float32
+        _require(good, expert, f"{where} gave c as {c.dtype} {tuple(c.shape)}; need float32 {shape}")
+        _require(bool(torch.isfinite(c).all()), expert, f"{where} gave conditions that are not finite; clip or remove them")
+        return
+    _require(c.shape == (n,) and c.dtype == torch.int64, expert, f"{where} gave c as {c.dtype} {tuple(c.shape)}; need int64 ({n},)")
+    first, last = int(c.min()), int(c.max())
+    in_range = 0 <= first <= last < expert.num_conditions
+    _require(in_range, expert, f"{where}: condition ids must be 0 … {expert.num_conditions - 1}; it gave {first} to {last}")
+
+
+def _check_world(expert: Expert) -> None:
+    """Takes one step in two of the expert's worlds, if it has any."""
+    world = expert.make_world(2)
+    if world is None:
+        return
+    shapes = (world.sample_shape, world.condition_shape), (expert.sample_shape, expert.condition_shape)
+    _require(
+        shapes[0] == shapes[1], expert, f"its world takes and answers {shapes[0]}; need the expert's sample and condition, {shapes[1]}"
+    )
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    c = _call(expert, "a world's reset", lambda: world.reset(generators))
+    again = _call(expert, "a world's reset", lambda: world.reset([generator.manual_seed(i) for i, generator in enumerate(generators)]))
+    _require(torch.equal(c, again), expert, "a world starts differently from the same generator; draw from the generators alone")
+    _call(expert, "a world's step", lambda: world.step(torch.zeros(2, *expert.sample_shape, device=world.device)))
 
 
 def _check_data(expert: Expert, generator: torch.Generator) -> None:

@@ -95,7 +95,7 @@ def test_check_expert_refuses_bad_conditions_pictures_supports_and_students() ->
 
     with pytest.raises(ValueError, match=r"sample_condition gave c as torch.float32 \(1,\); need int64 \(1,\)"):
         check_expert(Floats(num_conditions=3))
-    with pytest.raises(ValueError, match="sample_condition must give None for c exactly if num_conditions is 0"):
+    with pytest.raises(ValueError, match="sample_condition must give None for c exactly if the expert is unconditional"):
         check_expert(Floats())
 
     class Beyond(Scaled):
