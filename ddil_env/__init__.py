@@ -6,7 +6,7 @@ from ddil_env.check import check_expert
 from ddil_env.denoising_env import DenoisingEnv
 from ddil_env.expert import Denoiser, Expert, NetworkDenoiser, NoDataError
 from ddil_env.experts.gaussian_mixture import GaussianMixtureExpert
-from ddil_env.gym_env import DenoisingGymEnv, DenoisingVectorEnv, register_envs
+from ddil_env.gym_env import DenoisingGymEnv, register_envs
 from ddil_env.mdp import DenoisingMDP
 from ddil_env.policy import DdimPolicy, ExpertPolicy, StudentPolicy
 from ddil_env.prediction import Prediction
@@ -16,6 +16,7 @@ from ddil_env.schedule import NoiseSchedule
 from ddil_env.steps import ddim_step, invert_ddim, renoise_step
 from ddil_env.support import Box, Support, Unbounded
 from ddil_env.time_grid import TimeGrid
+from ddil_env.vector_env import DenoisingVectorEnv
 
 register_envs()
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it where it is there: it warns of kernels not used here

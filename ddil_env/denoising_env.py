@@ -10,6 +10,7 @@ rollout keeps each latent three times.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -159,12 +160,8 @@ class DenoisingEnv(EnvBase):
         started = self.mdp.start([self._generators[row] for row in rows], rows)
         return started.map(lambda v: v.new_zeros(len(mask), *v.shape[1:]).index_put((mask,), v))
 
-    def _noise(self, rows: Sequence[int] | None = None) -> Tensor:
-        """ε of all environments, or of those rows."""
-        return self.mdp.noise(self._generators if rows is None else [self._generators[row] for row in rows])
-
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         state = self._flat(tensordict)
         action = tensordict["action"].reshape(state.x_t.shape)
-        after, reward, terminated = self.mdp.step(state, action, self._noise)
+        after, reward, terminated = self.mdp.step(state, action, partial(self.mdp.noise, self._generators))
         return self._unflat(after, reward=reward, done=terminated, terminated=terminated.clone())

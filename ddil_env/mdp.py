@@ -112,9 +112,10 @@ class DenoisingMDP:
         t = self.grid.times[:1].expand(len(generators)).clone()
         return State(x_t, t, self.grid.previous(t), torch.cat(conditions) if conditions else None)
 
-    def noise(self, generators: list[torch.Generator]) -> Tensor:
-        """Draws ε ~ N(0, I), one sample from each generator, (len(generators), *sample_shape)."""
-        return torch.stack([torch.randn(self.expert.sample_shape, generator=g, device=self.device) for g in generators])
+    def noise(self, generators: list[torch.Generator], rows: list[int] | None = None) -> Tensor:
+        """Draws ε ~ N(0, I), one sample from each generator, or from each of those rows, (n, *sample_shape)."""
+        chosen = generators if rows is None else [generators[row] for row in rows]
+        return torch.stack([torch.randn(self.expert.sample_shape, generator=g, device=self.device) for g in chosen])
 
     def at(self, x_t: Tensor, t: Tensor, c: Tensor | None) -> State:
         """The state at a chosen latent and time.
@@ -140,13 +141,16 @@ class DenoisingMDP:
             raise ValueError(f"cannot start with c={c.tolist()[:4]}: condition ids are 0 … {last}")
         return State(x_t, t, self.grid.previous(t), c)
 
-    def step(self, state: State, action: Tensor, noise: Callable[..., Tensor]) -> tuple[State, Tensor, Tensor]:
+    def step(
+        self, state: State, action: Tensor, noise: Callable[..., Tensor], worlds: list[int] | None = None
+    ) -> tuple[State, Tensor, Tensor]:
         """Makes one transition.
 
         Args:
             state: The states in which the actions are taken.
             action: The next latents, (b, *sample_shape).
             noise: Draws fresh ε of the same shape, or given a list of rows of those; only the `renoise` kernel and a world call it.
+            worlds: Which of the worlds the states are in; default: all, in order.
 
         Returns:
             The next state, the reward (b,) float32 and whether the episode ended (b,) bool.
@@ -159,17 +163,18 @@ class DenoisingMDP:
         following, ended = State(x_s, state.s, self.grid.previous(state.s), state.c), state.s <= 0
         if self.world is None:
             return following, reward, ended
-        return self._enter_world(self.world, following, reward, ended.nonzero()[:, 0].tolist(), noise)
+        return self._enter_world(self.world, following, reward, ended.nonzero()[:, 0].tolist(), noise, worlds)
 
     def _enter_world(
-        self, world: World, state: State, reward: Tensor, rows: list[int], noise: Callable[..., Tensor]
+        self, world: World, state: State, reward: Tensor, rows: list[int], noise: Callable[..., Tensor], worlds: list[int] | None
     ) -> tuple[State, Tensor, Tensor]:
         """Gives the world the samples that are ready, those of `rows`; where its episode goes on, the next denoising begins."""
         terminated = torch.zeros(len(reward), dtype=torch.bool, device=self.device)
         if not rows:
             return state, reward, terminated
         assert state.c is not None  # of a world's shape
-        c, earned, done = (x.to(self.device) for x in world.step(state.x_t[rows].to(world.device), rows))
+        into = rows if worlds is None else [worlds[row] for row in rows]
+        c, earned, done = (x.to(self.device) for x in world.step(state.x_t[rows].to(world.device), into))
         x_t, t, conditions = state.x_t.clone(), state.t.clone(), state.c.clone()
         terminated[rows], conditions[rows] = done, c
         reward = reward.clone()

@@ -18,8 +18,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv
 
-from ddil_env.gym_env import DenoisingVectorEnv
 from ddil_env.policy import DdimPolicy, ExpertPolicy
+from ddil_env.vector_env import DenoisingVectorEnv
 
 Indices = int | Iterable[int] | None  # which of the environments; None is all
 

@@ -33,9 +33,10 @@ from ddil_agents.evaluation.evaluator import evaluate_expert, evaluate_run
 from ddil_agents.evaluation.metrics.extractors import load_extractor
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_env import DenoisingEnv, ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, StudentPolicy, TimeGrid, check_expert, unroll
-from ddil_env.gym_env import DenoisingGymEnv, DenoisingVectorEnv
+from ddil_env.gym_env import DenoisingGymEnv
 from ddil_env.schedule import Kind
 from ddil_env.support import Thresholding
+from ddil_env.vector_env import DenoisingVectorEnv
 
 SHAPES: dict[str, tuple[int, ...]] = {"audio": (2, 24), "video": (2, 3, 4, 5)}
 pytestmark = pytest.mark.filterwarnings("ignore:.*more features than samples.*")

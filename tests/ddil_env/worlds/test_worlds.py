@@ -4,11 +4,12 @@ import importlib.util
 
 import pytest
 import torch
+from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from line_world import Line, Steersman
 from torch import Tensor
 from torchrl.envs.utils import check_env_specs
 
-from ddil_env import DenoisingEnv, ExpertPolicy, TimeGrid, unroll
+from ddil_env import DenoisingEnv, DenoisingGymEnv, DenoisingVectorEnv, ExpertPolicy, TimeGrid, unroll
 from ddil_env.worlds import Autoregressive, GymWorld, run_episodes
 
 
@@ -152,3 +153,25 @@ def test_the_landers_teacher_lands() -> None:
     found = evaluator.evaluate(evaluator.expert_policy)
     assert found["success"] == 1
     assert found["return"] > 230
+
+
+def test_gymnasiums_views_step_through_the_world() -> None:
+    expert = Steersman(num_frames=3)
+    envs = DenoisingVectorEnv(expert, num_envs=2, num_steps=2, output="torch", autoreset_mode="SameStep")
+    observation, _ = envs.reset(seed=0)
+    single = DenoisingGymEnv(expert, num_steps=2)
+    alone, _ = single.reset(seed=1)
+    policy, c = ExpertPolicy(expert), observation["c"].clone()
+    for step in range(6):
+        action = policy.act(observation["x_t"], observation["t"][:, 0], observation["s"][:, 0], observation["c"])
+        torch.testing.assert_close(torch.tensor(alone["c"]), observation["c"][1])
+        alone, reward, ended, _, _ = single.step(action[1].numpy())
+        observation, rewards, terminated, _, info = envs.step(action)
+        assert float(rewards[1]) == pytest.approx(reward)
+        assert terminated.tolist() == [step == 5] * 2 == [ended] * 2
+        if step % 2 and step < 5:
+            torch.testing.assert_close(observation["c"], c + action)
+            c = observation["c"].clone()
+    torch.testing.assert_close(info["final_obs"]["c"], c + action)  # and then new episodes began
+    assert not torch.allclose(observation["c"], info["final_obs"]["c"])
+    gymnasium_check_env(DenoisingGymEnv(expert, num_steps=2))
