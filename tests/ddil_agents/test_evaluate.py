@@ -63,10 +63,10 @@ def test_a_config_gives_the_command_its_settings_and_flags_go_over_it(tmp_path: 
 
 
 def test_a_protocol_needs_a_caption_for_each_sample(tmp_path: Path, colour):
-    asked = {"extractor": "colour", "images": str(tmp_path), "protocol": "coco2017_5k"}
+    settings = {"extractor": "colour", "images": str(tmp_path), "protocol": "coco2017_5k"}
     with pytest.raises(ValueError, match="protocol=coco2017_5k: 11 samples have captions of their own, and 10 are given"):
-        extractor_for(load_expert("digits8"), Evaluation(n=11, **asked))
-    extractor_for(load_expert("digits8"), Evaluation(n=10, **asked))
+        extractor_for(load_expert("digits8"), Evaluation(n=11, **settings))
+    extractor_for(load_expert("digits8"), Evaluation(n=10, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +84,10 @@ def captioned(tmp_path_factory):
 def test_a_protocol_refuses_data_that_leave_it_fewer_samples(captioned, colour):
     model, pictures = map(str, captioned)
     expert = StableDiffusion(model, data=pictures, held_out=0.4, workers=0)
-    asked = {"extractor": "colour", "images": pictures, "protocol": "coco2017_5k", "n_paths": 4, "n_action": 2}
+    settings = {"extractor": "colour", "images": pictures, "protocol": "coco2017_5k", "n_paths": 4, "n_action": 2}
     with pytest.raises(ValueError, match="protocol=coco2017_5k: 20 samples are asked for, and the expert's own data allow 18"):
-        make_evaluator(expert, n=20, **asked)
-    assert make_evaluator(expert, n=18, **asked).n == 18
+        make_evaluator(expert, n=20, **settings)
+    assert make_evaluator(expert, n=18, **settings).n == 18
 
 
 def test_a_runs_own_evaluation_bears_no_protocols_name(captioned):
@@ -108,8 +108,8 @@ def test_a_run_on_own_data_is_evaluated_on_the_captions_of_a_protocol(captioned,
     agent.main([*env, *sizes.split(), *evaluation.split(), *own.split(), "--out", str(tmp_path / "run")])
     captions, out = tmp_path / "captions.txt", tmp_path / "result.json"
     captions.write_text("\n".join(f"sea {i}" for i in range(25)))
-    asked = ["--config", "coco2017_5k", "--images", pictures, "--n", "22", "--extractor", "colour", "--scores", "[]", "--lpips", "false"]
-    evaluate.main(["--run", str(tmp_path / "run"), *asked, "--captions", str(captions), "--out", str(out)])
+    protocol = ["--config", "coco2017_5k", "--images", pictures, "--n", "22", "--extractor", "colour", "--scores", "[]", "--lpips", "false"]
+    evaluate.main(["--run", str(tmp_path / "run"), *protocol, "--captions", str(captions), "--out", str(out)])
     (result,) = json.loads(out.read_text())
     assert (result["settings"]["protocol"], result["settings"]["n"]) == ("coco2017_5k", 22)
     expert = StableDiffusion(model, prompts=str(captions))
@@ -121,7 +121,7 @@ def test_a_run_on_own_data_is_evaluated_on_the_captions_of_a_protocol(captioned,
     assert student["shift"] is None  # the data are set aside
     preset = {"expert": env[1], "model": model, "data": pictures, "data_cache": str(tmp_path / "cache"), "held_out": 0.4}
     (tmp_path / "mine.yaml").write_text(json.dumps(preset))
-    evaluate.main(["--env", str(tmp_path / "mine.yaml"), "--steps", "1", *asked, "--captions", str(captions), "--out", str(out)])
+    evaluate.main(["--env", str(tmp_path / "mine.yaml"), "--steps", "1", *protocol, "--captions", str(captions), "--out", str(out)])
     assert json.loads(out.read_text())[0]["settings"]["captions"] == result["settings"]["captions"]
 
 
@@ -158,11 +158,11 @@ def test_evaluations_during_training_are_drawn_beside_the_loss(monkeypatch, tmp_
 
 
 def test_a_preset_reaches_the_evaluator(monkeypatch, capsys, tmp_path: Path):
-    asked = []
-    monkeypatch.setattr(evaluate, "evaluate_expert", lambda expert, steps, settings, *args: asked.append(settings) or {"models": {}})
+    evaluations = []
+    monkeypatch.setattr(evaluate, "evaluate_expert", lambda expert, steps, settings, *args: evaluations.append(settings) or {"models": {}})
     monkeypatch.setattr("ddil_agents.evaluate.table", lambda result: "")
     evaluate.main(["--env", "gaussian_mixture", "--config", "coco2017_5k", "--protocol", "null"])
-    assert (asked[0].n, asked[0].scores, asked[0].lpips) == (5000, ("clip_score", "hpsv2"), True)
+    assert (evaluations[0].n, evaluations[0].scores, evaluations[0].lpips) == (5000, ("clip_score", "hpsv2"), True)
 
 
 def test_the_expert_is_sampled_once_in_each_number_of_steps(monkeypatch):

@@ -42,14 +42,14 @@ STEPS: dict[str, tuple[str, str, str]] = {  # key of a list over sampling steps 
               "A model above the training data visits states that noised data do not have. The halves have half as many samples, "
               "which alone raises them."),
     "gaussian_shift": ("Shift of mean and covariance", "Gaussian W₂ to noised data", "The same for mean and covariance."),
-    "mmd_shift": ("Covariate shift, MMD", "MMD² to noised data",
+    "mmd_shift": ("Shift by MMD", "MMD² to noised data",
                   "An unbiased estimate: for equal distributions it scatters around 0, and may be negative."),
     "shift_to_expert": ("Shift from the teacher's states", "sliced W₂ to the teacher's states",
                         "States of the student against those of the teacher from the same noise. The floor is 0; for samplers that draw "
                         "more noise on the way it is the teacher's halves."),
     "gaussian_shift_to_expert": ("Shift from the teacher's mean and covariance", "Gaussian W₂ to the teacher's states",
                                  "The same for mean and covariance."),
-    "mmd_shift_to_expert": ("Shift from the teacher's states, MMD", "MMD² to the teacher's states",
+    "mmd_shift_to_expert": ("Shift from the teacher's states by MMD", "MMD² to the teacher's states",
                             "An unbiased estimate, 0 for the teacher: for equal distributions it scatters around 0, and may be negative."),
     "action_mse_own": ("Error on the model's own states", ERROR, "The error in sampling: at the states that the model has reached."),
     "action_mse_expert": ("Error on the teacher's states", ERROR, "The error at the states that the teacher reaches."),

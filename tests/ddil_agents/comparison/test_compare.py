@@ -364,29 +364,29 @@ def test_what_is_kept_of_an_arm_goes_with_its_runs(whole, tmp_path: Path):
 
 def test_arms_that_would_be_evaluated_differently_are_refused(tmp_path: Path):
     base = {"agent": "bc", **TINY}
-    for other, told in (
+    for other, message in (
         ({"evaluate": {"n": 30}}, "n is 20 and 30"),
         ({"teacher_steps": 8}, "teacher_steps is 4 and 8"),
         ({"guidance_scale": 3.0}, "guidance_scale is 1.0 and 3.0"),
     ):
         arms = {"a": base, "b": merge_settings(base, other)}
-        with pytest.raises(ValueError, match=f"arms a and b would be evaluated differently: {told}"):
+        with pytest.raises(ValueError, match=f"arms a and b would be evaluated differently: {message}"):
             compare.check_comparison(comparison(env="digits8", arms=arms), tmp_path)
     arms = {"a": base, "b": merge_settings(base, {"guidance_scale": 1.0, "evaluate": {"also_steps": [1]}})}  # 1 is the expert's own
     compare.check_comparison(comparison(env="digits8", arms=arms), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"env": {"guidance_scale": 3.0}}, r"arm bc: env=\{'guidance_scale': 3.0\}: all arms use the comparison's env"),
         ({"env": "digits"}, "arm bc: env=digits: all arms use the comparison's env"),
         ({"evaluate": {"seed": 0}}, r"arm bc: evaluate.seed=0: the noise of an evaluation comes from the seed of its run; leave it out"),
     ],
 )
-def test_what_is_the_comparisons_own_is_not_set_for_arms(tmp_path: Path, settings, told):
+def test_what_is_the_comparisons_own_is_not_set_for_arms(tmp_path: Path, settings, message):
     for given in (comparison(shared=settings), comparison(arms={"bc": {"agent": "bc", **settings}, "dagger": {"agent": "dagger"}})):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             compare.check_comparison(given, tmp_path)
     compare.check_comparison(comparison(shared={"env": "gaussian_mixture"}), tmp_path)
 

@@ -313,6 +313,7 @@ def test_only_distances_of_inceptions_features_are_called_fid_and_kid(plane, tmp
     assert "In FID ↓ at equal gradient steps" in text
     assert "KID\N{NO-BREAK SPACE}↓" in text
     assert "Fréchet" not in text
+    assert "KID: an unbiased estimate, which may be negative" in text
     assert not re.search("[FK]ID.↓", text_of(plane[1]))
 
 

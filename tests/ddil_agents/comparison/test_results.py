@@ -137,16 +137,16 @@ def test_flags_name_modes_that_the_untrained_student_or_the_teacher_has():
 
 
 @pytest.mark.parametrize(
-    ("spike", "told"),
+    ("spike", "message"),
     [
         ({"grad_norm": 6.9, "grad_norm_max": 60.0}, "a gradient norm of 60, 60 times the median"),
         ({"grad_norm": 50.0}, "a gradient norm of 50, 50 times the median"),  # a run of before there were largest ones
         ({"critic_grad_norm": 2e4, "critic_grad_norm_max": 2e4}, "a critic gradient norm of 2e+04, 10000 times the median"),
     ],
 )
-def test_flags_name_any_networks_gradients_that_blow_up(spike, told):
+def test_flags_name_any_networks_gradients_that_blow_up(spike, message):
     (flag,) = flagged(training=[*CALM, spike])
-    assert told in flag
+    assert message in flag
     assert flagged(training=[spike, *CALM]) == []  # in the warm-up
     assert flagged(training=[*CALM, {**CALM[0], "grad_norm_max": float("inf")}]) == []  # a step that fp16's scaler skips
 
@@ -206,7 +206,10 @@ def test_every_score_of_a_row_is_in_every_table():
         },
         "flags": [],
     }
+    note = "KID: an unbiased estimate, which may be negative; compare it with real data's, not with 0."
+    assert note in lines
     for text in (compare.latex_table(found), compare.markdown(found)):
+        assert note in text
         assert all(name in text for name in ("FID", "KID", "LPIPS diversity", "CLIP score", "HPSv2", "precision", "density", "Vendi"))
         assert "n = 20, features of inception_v3_2015, guidance 1; a CPU, torch 2, today" in text
     assert "dagger − bc: +0 [+0, +0]; 3 seeds cannot show" in compare.markdown(found)

@@ -275,7 +275,7 @@ def test_without_held_out_data_the_training_data_are_the_reference_and_the_resul
 @pytest.mark.parametrize("n_held_out", [8, 90])
 def test_forward_states_are_of_held_out_data_under_their_own_conditions(monkeypatch, n_held_out):
     expert = GaussianMixtureExpert(means=[[-0.7, 0.2], [0.6, -0.4], [0.1, 0.8]], stds=0.1, weights=[1, 1, 1], labels=[0, 1, 2])
-    draw, asked = expert.reference_data, []
+    draw, calls = expert.reference_data, []
     monkeypatch.setattr(expert, "reference_data", lambda n, held_out=False: draw(n_held_out if held_out else n, held_out))
     evaluator = make_evaluator(expert, n_action=15)
     held_out, c = draw(n_held_out, held_out=True)
@@ -284,11 +284,11 @@ def test_forward_states_are_of_held_out_data_under_their_own_conditions(monkeypa
 
     class Noting(DdimPolicy):
         def act(self, x_t, t, s, c=None, w=None):
-            asked.append((x_t, t, c))
+            calls.append((x_t, t, c))
             return super().act(x_t, t, s, c, w)
 
     row = evaluator.evaluate(Noting(evaluator.few_step_expert.predict, expert.schedule))
-    forward = [(x_t, t, of) for x_t, t, of in asked if x_t.shape == (m, 2) and torch.equal(of, c[:m])]
+    forward = [(x_t, t, of) for x_t, t, of in calls if x_t.shape == (m, 2) and torch.equal(of, c[:m])]
     assert len(row["action_mse_forward"]) == len(forward) == 4
     for (x_t, t, _), noised in zip(forward, evaluator.real_noised, strict=True):
         assert torch.equal(x_t, noised[:m])
@@ -347,9 +347,9 @@ def test_cached_features_of_one_folder_are_not_read_for_another(tmp_path: Path, 
         pictures = torch.randint(low, 255, (40, 20, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         for i, picture in enumerate(pictures):
             Image.fromarray(picture.numpy()).save(tmp_path / name / f"{i:03d}.png")
-    expert, asked = load_expert("digits8"), {"n": 20, "n_paths": 10, "batch_size": 10, "extractor": "colour"}
+    expert, settings = load_expert("digits8"), {"n": 20, "n_paths": 10, "batch_size": 10, "extractor": "colour"}
     alone, *rows = (
-        make_evaluator(expert, **asked, images=str(tmp_path / name), **store).evaluate_baselines()["teacher@4"]["frechet"]
+        make_evaluator(expert, **settings, images=str(tmp_path / name), **store).evaluate_baselines()["teacher@4"]["frechet"]
         for name, store in (("b", {}), ("a", {"store": str(tmp_path / "store")}), ("b", {"store": str(tmp_path / "store")}))
     )
     assert rows[1] == alone != rows[0]
@@ -359,7 +359,7 @@ def test_reading_a_folder_of_pictures_goes_on_where_it_was_killed(tmp_path: Path
     monkeypatch.setattr(quality, "PICTURES_PER_FILE", 16)
     for i, picture in enumerate(torch.randint(0, 255, (40, 20, 30, 3), dtype=torch.uint8)):
         Image.fromarray(picture.numpy()).save(tmp_path / f"{i:03d}.png")
-    expert, asked = load_expert("digits8"), {"n": 20, "n_paths": 10, "extractor": "colour", "images": str(tmp_path)}
+    expert, settings = load_expert("digits8"), {"n": 20, "n_paths": 10, "extractor": "colour", "images": str(tmp_path)}
     read, load = [], quality.load_pictures
 
     def killed(paths):
@@ -370,11 +370,11 @@ def test_reading_a_folder_of_pictures_goes_on_where_it_was_killed(tmp_path: Path
 
     monkeypatch.setattr(quality, "load_pictures", killed)
     with pytest.raises(KeyboardInterrupt):
-        make_evaluator(expert, **asked, store=str(tmp_path / "store"))
+        make_evaluator(expert, **settings, store=str(tmp_path / "store"))
     monkeypatch.setattr(quality, "load_pictures", lambda paths: read.append(len(paths)) or load(paths))
-    again = make_evaluator(expert, **asked, store=str(tmp_path / "store"))
+    again = make_evaluator(expert, **settings, store=str(tmp_path / "store"))
     assert read == [16, 16, 8]
-    assert torch.equal(again.real_features.values, make_evaluator(expert, **asked).real_features.values)
+    assert torch.equal(again.real_features.values, make_evaluator(expert, **settings).real_features.values)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
