@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ddil_agents.compare import compare
-from ddil_agents.comparison.arms import Comparison, merged
+from ddil_agents.comparison.arms import Comparison, merge_settings
 from ddil_agents.comparison.page import write_page
 from ddil_agents.comparison.statistics import paired_comparison
 from ddil_agents.training.checkpoint import write_atomically
@@ -32,7 +32,7 @@ METRICS = {"endpoint_rmse": "RMSE to teacher", "frechet_to_expert": "Fréchet to
 def settings_of(name: str, env: str) -> Comparison:
     """An ablation's settings on one expert."""
     given = read_yaml(find_preset("ablations", name))
-    return Comparison(**merged(given, {"env": env, "shared": ENVS[env]}))
+    return Comparison(**merge_settings(given, {"env": env, "shared": ENVS[env]}))
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:

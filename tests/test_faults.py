@@ -336,20 +336,20 @@ def test_a_damaged_batch_of_an_evaluation_is_named_with_its_cure(tmp_path: Path)
 def test_an_evaluation_out_of_memory_names_its_batch_and_a_resume_takes_a_smaller_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measured = Evaluator._measured
+    measured = Evaluator._measure_batch
 
     def check(self: Evaluator, samples: Any, *args: Any) -> Any:
         if len(samples) > 10:
             cpu()
         return measured(self, samples, *args)
 
-    monkeypatch.setattr(Evaluator, "_measured", check)
+    monkeypatch.setattr(Evaluator, "_measure_batch", check)
     run = str(tmp_path / "run")
     argv = "--env gaussian_mixture --num_updates 1 --teacher_steps 8 --batch_size 4 --collect_size 8 --evaluate.n 20 --evaluate.n_action 2"
     with pytest.raises(SystemExit):
         dagger_module.main([*argv.split(), "--out", run])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "error: out of memory while judging 20 samples at a time (" in error
+    assert "error: out of memory while evaluating 20 samples at a time (" in error
     assert error.endswith("; lower the evaluation's batch_size")
     dagger_module.main(["--resume", run, "--evaluate.batch_size", "10"])
     assert (tmp_path / "run" / "result.json").is_file()

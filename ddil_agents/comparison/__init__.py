@@ -1,1 +1,1 @@
-"""Many runs: paired statistics, tables and the page."""
+"""Comparing many runs: paired statistics, tables and the HTML page."""

@@ -1,4 +1,4 @@
-"""What is compared: arms, seeds and budgets, and the settings of every run."""
+"""Settings of a comparison: arms, seeds and budgets, and the config file of every run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ddil_env.presets import find_preset, read_yaml
 
 Budget = Literal["updates", "teacher_nfe", "nfe", "seconds"]
 
-BETAS: dict[str, tuple[float, float, float]] = {  # source priors by name: forward, teacher, student
+BETAS: dict[str, tuple[float, float, float]] = {  # values of β by name: forward, teacher, student
     "forward": (1.0, 0.0, 0.0),
     "teacher": (0.0, 1.0, 0.0),
     "student": (0.0, 0.0, 1.0),
@@ -22,26 +22,26 @@ BETAS: dict[str, tuple[float, float, float]] = {  # source priors by name: forwa
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared."""
+    """Settings of a comparison. An arm is an agent with settings; each arm is trained once for each seed."""
 
     env: str = "digits"
     """Preset or YAML file of the expert that all arms imitate."""
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By name: `agent`, optionally `config` (a preset of configs/<agent> or a file), and settings that differ."""
+    """Arms by name: each has an `agent`, optionally a `config` (a preset of configs/<agent> or a file), and its own settings."""
     shared: dict[str, Any] = field(default_factory=dict)
-    """Settings of all arms, over those of an arm's `config`; the arm's own go over these."""
+    """Settings of all arms; they override an arm's `config`, and the arm's own settings override them."""
     seeds: int = 3
-    """Runs of each arm, paired by seed."""
+    """Runs of each arm, one a seed; the arms are paired by seed."""
     first_seed: int = 0
-    """The others follow."""
+    """The lowest seed; the runs use first_seed, first_seed + 1, …"""
     equal: tuple[Budget, ...] = ("updates",)
-    """Budgets that the arms are compared at: updates, teacher_nfe, nfe (teacher and student), seconds."""
+    """Budgets at which arms are compared, one after the other: equal updates, teacher_nfe, nfe (of teacher and student) or seconds."""
     baseline: str | None = None
-    """The arm that others are held against, whose costs are the budgets; null: the first."""
+    """The arm that the others are compared with, and whose costs are the budgets; null: the first."""
     primary: str = "frechet"
-    """The metric that the comparison was set up for."""
+    """The primary metric: the one that conclusions are drawn from."""
     level: float = 0.95
-    """Of intervals, and 1 − the error rate of all tests of one metric at one budget together."""
+    """Confidence level of intervals; 1 − level is the family-wise error rate of the tests of one metric at one budget."""
 
     def __post_init__(self) -> None:
         if not self.arms:
@@ -50,25 +50,28 @@ class Comparison:
             if not isinstance(arm, dict) or "agent" not in arm:
                 raise ValueError(f"arms.{name}={arm}: an arm is a mapping with an `agent`, such as {{agent: dagger, num_updates: 300}}")
             if not name or set(name) & set("/\\") or name.startswith((".", "teacher@")) or name == "teacher":
-                raise ValueError(f"arm {name!r}: its name is a folder's, and not the teacher's; leave out slashes and leading dots")
+                raise ValueError(
+                    f"arm {name!r}: the name is used for a folder and must differ from the teacher's; leave out slashes and leading dots"
+                )
         if self.seeds < 1 or self.first_seed < 0:
             raise ValueError(f"seeds={self.seeds}, first_seed={self.first_seed}: need at least 1, from 0 or more")
-        if self.reference not in self.arms:
+        if self.baseline_arm not in self.arms:
             raise ValueError(f"baseline={self.baseline!r} is no arm; the arms are {', '.join(self.arms)}")
         if self.primary not in METRICS:
             raise ValueError(f"primary={self.primary!r}; choose one of: {', '.join(METRICS)}")
         if not 0.5 <= self.level < 1:
             raise ValueError(f"level={self.level}: need a number from 0.5 to below 1, such as 0.95")
         if not self.equal or self.equal[0] != "updates":
-            raise ValueError(f"equal={self.equal}: `updates` comes first; the other budgets are set by what those runs cost")
+            raise ValueError(f"equal={self.equal}: `updates` comes first, because the other budgets are computed from what those runs cost")
 
     @property
-    def reference(self) -> str:
-        """The baseline's name."""
+    def baseline_arm(self) -> str:
+        """Name of the baseline."""
         return self.baseline or next(iter(self.arms), "")
 
     @property
     def all_seeds(self) -> range:
+        """The seeds of every arm."""
         return range(self.first_seed, self.first_seed + self.seeds)
 
 
@@ -81,54 +84,60 @@ class Run(NamedTuple):
     directory: Path
 
     @property
-    def given(self) -> Path:
-        """The config file that it is started with. An arm's name may hold a dot: what follows it is no suffix to replace."""
+    def config_file(self) -> Path:
+        """The config file that the run is started with."""
+        # Not with_suffix: the name of an arm may contain a dot.
         return self.directory.with_name(f"{self.directory.name}.yaml")
 
     @property
     def log(self) -> Path:
+        """The output of its process."""
         return self.directory.with_name(f"{self.directory.name}.log")
 
 
-def merged(*settings: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings laid over one another, the last on top."""
+def merge_settings(*settings: dict[str, Any]) -> dict[str, Any]:
+    """Merges nested mappings of settings; later ones override earlier ones."""
     result: dict[str, Any] = {}
     for layer in settings:
         for key, value in layer.items():
-            both = isinstance(value, dict) and isinstance(result.get(key), dict)
-            result[key] = merged(result[key], value) if both else value
+            are_mappings = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = merge_settings(result[key], value) if are_mappings else value
     return result
 
 
-def settings_of(comparison: Comparison, arm: str) -> tuple[str, dict[str, Any]]:
-    """An arm's agent, and all of its settings as a config file holds them.
+def arm_settings(comparison: Comparison, arm: str) -> tuple[str, dict[str, Any]]:
+    """The agent of an arm, and all settings of the arm as in a config file.
 
     Raises:
-        ValueError: a setting that is the comparison's own.
+        ValueError: the arm sets what only the comparison may set.
     """
     own = dict(comparison.arms[arm])
     agent, preset = str(own.pop("agent")), own.pop("config", None)
     base = {} if preset is None else read_yaml(find_preset(agent, str(preset)))
-    settings = merged(base, comparison.shared, own)
+    settings = merge_settings(base, comparison.shared, own)
     if settings.get("env", comparison.env) != comparison.env:
-        raise ValueError(f"env={settings['env']}: all arms have the comparison's; write an expert's settings into a YAML file for that")
+        raise ValueError(f"env={settings['env']}: all arms use the comparison's env; to change the expert, name a YAML file there")
     if "seed" in settings.get("evaluate", {}):
-        raise ValueError(f"evaluate.seed={settings['evaluate']['seed']}: samples start from noise of their run's own seed; leave it out")
+        raise ValueError(
+            f"evaluate.seed={settings['evaluate']['seed']}: the noise of an evaluation comes from the seed of its run; leave it out"
+        )
     return agent, settings
 
 
-def given_settings(comparison: Comparison, arm: str, seed: int) -> dict[str, Any]:
-    """What a run is given as its config file: the noise of its evaluation goes with its seed."""
-    return merged({"evaluate": {"seed": seed}}, settings_of(comparison, arm)[1], {"env": comparison.env})
+def run_settings(comparison: Comparison, arm: str, seed: int) -> dict[str, Any]:
+    """The contents of a run's config file; its evaluation uses the seed of the run."""
+    return merge_settings({"evaluate": {"seed": seed}}, arm_settings(comparison, arm)[1], {"env": comparison.env})
 
 
-def arms_of(agents: list[str], betas: list[str]) -> dict[str, dict[str, Any]]:
-    """Agents × source priors; `own` is the agent's own."""
+def make_arms(agents: list[str], betas: list[str]) -> dict[str, dict[str, Any]]:
+    """An arm for each agent and each β; `own` is the default β of the agent."""
     arms: dict[str, dict[str, Any]] = {}
     for agent in agents:
         for name in betas:
             if name != "own" and name not in BETAS:
-                raise ValueError(f"unknown priors {name!r}; choose of: own, {', '.join(BETAS)}. Others go into a config's arms")
+                raise ValueError(
+                    f"unknown β {name!r}; choose from own, {', '.join(BETAS)}; for another β write the arms into a config file"
+                )
             beta = {} if name == "own" else {"beta": dict(zip(("forward", "teacher", "student"), BETAS[name], strict=True))}
             arms[agent if len(betas) == 1 else f"{agent} {name}"] = {"agent": agent, **beta}
     return arms

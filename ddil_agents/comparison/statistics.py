@@ -1,9 +1,9 @@
-"""What a fair comparison of agents over a few paired seeds needs, and when the seeds are too few to show anything.
+"""Statistics for comparing agents over a few paired seeds, which also tell when the seeds are too few to show a difference.
 
     scores of one agent and one metric: (seeds,) or (seeds, tasks)      tasks: numbers of steps, environments, …
 
-Estimators of Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice"; their package
-rliable is archived. The seed is the unit of every test: a seed's tasks share weights and noise and are no new evidence.
+The estimators are those of Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical Precipice", whose package
+rliable is archived. The unit of every test is the seed, because tasks of one seed share weights and noise and are not independent.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from scipy import stats
 
 Floats = NDArray[np.float64]
 
-EXACT = 16  # seeds up to which all sign flips are enumerated: 2^15 rows
-DRAWS = 100_000  # sign flips drawn beyond that
+MAX_ENUMERATED = 16  # seeds up to which all sign flips are enumerated: 2^15 rows
+NUM_DRAWS = 100_000  # sign flips drawn for more seeds
 ROUND_OFF = 1e-12  # of Σ|d|: flips that tie with the observed sum count as ties
 
 
 @dataclass(frozen=True)
-class Paired:
-    """Agent a against agent b on the same seeds.
+class PairedComparison:
+    """Result of comparing agent a with agent b on the same seeds.
 
     Attributes:
         n: Number of seeds.
         mean: Mean of a − b.
         low: Lower end of its Student's t interval; NaN for one seed.
         high: Upper end.
-        p: Of the sign-flip test, for this comparison alone: hand the p of all comparisons to `holm`.
+        p: p-value of the sign-flip test for this comparison alone; `holm` adjusts the p-values of several comparisons.
         smallest_p: The smallest p that n seeds can reach.
-        shown: Whether a difference is: the adjusted p is at most 1 − level.
-        conclusion: What may be said, in a sentence.
+        shown: Whether a difference is significant: the adjusted p is at most 1 − level.
+        conclusion: The conclusion as a sentence.
     """
 
     n: int
@@ -48,23 +48,23 @@ class Paired:
     conclusion: str
 
 
-def _finite(x: ArrayLike, name: str) -> Floats:
+def _as_finite(x: ArrayLike, name: str) -> Floats:
     x = np.asarray(x, dtype=np.float64)
     if bad := np.count_nonzero(~np.isfinite(x)):
         raise ValueError(f"{name}: {bad} of {x.size} values are not finite; leave the seed out of every agent, or score the failure")
     return x
 
 
-def _scores(x: ArrayLike, name: str) -> Floats:
-    """Scores as (seeds, tasks)."""
-    x = _finite(x, name)
+def _as_scores(x: ArrayLike, name: str) -> Floats:
+    """Checks scores, and returns them as (seeds, tasks)."""
+    x = _as_finite(x, name)
     if x.ndim not in (1, 2) or x.size == 0:
         raise ValueError(f"{name} has shape {x.shape}: need (seeds,) or (seeds, tasks), with at least one of each")
     return x.reshape(len(x), -1)
 
 
 def _alpha(level: float, comparisons: int = 1) -> float:
-    """1 − level, once both arguments are seen to make sense."""
+    """Checks both arguments, and returns 1 − level."""
     if not 0 < level < 1:
         raise ValueError(f"level={level}: need 0 < level < 1, such as 0.95")
     if comparisons < 1:
@@ -73,20 +73,20 @@ def _alpha(level: float, comparisons: int = 1) -> float:
 
 
 def interquartile_mean(x: ArrayLike, axis: int | None = None) -> np.float64 | Floats:
-    """Mean of the middle half of the runs, all tasks pooled: steadier than the mean, finer than the median.
+    """Mean of the middle half of the runs, all tasks pooled; it is more robust than the mean and varies less than the median.
 
         IQM = mean of x_(k+1) … x_(N−k) ,   k = ⌊N / 4⌋             Agarwal et al. 2021
 
-    Fewer than four runs lose none: their IQM is the mean.
+    Of fewer than four runs none is dropped, so that the IQM is the mean.
 
     Args:
         x: Scores, any shape.
-        axis: The axis of the runs; None pools all.
+        axis: The axis of the runs; None pools all values.
 
     Raises:
-        ValueError: no scores, or non-finite ones, which would be trimmed as if they were the best.
+        ValueError: no scores, or non-finite ones, which trimming would drop as extremes.
     """
-    x = _finite(x, "x")
+    x = _as_finite(x, "x")
     if x.size == 0:
         raise ValueError(f"x has shape {x.shape}: need at least one score")
     return stats.trim_mean(x, 0.25, axis=axis)
@@ -95,26 +95,26 @@ def interquartile_mean(x: ArrayLike, axis: int | None = None) -> np.float64 | Fl
 def bootstrap_interval(
     x: ArrayLike, statistic: Callable[..., np.float64 | Floats], level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic of the pooled runs, by a bootstrap stratified over tasks.
+    """Percentile bootstrap interval of a statistic of the pooled runs, stratified over tasks.
 
         x*_im = x_{I(i,m), m} ,   I(i, m) ~ U{1 … n}                 Agarwal et al. 2021
         interval = quantiles (1 ∓ level) / 2 of statistic(x*)
 
-    Each task draws its seeds on its own, so the interval holds for these tasks and neglects what a seed's tasks share.
-    It is too narrow for few seeds: of Gaussian scores, 95 % intervals cover the mean in 74 % (n = 3), 84 % (5), 90 % (10), and the
-    interquartile mean in 74 %, 91 % and 93 % (measured in tests/ddil_agents/comparison/test_statistics.py).
+    Seeds are drawn separately for each task. The interval is valid for these tasks, and neglects correlation between tasks of one seed.
+    For few seeds it is too narrow: with Gaussian scores, 95 % intervals cover the mean in 74 % (n = 3), 84 % (5) and 90 % (10) of cases,
+    and the interquartile mean in 74 %, 91 % and 93 % (measured in tests/ddil_agents/comparison/test_statistics.py).
 
     Args:
         x: Scores, (seeds,) or (seeds, tasks).
         statistic: Called once as statistic(samples, axis=-1) on (resamples, seeds · tasks): `interquartile_mean`, `np.mean`, `np.median`.
         level: Nominal coverage.
         resamples: Number of bootstrap samples.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: fewer than two seeds, non-finite scores, a level outside (0, 1), or a statistic that does not reduce `axis`.
     """
-    x, alpha = _scores(x, "x"), _alpha(level)
+    x, alpha = _as_scores(x, "x"), _alpha(level)
     n, tasks = x.shape
     if n < 2:
         raise ValueError("x has 1 seed: a bootstrap over seeds needs at least 2")
@@ -129,45 +129,45 @@ def bootstrap_interval(
 
 
 def smallest_p(n: int) -> float:
-    """The smallest p that a two-sided sign-flip test of n seeds can reach, 2 / 2ⁿ: all differences have one sign."""
+    """The smallest p that a two-sided sign-flip test of n seeds can reach, 2 / 2ⁿ, when all differences have the same sign."""
     if n < 1:
         raise ValueError(f"n={n}: need at least 1 seed")
     return 2.0 ** (1 - n)
 
 
 def seeds_needed(comparisons: int = 1, level: float = 0.95) -> int:
-    """The fewest seeds that can show a difference: the least n with comparisons · 2 / 2ⁿ ≤ 1 − level, Holm's first step."""
+    """The fewest seeds that can show a difference: the smallest n with comparisons · 2 / 2ⁿ ≤ 1 − level, as in Holm's first step."""
     alpha = _alpha(level, comparisons)
     return next(n for n in itertools.count(1) if comparisons * smallest_p(n) <= alpha)
 
 
 def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:
-    """Two-sided p of the mean paired difference, where under the null each difference might as well have had the other sign.
+    """Two-sided p-value of the mean paired difference, under the null hypothesis that each difference has either sign equally likely.
 
         p = P_s( |Σᵢ sᵢ dᵢ| ≥ |Σᵢ dᵢ| ) ,   sᵢ = ±1                  Fisher 1935
 
-    All 2ⁿ flips for n ≤ 16; beyond, (k + 1) / (m + 1) for k of m = 100,000 drawn ones, so p is never 0 (Phipson & Smyth 2010).
-    It assumes differences symmetric about 0 under the null, not Gaussian ones.
+    For n ≤ 16 all 2ⁿ flips are enumerated. For larger n, m = 100,000 flips are drawn and p = (k + 1) / (m + 1), where k flips reach the
+    observed sum, so that p is never 0 (Phipson & Smyth 2010). The test assumes that differences are symmetric about 0, not Gaussian.
 
     Args:
-        differences: a − b of each seed, (seeds,), or (seeds, tasks), whose mean over tasks flips as one.
-        seed: Of the drawn flips.
+        differences: a − b of each seed, (seeds,), or (seeds, tasks), of which the mean over tasks is tested.
+        seed: Seed of the drawn flips.
 
     Raises:
         ValueError: no differences or non-finite ones.
     """
-    d = _scores(differences, "differences").mean(1)  # (n,)
+    d = _as_scores(differences, "differences").mean(1)  # (n,)
     n, observed = len(d), abs(d.sum()) - ROUND_OFF * abs(d).sum()
-    if n <= EXACT:  # s and −s have the same |Σ|: the first sign stays
+    if n <= MAX_ENUMERATED:  # s and −s have the same |Σ|, so the first sign is fixed
         flips = np.array([(1, *rest) for rest in itertools.product((1, -1), repeat=n - 1)])  # (2^(n−1), n)
         return float(np.mean(abs(flips @ d) >= observed))
     generator, rows = np.random.default_rng(seed), 1000
-    drawn = (2 * generator.integers(2, size=(rows, n)) - 1 for _ in range(DRAWS // rows))
-    return float(sum(np.count_nonzero(abs(flips @ d) >= observed) for flips in drawn) + 1) / (DRAWS + 1)
+    drawn = (2 * generator.integers(2, size=(rows, n)) - 1 for _ in range(NUM_DRAWS // rows))
+    return float(sum(np.count_nonzero(abs(flips @ d) >= observed) for flips in drawn) + 1) / (NUM_DRAWS + 1)
 
 
 def holm(pvalues: ArrayLike) -> Floats:
-    """Step-down adjusted p-values, in the order given: those ≤ α are wrong with probability ≤ α all together.
+    """Adjusted p-values of Holm's step-down method, in the order given; rejecting those ≤ α has a family-wise error rate ≤ α.
 
         p̃_(i) = max_{j ≤ i} min(1, (m − j + 1) p_(j))               Holm 1979
 
@@ -176,7 +176,7 @@ def holm(pvalues: ArrayLike) -> Floats:
     """
     p = np.asarray(pvalues, dtype=np.float64)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"pvalues={p.tolist()}: need a list of numbers in [0, 1], one a comparison")
+        raise ValueError(f"pvalues={p.tolist()}: need a list of numbers in [0, 1], one for each comparison")
     order = p.argsort()
     adjusted = np.empty_like(p)
     adjusted[order] = np.maximum.accumulate(np.arange(len(p), 0, -1) * p[order]).clip(max=1)
@@ -184,19 +184,19 @@ def holm(pvalues: ArrayLike) -> Floats:
 
 
 def probability_of_improvement(x: ArrayLike, y: ArrayLike, lower_is_better: bool = False) -> float:
-    """How likely a run of X is to beat a run of Y, averaged over tasks.
+    """Probability that a run of X is better than a run of Y, mean over tasks.
 
         mean_m  P(X_m > Y_m) + ½ P(X_m = Y_m)   =   mean_m U_m / (n_x n_y)         Mann & Whitney 1947
 
     Args:
         x: Scores of X, (seeds,) or (seeds, tasks).
         y: Scores of Y, of the same tasks; the seeds need not match.
-        lower_is_better: X beats Y where X < Y.
+        lower_is_better: Whether X is better than Y where X < Y.
 
     Raises:
-        ValueError: numbers of tasks that differ, no scores or non-finite ones.
+        ValueError: different numbers of tasks, no scores, or non-finite ones.
     """
-    x, y = _scores(x, "x"), _scores(y, "y")
+    x, y = _as_scores(x, "x"), _as_scores(y, "y")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x has {x.shape[1]} tasks and y has {y.shape[1]}: need the same tasks in both, in the same order")
     wins = np.sign(x[:, None] - y[None])  # (n_x, n_y, tasks)
@@ -206,7 +206,7 @@ def probability_of_improvement(x: ArrayLike, y: ArrayLike, lower_is_better: bool
 def performance_profile(x: ArrayLike, thresholds: ArrayLike) -> Floats:
     """Fraction of runs, all tasks pooled, that score at least τ, for each threshold τ.
 
-        F(τ) = 1/(n M) Σ_i Σ_m 1[x_im ≥ τ]                           Agarwal et al. 2021, who ask for >
+        F(τ) = 1/(n M) Σ_i Σ_m 1[x_im ≥ τ]                           Agarwal et al. 2021, with > in place of ≥
 
     Args:
         x: Scores, (seeds,) or (seeds, tasks), normalised where tasks have different scales.
@@ -215,23 +215,23 @@ def performance_profile(x: ArrayLike, thresholds: ArrayLike) -> Floats:
     Raises:
         ValueError: no scores or non-finite ones.
     """
-    return (_scores(x, "x").ravel() >= np.asarray(thresholds)[..., None]).mean(-1)
+    return (_as_scores(x, "x").ravel() >= np.asarray(thresholds)[..., None]).mean(-1)
 
 
-def normalised(m: ArrayLike, m_init: ArrayLike, m_teacher: ArrayLike) -> np.float64 | Floats:
-    """A metric on the scale from the untrained student to the teacher, whichever way it points.
+def normalise(m: ArrayLike, m_init: ArrayLike, m_teacher: ArrayLike) -> np.float64 | Floats:
+    """Normalises a metric: 0 for the untrained student, 1 for the teacher, whether lower or higher is better.
 
-        (m − m_init) / (m_teacher − m_init)         0 at init, 1 at the teacher
+        (m − m_init) / (m_teacher − m_init)
 
     Args:
         m: The metric, (seeds,) or (seeds, tasks).
-        m_init: That of the student's initial weights; a number, or of a shape that broadcasts, such as (tasks,).
-        m_teacher: That of the teacher, likewise.
+        m_init: The metric of the untrained student; a number, or an array that broadcasts, such as (tasks,).
+        m_teacher: The metric of the teacher, likewise.
 
     Raises:
         ValueError: m_init and m_teacher are equal somewhere, or a value is not finite.
     """
-    m, m_init, m_teacher = _finite(m, "m"), _finite(m_init, "m_init"), _finite(m_teacher, "m_teacher")
+    m, m_init, m_teacher = _as_finite(m, "m"), _as_finite(m_init, "m_init"), _as_finite(m_teacher, "m_teacher")
     span = m_teacher - m_init
     if (span == 0).any():
         shared = np.broadcast_to(m_init, span.shape)[span == 0].flat[0]
@@ -246,30 +246,30 @@ def paired_comparison(
     comparisons: int = 1,
     level: float = 0.95,
     adjusted_p: float | None = None,
-) -> Paired:
-    """Whether a and b differ on the seeds they share, and by how much.
+) -> PairedComparison:
+    """Compares a and b on the same seeds: the mean difference with its interval, and whether it is significant.
 
         d_i = mean_m (a_im − b_im)          interval = d̄ ± t_{n−1, (1+level)/2} · sd(d) / √n
 
-    Student's t, which is exact for Gaussian differences, since three to six seeds are too few for a bootstrap: three have 10
-    distinct samples, the variance lacks a factor n / (n − 1), and the tails are not t's (see `bootstrap_interval`).
+    The interval is Student's t, which is exact for Gaussian differences. Three to six seeds are too few for a bootstrap: three seeds have
+    only 10 distinct resamples, the variance lacks a factor n / (n − 1), and the tails are too light (see `bootstrap_interval`).
 
-    The conclusion is the sign-flip test's, which does not assume Gaussians; the interval, which is of this comparison alone,
-    may exclude 0 where the seeds cannot show a difference. One is shown if its adjusted p is at most 1 − level.
+    The conclusion is that of the sign-flip test, which assumes no Gaussians: a difference is shown if its adjusted p is at most 1 − level.
+    The interval is not adjusted for several comparisons, and may exclude 0 although the seeds are too few to show a difference.
 
     Args:
         a: Scores of one agent, (seeds,) or (seeds, tasks).
         b: Scores of the other, of the same seeds and tasks in the same order.
-        names: Of the two, for the sentence.
-        comparisons: How many comparisons are made together, this one counted.
-        level: Coverage of the interval; 1 − level is the chance of any false difference among the comparisons.
-        adjusted_p: Of this comparison by `holm`; default: comparisons · p, Holm's first step.
+        names: Names of both agents, for the conclusion.
+        comparisons: Number of comparisons in the family, this one included.
+        level: Confidence level of the interval; 1 − level is the family-wise error rate of the comparisons.
+        adjusted_p: p of this comparison after `holm`; default: comparisons · p, as in Holm's first step.
 
     Raises:
-        ValueError: shapes that differ, no scores or non-finite ones, a level outside (0, 1), or comparisons < 1.
+        ValueError: different shapes, no scores, non-finite ones, a level outside (0, 1), or comparisons < 1.
     """
     alpha = _alpha(level, comparisons)
-    a, b = _scores(a, names[0]), _scores(b, names[1])
+    a, b = _as_scores(a, names[0]), _as_scores(b, names[1])
     if a.shape != b.shape:
         raise ValueError(f"(seeds, tasks) of {names[0]} are {a.shape} and of {names[1]} {b.shape}: pair the same seeds and tasks")
     d = (a - b).mean(1)  # (n,)
@@ -277,10 +277,12 @@ def paired_comparison(
     half = float(stats.t.ppf(1 - alpha / 2, n - 1) * d.std(ddof=1) / n**0.5) if n > 1 else float("nan")
     at = f"at {100 * alpha:g} %" + f" over {comparisons} comparisons" * (comparisons > 1)
     shown = (comparisons * p if adjusted_p is None else adjusted_p) <= alpha
-    if shown:  # by fewer seeds than are needed, too, where others had more: Holm's later steps ask for less
+    if shown:  # possible with fewer seeds than `seeds_needed`, because Holm's later steps need less
         conclusion = f"{names[0]} is {'lower' if mean < 0 else 'higher'} than {names[1]} {at}"
     elif n < (needed := seeds_needed(comparisons, level)):
         conclusion = f"{n} seed{'s' * (n > 1)} cannot show a difference {at}: need at least {needed}"
     else:
         conclusion = f"no difference shown {at}"
-    return Paired(n=n, mean=mean, low=mean - half, high=mean + half, p=p, smallest_p=smallest_p(n), shown=shown, conclusion=conclusion)
+    return PairedComparison(
+        n=n, mean=mean, low=mean - half, high=mean + half, p=p, smallest_p=smallest_p(n), shown=shown, conclusion=conclusion
+    )

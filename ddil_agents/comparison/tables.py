@@ -7,47 +7,54 @@ import io
 import statistics
 from typing import Any
 
-from ddil_agents.evaluation.results import METRICS, heading, markdown_table, measured
+from ddil_agents.evaluation.results import METRICS, describe_measurement, kernel_distance_note, markdown_table, metric_heading
 
 
 def table_rows(result: dict[str, Any], budget: str, intervals: bool = True) -> list[list[str]]:
-    """Headings, and a line for each: a reference's mean, an arm's interquartile mean and, unless left out, its interval."""
-    found = result["budgets"][budget]["statistics"]
+    """Cells of a table at one budget: the headings, then a line for each reference (means) and each arm (interquartile means).
+
+    Args:
+        result: What comparison.json holds.
+        budget: The budget.
+        intervals: Whether to add the arms' bootstrap intervals.
+    """
+    metrics = result["budgets"][budget]["statistics"]
     lines = []
     for name, rows in result["references"].items():
         cells = [
-            METRICS[key][1].format(statistics.fmean(row[key] for row in rows)) if rows[0].get(key) is not None else "" for key in found
+            METRICS[key][1].format(statistics.fmean(row[key] for row in rows)) if rows[0].get(key) is not None else "" for key in metrics
         ]
-        if any(cells):  # some floors are of steps alone
+        if any(cells):  # some floors have only values by step
             lines.append([name, str(len(rows)), *cells])
     for arm in result["arms"]:
         cells, n = [], 0
-        for key in found:
-            own = found[key]["arms"].get(arm)
-            n = max(n, len(own["values"]) if own else 0)
-            form = METRICS[key][1]
-            span = f" [{form.format(own['low'])}, {form.format(own['high'])}]" if intervals and own and own["low"] is not None else ""
-            cells.append(form.format(own["iqm"]) + span if own else "")
+        for key in metrics:
+            scores = metrics[key]["arms"].get(arm)
+            n = max(n, len(scores["values"]) if scores else 0)
+            form, interval = METRICS[key][1], ""
+            if intervals and scores and scores["low"] is not None:
+                interval = f" [{form.format(scores['low'])}, {form.format(scores['high'])}]"
+            cells.append(form.format(scores["iqm"]) + interval if scores else "")
         lines.append([arm, str(n), *cells])
-    return [["model", "runs", *(heading(key, result) for key in found)], *lines]
+    return [["model", "runs", *(metric_heading(key, result) for key in metrics)], *lines]
 
 
 def csv_table(result: dict[str, Any]) -> str:
-    """A line for each run: its budget, arm, seed, scores and costs."""
+    """A CSV table with a line for each run: budget, arm, seed, scores and costs."""
     file = io.StringIO()
     keys = ["budget", "arm", "seed", "done", "num_updates", *METRICS, "teacher_nfe", "student_nfe", "train_seconds", "extractor", "n"]
-    how = {key: result["settings"][key] for key in ("extractor", "n")}
+    settings = {key: result["settings"][key] for key in ("extractor", "n")}
     writer = csv.DictWriter(file, keys, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for budget, tier in result["budgets"].items():
         for run in tier["runs"]:
-            writer.writerow({"budget": budget, **how, **{k: "" if v is None else v for k, v in run.items()}})
+            writer.writerow({"budget": budget, **settings, **{k: "" if v is None else v for k, v in run.items()}})
     return file.getvalue()
 
 
 def latex_table(result: dict[str, Any]) -> str:
-    """A booktabs table for each budget."""
-    plain = str.maketrans(
+    """LaTeX with a booktabs table for each budget; a comment above each says how it was measured."""
+    escapes = str.maketrans(
         {c: f"\\{c}" for c in "{}$"}
         | {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}", "<": "$<$", ">": "$>$"}
         | {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "é": r"\'e", "²": "$^2$"}
@@ -55,27 +62,35 @@ def latex_table(result: dict[str, Any]) -> str:
     parts = []
     for budget in result["budgets"]:
         cells = table_rows(result, budget)
-        body = [" & ".join(cell.translate(plain) for cell in line) + r" \\" for line in cells]
+        body = [" & ".join(cell.translate(escapes) for cell in line) + r" \\" for line in cells]
         body.insert(1, r"\midrule")
         rows = "\n".join(body)
         columns = "ll" + "r" * (len(cells[0]) - 2)
         parts.append(
             f"% {result['title']}, equal {budget}: interquartile means, {result['comparison']['level']:.0%} bootstrap intervals; "
-            f"{measured(result['settings'], result['provenance'])}\n"
+            f"{describe_measurement(result['settings'], result['provenance'])}\n"
+            f"{''.join(f'% {note}' + chr(10) for note in table_notes(result, budget))}"
             f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{rows}\n\\bottomrule\n\\end{{tabular}}\n"
         )
     return "\n".join(parts)
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables, and the paired differences of the primary metric with their intervals, for a terminal."""
-    parts, primary, baseline = [], result["comparison"]["primary"], result["comparison"]["baseline"]
+    """The tables, the paired differences of the primary metric with their intervals, and the warnings, as Markdown for a terminal."""
+    parts, notes, primary, baseline = [], list[str](), result["comparison"]["primary"], result["comparison"]["baseline"]
     for budget, tier in result["budgets"].items():
         pairs = tier["statistics"].get(primary, {}).get("pairs", {})
-        said = [
+        differences = [
             f"{arm} − {baseline}: {pair['mean']:+.3g} [{pair['low']:+.3g}, {pair['high']:+.3g}]; {pair['conclusion']}"
             for arm, pair in pairs.items()
         ]
-        shown = [f"{heading(primary, result)}, paired", *said, ""] if said else []
-        parts += [f"equal {budget}", "", *markdown_table(table_rows(result, budget, intervals=False)), "", *shown]
-    return "\n".join([*parts, measured(result["settings"], result["provenance"]), *(f"! {flag}" for flag in result["flags"])])
+        paired = [f"{metric_heading(primary, result)}, paired differences", *differences, ""] if differences else []
+        parts += [f"equal {budget}", "", *markdown_table(table_rows(result, budget, intervals=False)), "", *paired]
+        notes = notes or table_notes(result, budget)
+    measurement = describe_measurement(result["settings"], result["provenance"])
+    return "\n".join([*parts, *notes, measurement, *(f"! {flag}" for flag in result["flags"])])
+
+
+def table_notes(result: dict[str, Any], budget: str) -> list[str]:
+    """Footnotes of the table at one budget."""
+    return [kernel_distance_note(result)] if "kid" in result["budgets"][budget]["statistics"] else []

@@ -1,4 +1,4 @@
-"""Evaluation while training: eval.jsonl, the best student so far, and an early end."""
+"""Evaluation during training: eval.jsonl, the best student so far, and early stopping."""
 
 from __future__ import annotations
 
@@ -31,16 +31,20 @@ if TYPE_CHECKING:
 class EvalCallback(Callback):
     """Evaluates the averaged student every `every` updates, and once before the first.
 
-    It draws from generators of its own, and the teacher's forwards that it takes are not counted as those of training: a run ends in
-    the same weights with and without it, unless `patience` ends it early. In the run directory it writes
+    It does not change the training: it draws from its own generators, and a run ends in the same weights with and without it, unless
+    `patience` ends it early. Its teacher forwards are not counted as training cost. In the run directory it writes
 
-        eval.jsonl    a line for each evaluation: `step`, the metrics, `best` if no earlier one was better, `seconds` of training
-        best/         student/ and evaluation.json of the best one
+        eval.jsonl    a line for each evaluation: `step`, the metrics, `best` (whether it is better than all earlier ones), `seconds`
+                      of training
+        best/         student/ and evaluation.json of the best evaluation
 
     Args:
         every: Updates between two evaluations.
         settings: How many samples, which metrics, when to stop.
-        expert_policy: The teacher that the student is compared with; default: the agent's `reference`.
+        expert_policy: The teacher that the student is compared with; default: the agent's `teacher_policy`.
+
+    Raises:
+        ValueError: every < 1.
     """
 
     def __init__(self, every: int, settings: Validation | None = None, expert_policy: ExpertPolicy | None = None) -> None:
@@ -72,7 +76,7 @@ class EvalCallback(Callback):
         return patience is None or any(row["best"] for row in self.rows[-patience:])
 
     def evaluate(self, agent: Algorithm) -> None:
-        """One evaluation, of which every process learns the result."""
+        """Evaluates the student on the main process, sends the result to all processes and to all callbacks."""
         with agent.trainer.clock.paused():
             row = ranks.from_main(lambda: self._measure(agent))
         self.rows.append(row)
@@ -85,14 +89,15 @@ class EvalCallback(Callback):
                 s, seed = self.settings, stream_seed(agent.config.seed, "validation")
                 evaluation = Evaluation(n=s.n, seed=seed, n_paths=s.n, n_action=min(s.n, 64), batch_size=s.batch_size)
                 self._evaluator = Evaluator(self.expert_policy or agent.teacher_policy, agent.grid, evaluation)
-            found = self._evaluator.evaluate(agent.student_policy, kernel=agent.kernel)
-        agent.expert.release()  # what decoded the samples
+            result = self._evaluator.evaluate(agent.student_policy, kernel=agent.kernel)
+        agent.expert.release()  # the decoder's memory
         metrics: dict[str, float] = {}
         for name in self.settings.metrics:
-            if found.get(name) is None:
-                possible = ", ".join(key for key in DIRECTIONS if found.get(key) is not None)
+            value = result.get(name)
+            if value is None:
+                possible = ", ".join(key for key in DIRECTIONS if result.get(key) is not None)
                 raise ValueError(f"validation.metrics: {name} is not measured here; choose from {possible}")
-            metrics[name] = statistics.fmean(found[name]) if isinstance(found[name], list) else found[name]
+            metrics[name] = statistics.fmean(value) if isinstance(value, list) else value
         best = self._is_better(metrics)
         row = {"step": agent.step, **metrics, "best": best, "seconds": agent.trainer.clock.seconds}
         if self.out is not None:
@@ -111,7 +116,7 @@ class EvalCallback(Callback):
         return row
 
     def _is_better(self, metrics: dict[str, float]) -> bool:
-        """Whether no earlier evaluation was as good."""
+        """Whether the first metric is finite and better than in all earlier evaluations."""
         name = self.settings.metrics[0]
         sign = DIRECTIONS[name]
         return math.isfinite(metrics[name]) and all(sign * metrics[name] > sign * row[name] for row in self.rows)

@@ -1,4 +1,4 @@
-"""Samples as a person can see them: grids of pictures, scatter plots."""
+"""Samples for the eye: grids of pictures, and scatter plots of samples in the plane."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def picture_rows(evaluator: Evaluator, samples: dict[str, Tensor], columns: int = 20) -> dict[str, np.ndarray]:
-    """Each model's first samples as one strip of pictures, (height, columns · width, 3), same noise a column."""
+    """Each model's first samples as one strip of pictures, (height, columns · width, 3); empty where the expert decodes no pictures.
+
+    Where all models started from the same noise, the pictures of one column share theirs.
+    """
     rows = {}
     for name, x_0 in samples.items():
         pictures = evaluator.expert.decode(x_0[:columns])
@@ -28,7 +31,16 @@ def picture_rows(evaluator: Evaluator, samples: dict[str, Tensor], columns: int 
 
 
 def save_samples(path: Path, rows: dict[str, np.ndarray], scale: int = 3) -> bool:
-    """Writes a grid of strips, each with its model's name; False where there are no pictures."""
+    """Writes strips of pictures below one another as a PNG, each beside its model's name.
+
+    Args:
+        path: The PNG.
+        rows: A strip for each model, from `picture_rows`.
+        scale: Pixels of the PNG for each pixel of a picture.
+
+    Returns:
+        Whether there were any pictures to write.
+    """
     if not rows:
         return False
     from PIL import Image, ImageDraw
@@ -41,13 +53,13 @@ def save_samples(path: Path, rows: dict[str, np.ndarray], scale: int = 3) -> boo
         draw.text((6, y + strip.shape[0] // 2 - 6), name, fill="black")
         canvas.paste(Image.fromarray(strip), (margin, y))
         y += strip.shape[0] + 4
-    canvas.save(drawn := io.BytesIO(), format="PNG")
-    write_atomically(path, drawn.getvalue())
+    canvas.save(png := io.BytesIO(), format="PNG")
+    write_atomically(path, png.getvalue())
     return True
 
 
 def save_scatter(path: Path, evaluator: Evaluator, samples: dict[str, Tensor]) -> None:
-    """For samples in the plane: one panel a model, over the data."""
+    """Writes samples in the plane, each (b, 2), as a PNG: one panel for each model, the real data in grey."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 * len(samples), 3.2), layout="constrained")
@@ -57,12 +69,16 @@ def save_scatter(path: Path, evaluator: Evaluator, samples: dict[str, Tensor]) -
         axis.scatter(*x_0.cpu().T, s=2)
         axis.set_title(name)
         axis.set_aspect("equal")
-    figure.savefig(drawn := io.BytesIO(), format="png", dpi=110)
-    write_atomically(path, drawn.getvalue())
+    figure.savefig(png := io.BytesIO(), format="png", dpi=110)
+    write_atomically(path, png.getvalue())
 
 
 def save_pictures(path: Path, evaluator: Evaluator, samples: dict[str, Tensor]) -> bool:
-    """The samples as a person can see them: a grid of pictures, or a scatter plot in the plane; False for other shapes."""
+    """Writes samples as a grid of pictures, or as a scatter plot where they lie in the plane.
+
+    Returns:
+        Whether a file was written: not for samples that are neither.
+    """
     if evaluator.expert.sample_shape == (2,):
         save_scatter(path, evaluator, samples)
         return True

@@ -1,4 +1,4 @@
-"""With what, where and when a result was measured."""
+"""Provenance of a result: versions, hardware and date."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 def _version(package: str) -> str:
     try:
         return version(package)
-    except PackageNotFoundError:  # a checkout on the path
+    except PackageNotFoundError:  # a checkout on PYTHONPATH
         return "not installed"
 
 
@@ -22,9 +22,10 @@ PROVENANCE = ("date", "hardware", "python", *PACKAGES)
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Versions, date, and the hardware of the device."""
-    on_cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
+    """Date, the hardware of the device, and versions of Python and of the packages."""
+    threads = torch.get_num_threads()
+    cpu = f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {
         "date": date.today().isoformat(),
         "hardware": hardware,

@@ -1,16 +1,12 @@
-"""What a result.json says, as tables: the metrics, their headings, and how they were measured."""
+"""Reading result.json, and showing it as a table: metrics, their headings, and how they were measured."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddil_agents.evaluation.metrics.frechet import FID_EXTRACTOR
-
-if TYPE_CHECKING:
-    pass
-
 
 METRICS: dict[str, tuple[str, str, int]] = {  # key of a result → heading, format, and −1 where lower is better
     "frechet": ("Fréchet ↓", "{:.3g}", -1),
@@ -30,7 +26,7 @@ METRICS: dict[str, tuple[str, str, int]] = {  # key of a result → heading, for
     "frechet_to_expert": ("Fréchet to teacher ↓", "{:.3g}", -1),
     "endpoint_rmse": ("RMSE to teacher ↓", "{:.4f}", -1),
 }
-# −1 where lower is better. Those with a value for each step are averaged over the steps.
+# −1 where lower is better. A metric that has a value for each step is averaged over the steps.
 DIRECTIONS = {name: sign for name, (_, _, sign) in METRICS.items()} | dict.fromkeys(
     ("action_mse_own", "action_mse_expert", "action_mse_forward", "path_rmse", "shift"), -1
 )
@@ -41,55 +37,63 @@ COLUMNS = {key: (heading, form) for key, (heading, form, _) in METRICS.items()} 
 }
 
 
-def heading(key: str, result: dict[str, Any]) -> str:
-    """What a result calls a metric or a cost: the distances of Inception's features, and of no others, are FID and KID."""
+def metric_heading(key: str, result: dict[str, Any]) -> str:
+    """Heading of a metric or cost in the tables of a result. On features of Inception-v3, the distances are called FID and KID."""
     name = COLUMNS[key][0]
     return name.replace("Fréchet", "FID").replace("kernel distance", "KID") if result["settings"]["extractor"] == FID_EXTRACTOR else name
 
 
-def called(name: str, row: dict[str, Any]) -> str:
-    """A floor as tables and figures name it, with how many samples it is of: distances fall with their number."""
+def kernel_distance_note(result: dict[str, Any]) -> str:
+    """A footnote for tables that show the kernel distance, in which negative numbers look like a fault."""
+    name = metric_heading("kid", result).rstrip(" ↓")
+    return f"{name}: an unbiased estimate, which may be negative; compare it with real data's, not with 0."
+
+
+def label_floor(name: str, row: dict[str, Any]) -> str:
+    """Label of a floor in tables and figures. It says the number of samples, because distances fall as that grows."""
     return f"{name.replace('_', ' ')}, n = {row['n']}" if "n" in row else name.replace("_", " ")
 
 
-def measured(settings: dict[str, Any], made: dict[str, Any]) -> str:
-    """How scores were measured, and where: the line below a table."""
+def describe_measurement(settings: dict[str, Any], provenance: dict[str, Any]) -> str:
+    """How and where scores were measured: the line below a table."""
     seed = f", evaluation seed {settings['seed']}" if "seed" in settings else ""
-    against = settings.get("reference")
-    data = f", against {settings['n_reference']} {against.replace('_', '-')} data" if against and "images" not in settings else ""
+    reference = settings.get("reference")
+    data = f", against {settings['n_reference']} {reference.replace('_', '-')} data" if reference and "images" not in settings else ""
     how = f"n = {settings['n']}{seed}{data}, features of {settings['extractor']}, guidance {settings['guidance_scale']:g}"
-    return f"{how}; {made['hardware']}, torch {made['torch']}, {made['date']}"
+    return f"{how}; {provenance['hardware']}, torch {provenance['torch']}, {provenance['date']}"
 
 
 def markdown_table(cells: list[list[str]]) -> list[str]:
-    """Its lines; of the cells (rows, columns) the first row is the head."""
+    """Lines of a Markdown table of cells (rows, columns); the first row is its head."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
-def without_rounding(value: float) -> float:
-    """0 for what is 0 but for rounding, as the distance of data from themselves."""
+def zero_round_off(value: float) -> float:
+    """The value, or 0 for round-off such as 1e-9, which the distance of data from themselves has."""
     return 0 if abs(value) < 1e-6 else value
 
 
 def table(result: dict[str, Any]) -> str:
-    """A Markdown table, a line for each metric and cost and a column for each floor and model, and how they were measured."""
-    rows = {**{called(name, values): values for name, values in result["floors"].items()}, **result["models"]}
-    rows = {name: row for name, row in rows.items() if row.keys() & METRICS.keys()}  # some floors are of steps alone
+    """A Markdown table with a line for each metric and cost, a column for each floor and model, and notes on the measurement below."""
+    rows = {**{label_floor(name, values): values for name, values in result["floors"].items()}, **result["models"]}
+    rows = {name: row for name, row in rows.items() if row.keys() & METRICS.keys()}  # some floors have only values by step
+    shown = [key for key in COLUMNS if any(row.get(key) is not None for row in rows.values())]
     cells = [["", *rows]]
-    for key, (_, form) in COLUMNS.items():
-        if any(row.get(key) is not None for row in rows.values()):
-            values = (row.get(key) for row in rows.values())
-            cells.append([heading(key, result), *("–" if value is None else form.format(without_rounding(value)) for value in values)])
-    return "\n".join([*markdown_table(cells), "", measured(result["settings"], result)])
+    for key in shown:
+        form, values = COLUMNS[key][1], [row.get(key) for row in rows.values()]
+        texts = ("–" if value is None else form.format(zero_round_off(value)) for value in values)
+        cells.append([metric_heading(key, result), *texts])
+    notes = [kernel_distance_note(result)] if "kid" in shown else []
+    return "\n".join([*markdown_table(cells), "", *notes, describe_measurement(result["settings"], result)])
 
 
 def read_result(path: Path) -> dict[str, Any]:
     """A run's result.json.
 
     Raises:
-        ValueError: absent, damaged, or not a result.
+        ValueError: the file is absent, damaged, or no result of a run.
     """
     try:
         result = json.loads(path.read_text())

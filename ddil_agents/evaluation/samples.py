@@ -1,9 +1,7 @@
-"""Drawing the samples of an evaluation, a batch at a time, and keeping what is measured of them, so that a killed one goes on."""
+"""Drawing the samples of an evaluation, a batch at a time; each finished batch is cached, so that a killed evaluation continues."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import statistics
 import time
@@ -18,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddil_agents.devices import out_of_memory
+from ddil_agents.evaluation.cache import is_cacheable, open_cache, policy_digest, read_or_compute, tensor_digest, text_digest
 from ddil_agents.evaluation.metrics.diversity import group_diversity, lpips_distance
 from ddil_agents.evaluation.metrics.features import Features
 from ddil_agents.evaluation.metrics.frechet import frechet_name
@@ -29,54 +28,60 @@ from ddil_env import DdimPolicy, ExpertPolicy, NoDataError, TimeGrid, unroll
 from ddil_env.mdp import Kernel
 from ddil_env.weights import read_tensors
 
-GROUPS, IN_GROUP = 50, 10  # prompts and samples of each, in the diversity of DDIL, Section 5
+LPIPS_CONDITIONS, LPIPS_SAMPLES = 50, 10  # prompts, and samples of each, in the LPIPS diversity of DDIL, Section 5
 
 
-class Drawn(NamedTuple):
-    """What is kept of n samples of one model."""
+class DrawnSamples(NamedTuple):
+    """What an evaluation stores of n samples of one model."""
 
     features: Features
     """(n, d)."""
     classes: Tensor | None
-    """(n,), where the extractor is a classifier."""
+    """(n,) where the extractor is a classifier, else None."""
     scores: dict[str, float]
-    """Mean of each score."""
+    """Mean of each score over the samples."""
     path: Tensor
     """The first trajectories, (n_paths, N + 1, *sample_shape)."""
     seconds: float
-    """Of sampling."""
+    """Time that sampling took."""
 
 
-class Shown:
-    """A policy whose steps move a progress bar, also within a batch."""
+class ProgressPolicy:
+    """A policy that moves a progress bar by one with every step, so that the bar moves within a batch too."""
 
     def __init__(self, policy: DdimPolicy, bar: tqdm[Any]) -> None:
         self.policy, self.bar = policy, bar
 
     def act(self, *args: Any) -> Tensor:
-        return self._moved(self.policy.act(*args))
+        return self._advance(self.policy.act(*args))
 
     def jump(self, *args: Any) -> Tensor:
-        return self._moved(self.policy.jump(*args))
+        return self._advance(self.policy.jump(*args))
 
-    def _moved(self, x_s: Tensor) -> Tensor:
+    def _advance(self, x_s: Tensor) -> Tensor:
         self.bar.update()
         return x_s
 
 
-class Samples:
-    """n samples of any policy from one noise and one set of conditions, and the data that they are held against.
+class SampleDrawer:
+    """Draws n samples of any policy from the same noise and conditions, and holds the data that samples are compared with.
 
     Args:
-        expert_policy: The expert as the models are to imitate it, on the grid below.
-        grid: The N steps of the models.
-        settings: How many, which seed, which extractor.
-        store: Folder in which finished batches are kept, so that a killed evaluation goes on; None keeps none. The expert's
-            are kept in the settings' own store, if there is one.
+        expert_policy: The teacher as students imitate it, on the grid below.
+        grid: The N steps of the students.
+        settings: How many samples, which seed, which extractor.
+        store: Folder of the cache, so that a killed evaluation continues; None caches nothing. The teacher's samples are cached in
+            `settings.store` instead, if that is given.
+
+    Attributes:
+        real, real_c: The reference that samples are compared with, held-out data where there are any, (m, *sample_shape), and its
+            condition ids (m,); None without data.
+        training: The training data, where the reference is held-out data; else None.
+        c: Condition ids of the n samples, (n,), or None.
 
     Raises:
-        ValueError: an unknown extractor, pictures or captions asked of an expert that has none, a store of other settings, or, under a
-            protocol, fewer samples than it asks for.
+        ValueError: an unknown extractor; pictures or captions are needed and the expert has none; a cache of other settings; or fewer
+            samples than the protocol prescribes.
     """
 
     def __init__(self, expert_policy: ExpertPolicy, grid: TimeGrid, settings: Evaluation | None = None, store: Path | None = None) -> None:
@@ -84,28 +89,30 @@ class Samples:
         self.expert_policy, self.grid = expert_policy, grid
         self.expert = expert_policy.expert
         self.extractor = extractor_for(self.expert, self.settings)
-        self.real, self.real_c, self.training, self.c = self._data()
+        self.real, self.real_c, self.training, self.c = self._load_data()
         self.n, data = self.settings.n, self.real if self.training is None else self.training
         if self.settings.protocol is not None and data is not None and len(data) < self.n:
             raise ValueError(
                 f"protocol={self.settings.protocol}: {self.n} samples are asked for, and the expert's own data allow {len(data)}; "
                 "load it with the protocol's captions and without data, or choose protocol=null for other numbers"
             )
-        self.store = None if store is None else self._open(store)
-        self.shared = self.store if self.settings.store is None else self._open(Path(self.settings.store) / f"seed{self.settings.seed}")
+        cache_settings = self._base_settings() | {"batch_size": self.settings.batch_size}
+        self.cache = None if store is None else open_cache(store, cache_settings)
+        shared = self.settings.store
+        self.expert_cache = self.cache if shared is None else open_cache(Path(shared) / f"seed{self.settings.seed}", cache_settings)
 
     @cached_property
-    def _images(self) -> str | None:
-        """The folder of pictures as a result names it."""
+    def _image_folder_digest(self) -> str | None:
+        """Identifies the folder of real pictures in a result: their number, and a digest."""
         return None if self.settings.images is None else folder_digest(Path(self.settings.images))
 
     @cached_property
     def _data_digest(self) -> tuple[str | None, ...]:
-        """Of what samples are held against: the expert's own data, and a folder of pictures."""
-        return *(None if x is None else _digest(x) for x in (self.real, self.training)), self._images
+        """Digests of what samples are compared with: reference, training data, folder of pictures."""
+        return *(None if x is None else tensor_digest(x) for x in (self.real, self.training)), self._image_folder_digest
 
-    def _data(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """The reference and its conditions; training data, where the reference is not they; and their conditions in turn, n of them."""
+    def _load_data(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Reads `real`, `real_c`, `training` and `c`: the conditions of the training data, repeated up to n."""
         try:
             training, own = self.expert.reference_data(self.settings.n)
         except NoDataError:  # data-free: each condition in turn
@@ -114,112 +121,98 @@ class Samples:
         c = None if own is None else own[torch.arange(self.settings.n, device=own.device) % len(own)]
         try:
             return *self.expert.reference_data(self.settings.n, held_out=True), training, c
-        except NoDataError:  # none was held out
+        except NoDataError:  # the expert holds no data out
             return training, own, None, c
 
-    def _read(self, samples: Tensor) -> tuple[Features, Tensor | None]:
+    def extract_features(self, samples: Tensor) -> tuple[Features, Tensor | None]:
         """Features (n, d) and classes (n,) of samples (n, *sample_shape), a batch at a time, on the expert's device."""
         values, classes = [], []
-        for part in samples.split(self.settings.batch_size):
-            seen = self.pictures(part) if self.extractor.of_pictures else part
-            values.append(self.extractor.features(seen).to(self.expert.device))
-            if (told := self.extractor.classes(seen)) is not None:
-                classes.append(told.to(self.expert.device))
+        for batch in samples.split(self.settings.batch_size):
+            inputs = self.pictures(batch) if self.extractor.of_pictures else batch
+            values.append(self.extractor.features(inputs).to(self.expert.device))
+            if (predicted := self.extractor.classes(inputs)) is not None:
+                classes.append(predicted.to(self.expert.device))
         return Features(self.extractor.name, torch.cat(values)), torch.cat(classes) if classes else None
 
     def pictures(self, samples: Tensor) -> Tensor:
-        """Samples (n, *sample_shape) as picture metrics see them, uint8 (n, 256, 256, 3)."""
+        """Samples (n, *sample_shape) as picture metrics read them, uint8 (n, 256, 256, 3)."""
         pictures = self.expert.decode(samples)
-        assert pictures is not None  # checked at the start
+        assert pictures is not None  # checked by extractor_for
         return resize(pictures)
 
     def _generator(self, name: str, batch: int = 0) -> torch.Generator:
-        """Of one kind of a batch's noise, whatever was drawn before it."""
+        """A fresh generator for one kind of noise of one batch: what was drawn before does not change it."""
         return torch.Generator(self.expert.device).manual_seed(stream_seed(self.settings.seed, f"{name}, batch {batch}"))
-
-    def _noise_shape(self, batch: int) -> tuple[int, ...]:
-        b = self.settings.batch_size
-        return min(b, self.n - b * batch), *self.expert.sample_shape
 
     def noise(self, batch: int = 0) -> Tensor:
         """x_T of a batch, (b, *sample_shape)."""
-        return torch.randn(self._noise_shape(batch), generator=self._generator("x_T", batch), device=self.expert.device)
+        b = min(self.settings.batch_size, self.n - self.settings.batch_size * batch)
+        return torch.randn((b, *self.expert.sample_shape), generator=self._generator("x_T", batch), device=self.expert.device)
 
-    def _open(self, store: Path) -> Path:
-        """Makes a store, or takes up one of the same settings."""
-        store.mkdir(parents=True, exist_ok=True)
-        path, now = store / "settings.json", json.dumps(self._measure() | {"batch_size": self.settings.batch_size})
-        if path.is_file() and path.read_text() != now:
-            raise ValueError(f"{store} holds an evaluation of other settings; remove it, or choose another")
-        write_atomically(path, now)
-        return store
+    def _cache_path(self, name: str | None, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, suffix: str) -> Path | None:
+        """The file in which something of a model is cached: NAME-DIGEST-SUFFIX; None where nothing is cached.
 
-    @torch.no_grad()
-    def _place(self, name: str | None, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, what: str) -> Path | None:
-        """Where something of a model is kept: under its name, and a digest of how it samples, what it does in a state, data and captions.
-
-        Another student of the same name, or an expert of other weights, acts differently and finds nothing. A policy with an `act` of its
-        own may hide what it does from that, and is not kept.
+        Another student of the same name, or a teacher of other weights, has another digest. A policy that overrides `act` is not cached:
+        the digest cannot see what it does.
         """
-        store = self.shared if isinstance(policy, ExpertPolicy) else self.store
-        if store is None or name is None or type(policy).act is not DdimPolicy.act:
+        cache = self.expert_cache if isinstance(policy, ExpertPolicy) else self.cache
+        if cache is None or name is None or not is_cacheable(policy):
             return None
-        x, nfe, does = self.noise()[:2], self.expert.nfe, []
-        for t in grid.times[:-1][:2].unbind():  # some policies differ in all states but the first
-            prediction = policy.predict(x, t.expand(len(x)), None if self.c is None else self.c[: len(x)], None)
-            does.append(_digest(prediction.projected(policy.support).latent(grid.times[-1:].expand(len(x)), policy.schedule)))
-        self.expert.nfe = nfe  # no sample has cost it
-        about = (grid.times.tolist(), kernel, policy.nfe_per_action, does, self._data_digest, self._captions())
-        return store / f"{name}-{hashlib.sha256(repr(about).encode()).hexdigest()[:8]}-{what}"
+        x, nfe = self.noise()[:2], self.expert.nfe
+        c = None if self.c is None else self.c[: len(x)]
+        digest = policy_digest(policy, grid, kernel, x, c, self._data_digest, self._captions_digest())
+        self.expert.nfe = nfe  # the forwards of the digest are no cost of sampling
+        return cache / f"{name}-{digest}-{suffix}"
 
     @torch.no_grad()
-    def _draw(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, name: str | None = None) -> Drawn:
-        """n samples of a policy, a batch at a time; batches in the store under that name are not drawn again."""
-        b, count = self.settings.batch_size, math.ceil(self.n / self.settings.batch_size)
-        kept: list[dict[str, Tensor]] = []
-        stem = self._place(name, policy, grid, kernel, "")
-        with tqdm(total=count * grid.num_steps, desc=name or "samples", unit="step", leave=False) as bar:
-            for k in range(count):
-                place = None if stem is None else stem.with_name(f"{stem.name}{k:05d}.safetensors")
-                if place is not None and place.is_file():
-                    stored = read_tensors(place, "remove it, and the batch is drawn again")
-                    if stored.keys() >= set(self.settings.scores):
-                        others = set(get_args(Score)) - set(self.settings.scores)  # that were not asked for now
-                        kept.append({key: value for key, value in stored.items() if key not in others})
+    def _draw(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, name: str | None = None) -> DrawnSamples:
+        """Draws n samples of a policy, a batch at a time; reads the batches that are cached under the name."""
+        b, num_batches = self.settings.batch_size, math.ceil(self.n / self.settings.batch_size)
+        batches: list[dict[str, Tensor]] = []
+        stem = self._cache_path(name, policy, grid, kernel, "")
+        with tqdm(total=num_batches * grid.num_steps, desc=name or "samples", unit="step", leave=False) as bar:
+            for k in range(num_batches):
+                path = None if stem is None else stem.with_name(f"{stem.name}{k:05d}.safetensors")
+                if path is not None and path.is_file():
+                    cached = read_tensors(path, "remove it, and the batch is drawn again")
+                    if cached.keys() >= set(self.settings.scores):
+                        other_scores = set(get_args(Score)) - set(self.settings.scores)  # that an earlier evaluation asked for
+                        batches.append({key: value for key, value in cached.items() if key not in other_scores})
                         bar.update(grid.num_steps)
                         continue
                 start = time.monotonic()
                 c = None if self.c is None else self.c[k * b : (k + 1) * b]
-                with out_of_memory.named(f"while judging {min(b, self.n)} samples at a time", "lower the evaluation's batch_size"):
-                    shown_policy = cast(DdimPolicy, Shown(policy, bar))
-                    path = unroll(shown_policy, grid, self.noise(k), c, kernel=kernel, generator=self._generator("steps", k))
-                    if path.is_cuda:
+                with out_of_memory.named(f"while evaluating {min(b, self.n)} samples at a time", "lower the evaluation's batch_size"):
+                    actor = cast(DdimPolicy, ProgressPolicy(policy, bar))
+                    states = unroll(actor, grid, self.noise(k), c, kernel=kernel, generator=self._generator("steps", k))
+                    if states.is_cuda:
                         torch.cuda.synchronize()
                     seconds = torch.tensor(time.monotonic() - start)
-                    shown = max(self.settings.n_paths - k * b, 0)
-                    kept.append(self._measured(path[:, -1], c) | {"path": path[:shown].clone(), "seconds": seconds})
-                if place is not None:
-                    write_atomically(place, save({key: value.cpu().contiguous() for key, value in kept[-1].items()}))
+                    num_paths = max(self.settings.n_paths - k * b, 0)
+                    measured = self._measure_batch(states[:, -1], c)
+                    batches.append(measured | {"path": states[:num_paths].clone(), "seconds": seconds})
+                if path is not None:
+                    write_atomically(path, save({key: value.cpu().contiguous() for key, value in batches[-1].items()}))
         device = self.expert.device
-        whole = {key: torch.cat([part[key].to(device) for part in kept]) for key in kept[0] if key != "seconds"}
-        features = Features(self.extractor.name, whole.pop("features"))
-        path, classes = whole.pop("path"), whole.pop("classes", None)
-        means = {key: float(value.double().mean()) for key, value in whole.items()}
-        return Drawn(features, classes, means, path, sum(float(part["seconds"]) for part in kept))
+        joined = {key: torch.cat([batch[key].to(device) for batch in batches]) for key in batches[0] if key != "seconds"}
+        features = Features(self.extractor.name, joined.pop("features"))
+        path_states, classes = joined.pop("path"), joined.pop("classes", None)
+        means = {key: float(value.double().mean()) for key, value in joined.items()}
+        return DrawnSamples(features, classes, means, path_states, sum(float(batch["seconds"]) for batch in batches))
 
-    def _measured(self, samples: Tensor, c: Tensor | None) -> dict[str, Tensor]:
+    def _measure_batch(self, samples: Tensor, c: Tensor | None) -> dict[str, Tensor]:
         """Features, classes and scores of one batch, each (b, …)."""
-        features, classes = self._read(samples)
-        found = {"features": features.values} | ({} if classes is None else {"classes": classes})
+        features, classes = self.extract_features(samples)
+        measured = {"features": features.values} | ({} if classes is None else {"classes": classes})
         if self.scorers:
-            assert c is not None  # its captions were asked for at the start
+            assert c is not None  # extractor_for has read captions
             pictures, captions = self.pictures(samples), self.expert.captions(c)
-            found |= {name: scorer.score(pictures, captions) for name, scorer in self.scorers.items()}
-        return found
+            measured |= {name: scorer.score(pictures, captions) for name, scorer in self.scorers.items()}
+        return measured
 
     @cached_property
     def scorers(self) -> dict[str, Scorer]:
-        """The scores that were asked for."""
+        """The networks of `settings.scores`, by name of the score."""
         return load_scorers(self.settings, self.expert.device)
 
     @cached_property
@@ -228,33 +221,37 @@ class Samples:
 
     @torch.no_grad()
     def lpips_diversity(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, name: str | None = None) -> float:
-        """Mean LPIPS between two of a condition's 10 samples, over 50 conditions, each kept; all share the 10 draws of noise."""
-        expert, stem = self.expert, self._place(name, policy, grid, kernel, "lpips")
-        x_T = torch.randn(IN_GROUP, *expert.sample_shape, generator=self._generator("lpips x_T"), device=expert.device)
+        """Mean LPIPS between two of a condition's 10 samples, over 50 conditions; all conditions start from the same 10 draws of noise.
 
-        def mean_of(condition: int) -> dict[str, float]:
-            c = torch.full((IN_GROUP,), condition, device=expert.device) if expert.num_conditions else None
+        The mean of each condition is cached.
+        """
+        expert, stem = self.expert, self._cache_path(name, policy, grid, kernel, "lpips")
+        x_T = torch.randn(LPIPS_SAMPLES, *expert.sample_shape, generator=self._generator("lpips x_T"), device=expert.device)
+
+        def measure_condition(condition: int) -> dict[str, float]:
+            c = torch.full((LPIPS_SAMPLES,), condition, device=expert.device) if expert.num_conditions else None
             group = self.pictures(unroll(policy, grid, x_T, c, kernel=kernel, generator=self._generator("lpips steps"))[:, -1])
             return {"lpips": group_diversity([group], self._lpips)}
 
         means = []
-        for condition in tqdm(range(min(GROUPS, expert.num_conditions or 1)), desc="lpips", unit="condition", leave=False):
-            place = None if stem is None else stem.with_name(f"{stem.name}-{condition:03d}.json")
-            means.append(kept(place, partial(mean_of, condition))["lpips"])
+        for condition in tqdm(range(min(LPIPS_CONDITIONS, expert.num_conditions or 1)), desc="lpips", unit="condition", leave=False):
+            path = None if stem is None else stem.with_name(f"{stem.name}-{condition:03d}.json")
+            means.append(read_or_compute(path, partial(measure_condition, condition))["lpips"])
         return statistics.fmean(means)
 
     def sample(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel = "ddim") -> Tensor:
-        """A policy's samples from the judge's first batch of noise and conditions, (b, *sample_shape)."""
+        """A policy's samples from the first batch of noise and conditions, (b, *sample_shape)."""
         x_T = self.noise()
         c = None if self.c is None else self.c[: len(x_T)]
         return unroll(policy, grid, x_T, c, kernel=kernel, generator=self._generator("steps"))[:, -1]
 
     def _baseline_names(self) -> tuple[str, str]:
+        """Names of the teacher in its full number of steps, and in as few as the student has."""
         n = self.grid.num_steps
         return f"teacher@{n * self.expert_policy.substeps}", f"teacher@{n}"
 
-    def _measure(self) -> dict[str, Any]:
-        """What all models of a store share."""
+    def _base_settings(self) -> dict[str, Any]:
+        """The settings that all models in one cache share."""
         s = self.settings
         return {
             "extractor": self.extractor.name,
@@ -268,28 +265,10 @@ class Samples:
             "guidance_scale": self.expert_policy.guidance_scale,
         }
 
-    def _captions(self) -> str | None:
-        """A digest of all samples' captions, where conditions are texts."""
+    def _captions_digest(self) -> str | None:
+        """A digest of the captions of all samples; None where conditions are no texts."""
         try:
             captions = None if self.c is None else self.expert.captions(self.c)
         except ValueError:
             return None
-        return None if captions is None else hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:12]
-
-
-def kept(place: Path | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Numbers that are kept in a JSON file of a store."""
-    if place is not None and place.is_file():
-        try:
-            found: dict[str, Any] = json.loads(place.read_text())
-        except ValueError as error:
-            raise ValueError(f"{place} is damaged ({error}); remove it, and it is made again") from error
-        return found
-    found = make()
-    if place is not None:
-        write_atomically(place, json.dumps(found))
-    return found
-
-
-def _digest(x: Tensor) -> str:
-    return hashlib.sha256(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        return None if captions is None else text_digest(captions)

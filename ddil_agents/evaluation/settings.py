@@ -1,4 +1,4 @@
-"""Settings of an evaluation, and the extractor and scorers that they ask for."""
+"""Settings of an evaluation, and the networks that they name: the feature extractor and the scorers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Scorer(Protocol):
     """Scores pictures by their captions."""
 
     name: str
-    """What results call it: the network and its weights."""
+    """Its name in results: the network and its weights."""
 
     def score(self, pictures: Tensor, captions: list[str]) -> Tensor:
-        """Uint8 pictures (n, height, width, 3) and n captions → (n,)."""
+        """Scores (n,) of uint8 pictures (n, height, width, 3) and their n captions."""
 
 
 @dataclass(frozen=True)
@@ -32,31 +32,31 @@ class Evaluation:
     """Settings of an evaluation."""
 
     n: int = 500
-    """Samples of each model, with the conditions of the training data in turn; held against as many held-out data, or what there are."""
+    """Samples of each model, under the conditions of the training data; compared with as many held-out data, or all if there are fewer."""
     seed: int = 0
-    """Of the noise that every model starts from."""
+    """Seed of the noise that every model starts from."""
     extractor: str | None = None
-    """Whose features are compared; null: the expert's own."""
+    """Name of the feature extractor; null: the one that the expert names."""
     n_paths: int = 500
-    """How many of the trajectories are kept and compared step by step."""
+    """Trajectories that are compared step by step."""
     n_action: int = 200
-    """How many of those are labelled by the expert, for the action errors."""
+    """Trajectories, of those, on whose states the expert's actions are computed, for the action errors."""
     also_steps: tuple[int, ...] = ()
-    """More numbers of steps at which the student's and the teacher's samples are judged."""
+    """More numbers of steps at which samples of the student and of the teacher are evaluated."""
     batch_size: int = 500
     """Samples drawn at once."""
     scores: tuple[Score, ...] = ()
-    """Of pictures and their captions: clip_score, hpsv2."""
+    """Scores of pictures and their captions: clip_score, hpsv2."""
     lpips: bool = False
-    """Diversity among 10 pictures of each of 50 conditions, by LPIPS."""
+    """Whether to measure diversity: mean LPIPS among 10 pictures of each of 50 conditions."""
     weights_dir: str | None = None
-    """Folder of the weights that picture metrics need; null: each library's own download."""
+    """Folder with the weights of the picture metrics; null: each library downloads its own."""
     store: str | None = None
-    """Folder in which the expert's samples are kept, for other evaluations of the same expert; null keeps none."""
+    """Folder that caches the expert's samples for other evaluations of the same expert; null: none."""
     images: str | None = None
     """Folder of real pictures to compare with, for an extractor of pictures; null: the expert's own data."""
     protocol: str | None = None
-    """Name of a published protocol, which results bear: it needs `images`, and a caption of its own for each sample."""
+    """Name of a published protocol, which results record. It needs `images`, and one caption for each sample."""
 
     @property
     def weights(self) -> Path | None:
@@ -86,12 +86,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Validation:
-    """Settings of the evaluation while training."""
+    """Settings of the evaluation during training."""
 
     n: int = 256
-    """Samples of the averaged student; the teacher's, which they are compared with, are drawn once."""
+    """Samples of the averaged student at each evaluation; they are compared with as many of the teacher, which are drawn once."""
     metrics: tuple[str, ...] = ("frechet_to_expert", "action_mse_own", "recall")
-    """What eval.jsonl records, of the metrics of result.json; the first decides which student is the best."""
+    """Metrics of result.json that eval.jsonl records; the first decides which student is the best."""
     patience: int | None = None
     """Evaluations without a better student after which training ends; null: it never ends early."""
     batch_size: int = 256
@@ -110,10 +110,10 @@ class Validation:
 
 
 def extractor_for(expert: Expert, settings: Evaluation) -> Extractor:
-    """The extractor of an evaluation, tried on one sample.
+    """The extractor of an evaluation, checked on one sample.
 
     Raises:
-        ValueError: an unknown one, one that does not fit the samples, or pictures or captions asked of an expert that has none.
+        ValueError: an unknown extractor, one that does not fit the samples, or pictures or captions that the expert does not have.
     """
     extractor = load_extractor(settings.extractor or default_extractor(expert), settings.weights, expert.device)
     if settings.images is not None and not extractor.of_pictures:
@@ -138,7 +138,7 @@ def load_scorers(settings: Evaluation, device: torch.device) -> dict[str, Scorer
 
     Raises:
         ImportError: without the `eval` extra.
-        ValueError: weights that are absent or unsafe.
+        ValueError: absent or unsafe weights.
     """
     from ddil_agents.evaluation.metrics.clip_score import ClipScore
     from ddil_agents.evaluation.metrics.hps import HPS

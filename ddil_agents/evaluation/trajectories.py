@@ -1,8 +1,8 @@
-"""Recorded denoisings: what a policy saw, believed and did at every step, who acted, and how far from the expert's action it was.
+"""Recorded trajectories: at every step the state, the action, the clean sample that it implies, who acted, and the error of the action.
 
     x_t → a → x_s ,   x̂_0 = the clean sample that the action implies (App. G of Salimans & Ho 2021, inverted)
 
-They are kept as safetensors, and shown by the viewer of a comparison's page.
+They are stored as safetensors; the viewer on a comparison's page shows them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ddil_env.steps import renoise_step
 
 @dataclass(frozen=True)
 class Trajectories:
-    """n denoisings of N steps.
+    """n trajectories of N steps.
 
     Attributes:
-        x_t: States, noise first and sample last, (n, N + 1, *sample_shape).
+        x_t: States, from noise to sample, (n, N + 1, *sample_shape).
         x_0: Clean samples that the actions imply, (n, N, *sample_shape).
-        error: Mean squared distance of each action from the expert's at the same state, per entry of the latent, (n, N).
+        error: Squared error of each action against the expert's at the same state, mean over the entries of the latent, (n, N).
         by_expert: Whether the expert acted, (n, N) bool.
-        times: N times and 0, (N + 1,).
+        times: The N times of the grid, and 0, (N + 1,).
         c: Condition ids (n,), −1 where there are none.
     """
 
@@ -49,10 +49,10 @@ class Trajectories:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads what `save` wrote.
+        """Reads the file that `save` wrote.
 
         Raises:
-            ValueError: absent, damaged, or something else.
+            ValueError: the file is absent, damaged, or holds no trajectories.
         """
         try:
             tensors = load_file(path)
@@ -72,22 +72,24 @@ def record(
     kernel: Kernel = "ddim",
     generator: torch.Generator | None = None,
 ) -> Trajectories:
-    """Denoises x_T by a policy, and asks the expert for its action at every state.
+    """Records trajectories of a policy from x_T, and the error of each action against the expert's.
 
     Args:
-        policy: Who acts.
-        expert_policy: Who is asked.
+        policy: The policy that acts.
+        expert_policy: The expert whose actions are the reference.
         grid: N steps.
         x_T: Noise, (n, *sample_shape).
         c: Condition ids, (n,), or None.
-        kernel: How an action moves the state, as in `unroll`.
-        generator: Of the fresh noise of `renoise`.
+        kernel: The transition, as in `unroll`.
+        generator: Draws the fresh noise of the `renoise` kernel.
     """
     x_t, states, estimates, errors, actors = x_T, [x_T], [], [], []
     for t, s in pairwise(grid.times):
         t, s = t.expand(len(x_T)), s.expand(len(x_T))
         action = policy.act(x_t, t, s, c)
-        actors.append(torch.as_tensor(policy.by_expert, device=x_T.device).expand(len(x_T)))  # before anyone else acts
+        actors.append(
+            torch.as_tensor(policy.by_expert, device=x_T.device).expand(len(x_T))
+        )  # before the expert acts, which may be the same object
         errors.append((action - expert_policy.act(x_t, t, s, c)).square().flatten(1).mean(1))  # (n,)
         pred = invert_ddim(policy.schedule, x_t, t, action, s)
         estimates.append(pred.x_0)

@@ -1,4 +1,4 @@
-"""The command that evaluators: its protocols of captions, its settings, and what it names wrong."""
+"""The evaluate command: protocols of captions, settings, errors; and merging results in a report."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import corners, make_evaluator
+from matplotlib.figure import Figure
 from PIL import Image
 from tiny_sd import write_tiny_sd
 
@@ -15,7 +16,7 @@ from ddil_agents.commands.parse import find_agent, with_preset
 from ddil_agents.commands.run import refuse_early
 from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.settings import Evaluation, extractor_for
-from ddil_agents.report import merge
+from ddil_agents.report import merge_results, save_curves
 from ddil_env import ExpertPolicy, TimeGrid, load_expert
 from ddil_env.experts.stable_diffusion import StableDiffusion, coco_captions
 from ddil_env.presets import config_dir, read_yaml
@@ -41,7 +42,7 @@ def test_the_papers_protocols_are_presets(tmp_path: Path):
         assert with_preset("evaluate", ["--config", name, "--n", "20"])[1].endswith(f"{name}.yaml")
 
 
-def test_the_command_judges_the_expert_and_clears_its_store(tmp_path: Path, capsys):
+def test_the_command_evaluates_the_expert_and_clears_its_cache(tmp_path: Path, capsys):
     out = tmp_path / "result.json"
     evaluate.main(
         ["--env", "gaussian_mixture", "--steps", "8", "2", "--n", "50", "--batch_size", "20", "--seeds", "0", "1", "--out", str(out)]
@@ -62,10 +63,10 @@ def test_a_config_gives_the_command_its_settings_and_flags_go_over_it(tmp_path: 
 
 
 def test_a_protocol_needs_a_caption_for_each_sample(tmp_path: Path, colour):
-    asked = {"extractor": "colour", "images": str(tmp_path), "protocol": "coco2017_5k"}
+    settings = {"extractor": "colour", "images": str(tmp_path), "protocol": "coco2017_5k"}
     with pytest.raises(ValueError, match="protocol=coco2017_5k: 11 samples have captions of their own, and 10 are given"):
-        extractor_for(load_expert("digits8"), Evaluation(n=11, **asked))
-    extractor_for(load_expert("digits8"), Evaluation(n=10, **asked))
+        extractor_for(load_expert("digits8"), Evaluation(n=11, **settings))
+    extractor_for(load_expert("digits8"), Evaluation(n=10, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -83,32 +84,32 @@ def captioned(tmp_path_factory):
 def test_a_protocol_refuses_data_that_leave_it_fewer_samples(captioned, colour):
     model, pictures = map(str, captioned)
     expert = StableDiffusion(model, data=pictures, held_out=0.4, workers=0)
-    asked = {"extractor": "colour", "images": pictures, "protocol": "coco2017_5k", "n_paths": 4, "n_action": 2}
+    settings = {"extractor": "colour", "images": pictures, "protocol": "coco2017_5k", "n_paths": 4, "n_action": 2}
     with pytest.raises(ValueError, match="protocol=coco2017_5k: 20 samples are asked for, and the expert's own data allow 18"):
-        make_evaluator(expert, n=20, **asked)
-    assert make_evaluator(expert, n=18, **asked).n == 18
+        make_evaluator(expert, n=20, **settings)
+    assert make_evaluator(expert, n=18, **settings).n == 18
 
 
 def test_a_runs_own_evaluation_bears_no_protocols_name(captioned):
     flags = ["--env", "gaussian_mixture", "--evaluate.images", str(captioned[1]), "--evaluate.protocol", "coco2017_5k"]
     with pytest.raises(
-        ValueError, match=r"evaluate.protocol=coco2017_5k: a run is judged on its own prompts.* --config coco2017_5k --captions"
+        ValueError, match=r"evaluate.protocol=coco2017_5k: a run is (judged|evaluated) on its own prompts.* --config coco2017_5k --captions"
     ):
         refuse_early(find_agent("bc"), flags)
 
 
 @pytest.mark.parametrize(("agent", "own"), [(dagger, ""), (dmd2, "--gan_weight .1 --critic_updates 1")])
-def test_a_run_on_own_data_is_judged_on_the_captions_of_a_protocol(captioned, colour, tmp_path: Path, agent, own):
+def test_a_run_on_own_data_is_evaluated_on_the_captions_of_a_protocol(captioned, colour, tmp_path: Path, agent, own):
     model, pictures = map(str, captioned)
     env = ["--env.expert", "ddil_env.experts.stable_diffusion.StableDiffusion", "--env.model", model, "--data", pictures]
     env += ["--env.held_out", ".4", "--env.workers", "0", "--env.data_cache", str(tmp_path / "cache"), "--guidance_scale", "2"]
     sizes = "--num_updates 1 --batch_size 4 --num_steps 2 --teacher_steps 4 --mixed_precision no --collect_size 8 --updates_per_collect 1"
-    evaluator = "--evaluate.n 10 --evaluate.n_paths 4 --evaluate.n_action 2 --thresholding.kind expert"
-    agent.main([*env, *sizes.split(), *evaluator.split(), *own.split(), "--out", str(tmp_path / "run")])
+    evaluation = "--evaluate.n 10 --evaluate.n_paths 4 --evaluate.n_action 2 --thresholding.kind expert"
+    agent.main([*env, *sizes.split(), *evaluation.split(), *own.split(), "--out", str(tmp_path / "run")])
     captions, out = tmp_path / "captions.txt", tmp_path / "result.json"
     captions.write_text("\n".join(f"sea {i}" for i in range(25)))
-    asked = ["--config", "coco2017_5k", "--images", pictures, "--n", "22", "--extractor", "colour", "--scores", "[]", "--lpips", "false"]
-    evaluate.main(["--run", str(tmp_path / "run"), *asked, "--captions", str(captions), "--out", str(out)])
+    protocol = ["--config", "coco2017_5k", "--images", pictures, "--n", "22", "--extractor", "colour", "--scores", "[]", "--lpips", "false"]
+    evaluate.main(["--run", str(tmp_path / "run"), *protocol, "--captions", str(captions), "--out", str(out)])
     (result,) = json.loads(out.read_text())
     assert (result["settings"]["protocol"], result["settings"]["n"]) == ("coco2017_5k", 22)
     expert = StableDiffusion(model, prompts=str(captions))
@@ -120,7 +121,7 @@ def test_a_run_on_own_data_is_judged_on_the_captions_of_a_protocol(captioned, co
     assert student["shift"] is None  # the data are set aside
     preset = {"expert": env[1], "model": model, "data": pictures, "data_cache": str(tmp_path / "cache"), "held_out": 0.4}
     (tmp_path / "mine.yaml").write_text(json.dumps(preset))
-    evaluate.main(["--env", str(tmp_path / "mine.yaml"), "--steps", "1", *asked, "--captions", str(captions), "--out", str(out)])
+    evaluate.main(["--env", str(tmp_path / "mine.yaml"), "--steps", "1", *protocol, "--captions", str(captions), "--out", str(out)])
     assert json.loads(out.read_text())[0]["settings"]["captions"] == result["settings"]["captions"]
 
 
@@ -128,24 +129,40 @@ def test_a_run_on_own_data_is_judged_on_the_captions_of_a_protocol(captioned, co
 def test_runs_that_were_measured_differently_are_not_merged_and_both_ways_are_named(key, others):
     first = {"settings": {"n": 50}, "env_config": {"model": "a"}, "models": {"teacher@8": {}, "bc@4": {}}}
     second = {**first, "models": {"teacher@8": {}, "dagger@4": {}}}
-    assert merge({"bc@4": first, "dagger@4": second})["models"].keys() == {"teacher@8", "bc@4", "dagger@4"}
+    assert merge_results({"bc@4": first, "dagger@4": second})["models"].keys() == {"teacher@8", "bc@4", "dagger@4"}
     more = {name: {**first, "models": {"teacher@8": {}, name: {}, "lcm@1": {"of": name}}} for name in ("lcm@4", "lcm@2")}
-    shown = merge(more)["models"]
+    shown = merge_results(more)["models"]
     assert list(shown) == ["teacher@8", "lcm@4", "lcm@1, of lcm@4", "lcm@2", "lcm@1, of lcm@2"]
     assert shown["lcm@1, of lcm@2"] == {"of": "lcm@2"}
     also = {name: {**first, "models": {name: {"of": name}, "lcm@1": {"of": name}}} for name in ("lcm@2", "lcm@1")}
-    assert merge(also)["models"] == {name: {"of": name} for name in ("lcm@2", "lcm@1")}
-    ways = re.escape(f"bc@4 has {key} {first[key]}, dagger@4 {others}; compare runs of one expert, judged in one way")
+    assert merge_results(also)["models"] == {name: {"of": name} for name in ("lcm@2", "lcm@1")}
+    ways = re.escape(f"bc@4 has {key} {first[key]}, dagger@4 {others}; compare runs of one expert, evaluated in one way")
     with pytest.raises(ValueError, match=ways):
-        merge({"bc@4": first, "dagger@4": {**second, key: others}})
+        merge_results({"bc@4": first, "dagger@4": {**second, key: others}})
 
 
-def test_a_preset_reaches_the_judge(monkeypatch, capsys, tmp_path: Path):
-    asked = []
-    monkeypatch.setattr(evaluate, "evaluate_expert", lambda expert, steps, settings, *args: asked.append(settings) or {"models": {}})
+def test_evaluations_during_training_are_drawn_beside_the_loss(monkeypatch, tmp_path: Path):
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self) or savefig(self, *args, **kwargs))
+    metrics = {name: [{"step": 4, "loss": 1.0, "teacher_nfe": 8}] for name in ("bc@4", "dagger@4")}
+    values = [3.0, 1.0, 2.0]
+    rows = [{"step": 4 * i, "frechet_to_expert": x, "recall": 0.5, "best": i < 2, "seconds": 1.0} for i, x in enumerate(values)]
+    save_curves(tmp_path / "curves.png", metrics, {}, {"bc@4": rows})
+    save_curves(tmp_path / "curves.png", metrics, {})
+    with_evaluations, without = ([axis for axis in figure.axes if axis.lines] for figure in figures)
+    curve, best = with_evaluations[2].lines
+    assert (list(curve.get_xdata()), list(curve.get_ydata()), curve.get_label()) == ([0, 4, 8], values, "bc@4")
+    assert (list(best.get_xdata()), list(best.get_ydata())) == ([4], [1.0])
+    assert (len(with_evaluations), len(without)) == (3, 2)
+    assert with_evaluations[2].get_ylabel() == "validation: frechet_to_expert"
+
+
+def test_a_preset_reaches_the_evaluator(monkeypatch, capsys, tmp_path: Path):
+    evaluations = []
+    monkeypatch.setattr(evaluate, "evaluate_expert", lambda expert, steps, settings, *args: evaluations.append(settings) or {"models": {}})
     monkeypatch.setattr("ddil_agents.evaluate.table", lambda result: "")
     evaluate.main(["--env", "gaussian_mixture", "--config", "coco2017_5k", "--protocol", "null"])
-    assert (asked[0].n, asked[0].scores, asked[0].lpips) == (5000, ("clip_score", "hpsv2"), True)
+    assert (evaluations[0].n, evaluations[0].scores, evaluations[0].lpips) == (5000, ("clip_score", "hpsv2"), True)
 
 
 def test_the_expert_is_sampled_once_in_each_number_of_steps(monkeypatch):
@@ -159,10 +176,10 @@ def test_the_command_names_what_is_wrong(tmp_path: Path, capsys):
         (["--run", str(tmp_path)], "holds no run"),
         (
             ["--config", "coco2017_5k"],
-            "--protocol coco2017_5k: its samples are of its own captions, not of the expert's prompts; pass them as",
+            "--protocol coco2017_5k: its samples need the protocol's captions, not the expert's prompts; pass them as",
         ),
         (["--config", "coco"], "unknown evaluate 'coco'; presets: coco2014_30k, coco2017_5k"),
-        (["--env", "digits8", "--captions", "x.json"], "--captions x.json: the expert of digits8 takes none; leave it out"),
+        (["--env", "digits8", "--captions", "x.json"], "--captions x.json: the expert of digits8 takes no captions; leave it out"),
         (["--run", "runs/mine", "--steps", "4"], "--run names expert and steps; leave --env and --steps out"),
         (["--run", "runs/mine", "--env", "digits8"], "--run names expert and steps; leave --env and --steps out"),
         (["--out", str(tmp_path)], "need a file in a folder that exists"),

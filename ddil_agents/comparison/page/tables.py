@@ -1,4 +1,4 @@
-"""What the tests of a comparison say, in sentences and tables."""
+"""Conclusions of the statistical tests as sentences, and the tables of the page."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import re
 import statistics
 from typing import Any, NamedTuple
 
-from ddil_agents.comparison.page.figures import number
+from ddil_agents.comparison.page.figures import format_number
 from ddil_agents.comparison.statistics import bootstrap_interval, interquartile_mean
-from ddil_agents.evaluation.results import COLUMNS, METRICS, heading
+from ddil_agents.comparison.tables import table_notes
+from ddil_agents.evaluation.results import COLUMNS, METRICS, metric_heading
 
 BUDGETS = {
     "updates": "gradient steps",
@@ -16,138 +17,149 @@ BUDGETS = {
     "nfe": "forwards of teacher and student",
     "seconds": "seconds of training",
 }
-MEASURED = {
-    "n": "Samples a model",
-    "n_reference": "… of the reference",
-    "n_paths": "… for paths",
-    "n_action": "… for action errors",
+SETTING_LABELS = {
+    "n": "Samples of each model",
+    "n_reference": "Samples of the reference",
+    "n_paths": "Trajectories compared step by step",
+    "n_action": "Trajectories with action errors",
     "guidance_scale": "Guidance",
 }
 COSTS = {"num_updates": ("gradient steps", "{:,.0f}")} | {
     key: (label, form.replace("d}", ".0f}")) for key, (label, form) in COLUMNS.items() if key not in METRICS
-}  # as means over runs, which are no whole numbers
+}  # means over runs need no whole-format_number format
 
 
 class Cell(NamedTuple):
-    """Of a table: its text, a smaller line below it, and whether a test supports its being better."""
+    """A cell of a table: text, a smaller line below, and whether a test shows it to be better (bold)."""
 
     text: str
     small: str = ""
     strong: bool = False
 
 
-def percent(x: float) -> str:
+def format_percent(x: float) -> str:
+    """Formats a fraction in per cent."""
     return f"{100 * x:.3g} %"
 
 
-def unbroken(heading: str) -> str:
-    """Its arrow or unit stays with its last word."""
+def join_last_word(heading: str) -> str:
+    """Puts a no-break space before the arrow or unit at the end of a heading."""
     return re.sub(r" (?=.$)", "\N{NO-BREAK SPACE}", heading)
 
 
-def signed(x: float) -> str:
+def format_signed(x: float) -> str:
+    """Formats a number with its sign and three digits."""
     return f"{x:+.3g}".replace("-", "−")
 
 
 def conclusions(result: dict[str, Any]) -> list[str]:
-    """What the tests of the primary metric say; arms and budgets that share a conclusion share a sentence."""
-    parts, said = result["comparison"], dict[str, list[str]]()
+    """Conclusions of the tests of the primary metric as sentences; arms and budgets with the same conclusion share a sentence."""
+    settings, budgets_by_text = result["comparison"], dict[str, list[str]]()
     for budget, tier in result["budgets"].items():
-        found, arms = tier["statistics"].get(parts["primary"]), dict[str, list[str]]()
-        for arm, pair in found["pairs"].items() if found else ():
-            arms.setdefault(str(pair["conclusion"]), []).append(arm)
-        texts = [f"{', '.join(own)} against {parts['baseline']}: {text}" if text.startswith("no") else text for text, own in arms.items()]
-        nothing = "nothing can be tested: that takes two seeds of the baseline and of another arm" if found else "nothing was measured"
-        said.setdefault("; ".join(texts) or nothing, []).append(f"at equal {BUDGETS[budget]}")
-    return [f"In {heading(parts['primary'], result)} {' and '.join(budgets)}, {text}." for text, budgets in said.items()]
+        metric, arms_by_conclusion = tier["statistics"].get(settings["primary"]), dict[str, list[str]]()
+        for arm, pair in metric["pairs"].items() if metric else ():
+            arms_by_conclusion.setdefault(str(pair["conclusion"]), []).append(arm)
+        texts = [
+            f"{', '.join(arms)} against {settings['baseline']}: {text}" if text.startswith("no") else text
+            for text, arms in arms_by_conclusion.items()
+        ]
+        untested = "nothing can be tested: a test needs two seeds of the baseline and of another arm" if metric else "nothing was measured"
+        budgets_by_text.setdefault("; ".join(texts) or untested, []).append(f"at equal {BUDGETS[budget]}")
+    name = metric_heading(settings["primary"], result)
+    return [f"In {name} {' and '.join(budgets)}, {text}." for text, budgets in budgets_by_text.items()]
 
 
-def supported(result: dict[str, Any], budget: str, metric: str) -> set[str]:
-    """Arms shown to be better than the baseline; or the baseline, where all others are shown to be worse."""
-    parts, found = result["comparison"], result["budgets"][budget]["statistics"][metric]
-    gains = {arm: METRICS[metric][2] * pair["mean"] for arm, pair in found["pairs"].items() if pair["shown"]}
+def better_arms(result: dict[str, Any], budget: str, metric: str) -> set[str]:
+    """Arms that are significantly better than the baseline; or the baseline, if all other arms are significantly worse."""
+    pairs = result["budgets"][budget]["statistics"][metric]["pairs"]
+    gains = {arm: METRICS[metric][2] * pair["mean"] for arm, pair in pairs.items() if pair["shown"]}
     worse = sum(gain < 0 for gain in gains.values())
-    return {parts["baseline"]} if worse and worse == len(result["arms"]) - 1 else {arm for arm, gain in gains.items() if gain > 0}
+    return (
+        {result["comparison"]["baseline"]}
+        if worse and worse == len(result["arms"]) - 1
+        else {arm for arm, gain in gains.items() if gain > 0}
+    )
 
 
-def unfinished(result: dict[str, Any]) -> list[str]:
-    """Runs that left no result, nor a flag that says why."""
+def find_unfinished(result: dict[str, Any]) -> list[str]:
+    """Warnings about runs without a result that no other warning explains."""
     seeds: dict[tuple[str, str], list[str]] = {}
     for budget, tier in result["budgets"].items():
         for run in tier["runs"]:
             if not run["done"] and not any(flag.startswith(f"{run['directory'].removeprefix('runs/')}:") for flag in result["flags"]):
                 seeds.setdefault((run["arm"], BUDGETS[budget]), []).append(str(run["seed"]))
-    return [f"{arm}: no result of seed {', '.join(own)} (equal {budget})" for (arm, budget), own in seeds.items()]
+    return [f"{arm}: no result of seed {', '.join(arm_seeds)} (equal {budget})" for (arm, budget), arm_seeds in seeds.items()]
 
 
-def settings(result: dict[str, Any]) -> dict[str, str]:
-    """What was compared, how it was measured, and on what."""
-    parts, made = result["comparison"], dict(result["provenance"])
+def describe_setup(result: dict[str, Any]) -> dict[str, str]:
+    """Settings, measurement and provenance of a comparison, as labels and texts."""
+    settings, provenance = result["comparison"], dict(result["provenance"])
     expert = ", ".join(f"{key} = {value}" for key, value in result["env_config"].items() if value is not None)
     return {
         "Expert": f"{result['env']} ({expert})",
-        "Seeds": f"{parts['seeds']}, from {parts['first_seed']} on, paired",
-        "Budgets": "; ".join(f"equal {BUDGETS[budget]}" for budget in parts["equal"]),
-        "Baseline": parts["baseline"],
-        "Primary metric": heading(parts["primary"], result),
-        **{MEASURED.get(key, key.replace("_", " ").capitalize()): str(value) for key, value in result["settings"].items()},
-        "Made": f"{made.pop('date')} on {made.pop('hardware')}",
-        "Versions": ", ".join(f"{package} {version}" for package, version in made.items()),
+        "Seeds": f"{settings['seeds']}, from {settings['first_seed']} on, paired",
+        "Budgets": "; ".join(f"equal {BUDGETS[budget]}" for budget in settings["equal"]),
+        "Baseline": settings["baseline"],
+        "Primary metric": metric_heading(settings["primary"], result),
+        **{SETTING_LABELS.get(key, key.replace("_", " ").capitalize()): str(value) for key, value in result["settings"].items()},
+        "Date and hardware": f"{provenance.pop('date')}, {provenance.pop('hardware')}",
+        "Versions": ", ".join(f"{package} {version}" for package, version in provenance.items()),
     }
 
 
-def located(values: list[float], form: str, level: float, strong: bool = False) -> Cell:
-    """The interquartile mean and its interval."""
+def iqm_cell(values: list[float], form: str, level: float, strong: bool = False) -> Cell:
+    """A cell with the interquartile mean, and its bootstrap interval below."""
     low_high = bootstrap_interval(values, interquartile_mean, level) if len(values) > 1 else ()
     return Cell(form.format(interquartile_mean(values)), f"[{', '.join(map(form.format, low_high))}]" if low_high else "", strong)
 
 
-def average(rows: list[dict[str, Any]], key: str, form: str) -> Cell:
-    """Over rows that have the key."""
+def mean_cell(rows: list[dict[str, Any]], key: str, form: str) -> Cell:
+    """A cell with the mean over the rows that have the key."""
     values = [row[key] for row in rows if row.get(key) is not None]
     return Cell(form.format(statistics.fmean(values)) if values else "–")
 
 
-def tables(result: dict[str, Any], budget: str) -> dict[str, Any]:
-    """One budget's scores, paired differences, scores between untrained and teacher, and every run."""
-    found, runs, level = result["budgets"][budget]["statistics"], result["budgets"][budget]["runs"], result["comparison"]["level"]
+def score_tables(result: dict[str, Any], budget: str) -> dict[str, Any]:
+    """The tables of one budget: scores, paired differences, normalised scores, and every run."""
+    metrics, runs, level = result["budgets"][budget]["statistics"], result["budgets"][budget]["runs"], result["comparison"]["level"]
     costs = {key: spec for key, spec in COSTS.items() if any(run.get(key) is not None for run in runs)}
-    forms = {metric: METRICS[metric][1] for metric in found} | {key: form for key, (_, form) in costs.items()}
-    best = {metric: supported(result, budget, metric) for metric in found}
-    scores, scaled = {}, {}
+    forms = {metric: METRICS[metric][1] for metric in metrics} | {key: form for key, (_, form) in costs.items()}
+    better = {metric: better_arms(result, budget, metric) for metric in metrics}
+    scores, normalised = {}, {}
     for arm in result["arms"]:
         done = [run for run in runs if run["arm"] == arm and run["done"]]
-        own = {metric: found[metric]["arms"].get(arm, {}) for metric in found}
-        cells = [located(o["values"], METRICS[m][1], level, arm in best[m]) if o else Cell("–") for m, o in own.items()]
-        scores[arm] = [Cell(str(len(done))), *cells, *(average(done, key, form) for key, (_, form) in costs.items())]
-        if any("normalised" in o for o in own.values()):
-            scaled[arm] = [located(o["normalised"], "{:.2f}", level) if "normalised" in o else Cell("–") for o in own.values()]
+        by_metric = {metric: metrics[metric]["arms"].get(arm, {}) for metric in metrics}
+        cells = [iqm_cell(s["values"], METRICS[m][1], level, arm in better[m]) if s else Cell("–") for m, s in by_metric.items()]
+        scores[arm] = [Cell(str(len(done))), *cells, *(mean_cell(done, key, form) for key, (_, form) in costs.items())]
+        if any("normalised" in s for s in by_metric.values()):
+            normalised[arm] = [iqm_cell(s["normalised"], "{:.2f}", level) if "normalised" in s else Cell("–") for s in by_metric.values()]
     return {
         "budget": budget,
-        "metrics": [unbroken(heading(metric, result)) for metric in found],
-        "costs": [unbroken(label) for label, _ in costs.values()],
+        "metrics": [join_last_word(metric_heading(metric, result)) for metric in metrics],
+        "costs": [join_last_word(label) for label, _ in costs.values()],
         "references": {
-            name: [Cell(str(len(rows))), *(average(rows, key, form) for key, form in forms.items())]
+            name: [Cell(str(len(rows))), *(mean_cell(rows, key, form) for key, form in forms.items())]
             for name, rows in result["references"].items()
             if rows[0].keys() & METRICS.keys()
         },
         "scores": scores,
-        "scaled": scaled,
+        "normalised": normalised,
+        "notes": table_notes(result, budget),
         "pairs": {
             metric: [
                 [
                     arm,
-                    Cell(signed(pair["mean"]), f"[{signed(pair['low'])}, {signed(pair['high'])}]"),
-                    *(Cell(number(pair[key])) for key in ("p", "p_holm")),
-                    Cell(percent(pair["probability_of_improvement"])),
+                    Cell(format_signed(pair["mean"]), f"[{format_signed(pair['low'])}, {format_signed(pair['high'])}]"),
+                    *(Cell(format_number(pair[key])) for key in ("p", "p_holm")),
+                    Cell(format_percent(pair["probability_of_improvement"])),
                     pair["conclusion"],
                 ]
-                for arm, pair in found[metric]["pairs"].items()
+                for arm, pair in metrics[metric]["pairs"].items()
             ]
-            for metric in found
-            if found[metric]["pairs"]
+            for metric in metrics
+            if metrics[metric]["pairs"]
         },
-        "each": [
+        "runs": [
             [
                 run["arm"],
                 str(run["seed"]),

@@ -1,1 +1,1 @@
-"""One file per metric; `distances.as_pair` says what two sets of samples need to be compared."""
+"""One file per metric. `distances.as_pair` checks that two sets of samples can be compared."""

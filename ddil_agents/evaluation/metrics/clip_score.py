@@ -1,6 +1,6 @@
 """CLIP score: how well a picture fits its caption, by OpenCLIP.
 
-The papers of this field print the raw cosine (.30). Other tools scale it by 100 or 2.5 and clamp it at 0; this one does neither.
+It is the raw cosine, about .30, as papers on distillation print it. Other tools multiply it by 100 or 2.5 and clamp it at 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddil_agents.evaluation.metrics.pictures import check_pictures, find_weights, require
+from ddil_agents.evaluation.metrics.pictures import check_pictures, find_weights, import_optional
 
 
 class ClipScore:
@@ -22,21 +22,21 @@ class ClipScore:
         s = ⟨f(x), g(y)⟩ / (‖f(x)‖ ‖g(y)‖)
 
     Args:
-        weights_dir: Folder with `MODEL-PRETRAINED.safetensors`, `.pt` or `.bin`, the hub's `open_clip_model.safetensors`
-            renamed; or the file itself; None lets open_clip download it.
+        weights_dir: The weights, or a folder that holds them as `MODEL-PRETRAINED.safetensors`, `.pt` or `.bin` (the hub's
+            `open_clip_model.safetensors`, renamed); None lets open_clip download them.
         model: OpenCLIP's name of the network; DDIL's is ViT-g/14.
         pretrained: OpenCLIP's name of its weights.
-        prefix: Put before each caption; DMD2's evaluation has `A photo depicts `.
-        resize_mode: OpenCLIP's: `shortest` crops, `longest` pads, `squash` does neither; default: the weights' own.
+        prefix: Text before each caption; DMD2's evaluation uses `A photo depicts `.
+        resize_mode: OpenCLIP's: `shortest` crops, `longest` pads, `squash` distorts; default: the one published with the weights.
         device: Where the network runs.
-        batch_size: Pairs a forward.
+        batch_size: Pairs of picture and caption in one forward.
 
     Attributes:
-        name: What results call it.
+        name: Its name in results.
 
     Raises:
         ImportError: without the `eval` extra.
-        ValueError: unknown model or weights; or weights that are absent, cannot be downloaded, are unsafe or of another network.
+        ValueError: the model or its weights are unknown; the weights are absent, unsafe, of another network, or cannot be downloaded.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ClipScore:
         device: str | torch.device = "cpu",
         batch_size: int = 64,
     ) -> None:
-        open_clip = require("open_clip")
+        open_clip = import_optional("open_clip")
         if model not in open_clip.list_models():
             raise ValueError(f"unknown model {model!r}; open_clip.list_models() has: {', '.join(open_clip.list_models())}")
         published = open_clip.get_pretrained_cfg(model, pretrained)
@@ -85,7 +85,7 @@ class ClipScore:
         """Cosines of uint8 pictures (n, height, width, 3) and their n captions, (n,) float32 on the CPU.
 
         Raises:
-            ValueError: not pictures, or not one caption for each.
+            ValueError: not pictures, or another number of captions.
         """
         check_pictures(pictures)
         if isinstance(captions, str) or len(captions) != len(pictures):

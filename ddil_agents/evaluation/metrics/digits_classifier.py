@@ -1,8 +1,8 @@
-"""The small classifiers of digits, whose features are compared.
+"""Small classifiers of digits, whose penultimate layer is the feature extractor for the embedded digits experts.
 
     python -m ddil_agents.evaluation.metrics.digits_classifier --fit digits --out weights/
 
-They are fitted on the `fit` split alone.
+They are trained on the `fit` split only, which no teacher is trained on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLASSIFIERS = {"digits": "fd_mnist16_clf", "digits8": "fd_digits8_clf"}  # data 
 
 
 class DigitsNet(nn.Module):
-    """Four convolutions, pooled to 4×4, and a hidden layer of 64: 131 k parameters at either size."""
+    """Four convolutions, pooled to 4×4, and a hidden layer of 64 units; 131 thousand parameters at either size."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -56,10 +56,10 @@ class DigitsClassifier(Extractor):
 
     Args:
         dataset: `digits` (16×16) or `digits8` (8×8).
-        weights: A safetensors file of one's own; default: the shipped one.
+        weights: A safetensors file; default: the one that the package contains.
 
     Raises:
-        ValueError: unknown data set, or weights that are absent, damaged or of another shape.
+        ValueError: the data set is unknown; the weights are absent, damaged or of another shape.
     """
 
     def __init__(self, dataset: str, weights: Path | None = None) -> None:
@@ -69,16 +69,16 @@ class DigitsClassifier(Extractor):
         self.network.eval().requires_grad_(False)
 
     def features(self, samples: Tensor) -> Tensor:
-        return self._through(self.network.features, samples)
+        return self._apply(self.network.features, samples)
 
     def classes(self, samples: Tensor) -> Tensor:
-        return self._through(self.network, samples).argmax(1)
+        return self._apply(self.network, samples).argmax(1)
 
-    def _through(self, layer: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
+    def _apply(self, layer: Callable[[Tensor], Tensor], samples: Tensor) -> Tensor:
         """Applies a layer to pictures clamped to [−1, 1], a batch at a time.
 
         Raises:
-            ValueError: pictures of another shape, none at all, or non-finite ones, which the clamp would hide.
+            ValueError: the pictures have another shape, there are none, or some are not finite, which the clamp would hide.
         """
         shape = (1, self.network.size, self.network.size)
         if tuple(samples.shape[1:]) != shape or len(samples) == 0:
@@ -92,7 +92,7 @@ class DigitsClassifier(Extractor):
 
 
 def augment(pictures: Tensor) -> Tensor:
-    """Pictures (b, 1, h, w) turned by up to ±.2 rad, scaled by ±10 %, sheared, shifted by 1/10 of the side, with noise of up to .2."""
+    """Augments pictures (b, 1, h, w): rotation up to ±.2 rad, scale ±10 %, shear, shift by 1/10 of the side, noise with std up to .2."""
     b = len(pictures)
     angle, shear, scale_x, scale_y = (((torch.rand(b) * 2 - 1) * width) for width in (0.2, 0.2, 0.1, 0.1))
     cos, sin = torch.cos(angle), torch.sin(angle)
@@ -105,9 +105,9 @@ def augment(pictures: Tensor) -> Tensor:
 
 
 def fit(dataset: str, out: Path, seed: int = 0, updates: int = 3000, batch_size: int = 64) -> Path:
-    """Fits a classifier from scratch on the `fit` split and writes it as float16 safetensors.
+    """Trains a classifier from scratch on the `fit` split and writes it as float16 safetensors.
 
-    AdamW 2e-3, weight decay 1e-2, 5 % of the updates warm-up and then cosine to 0 (one cycle).
+    AdamW, learning rate 2e-3, weight decay 1e-2; 5 % of the updates are warm-up, then the rate falls to 0 along a cosine.
     """
     from safetensors.torch import save_file
     from tqdm import trange

@@ -1,4 +1,4 @@
-"""Distances between two sets of samples or features, and the floor that a distance has between two draws of one set."""
+"""Distances between two sets of samples or features, and the noise floor of a distance: its value between two halves of one set."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ddil_agents.evaluation.metrics.features import Features, comparable_values, values_of
 
-CHUNK = 2**24  # kernel values held at once: 128 MB in float64
-POOLED = 2000  # samples whose distances the median heuristic looks at: 2 M pairs
+CHUNK = 2**24  # kernel values in memory at once: 128 MB in float64
+MAX_MEDIAN_SAMPLES = 2000  # samples that the median heuristic reads: 2 million pairs
 Samples = TypeVar("Samples", Tensor, Features)
 Result = TypeVar("Result")
 
@@ -20,10 +20,10 @@ def as_matrix(x: Tensor | Features, which: str = "only") -> Tensor:
     """A set of samples (n, *shape) as a float64 matrix (n, d).
 
     Args:
-        which: What an error calls the set.
+        which: Name of the set in an error message.
 
     Raises:
-        ValueError: no axis of samples, or NaN or infinite values.
+        ValueError: x has fewer than two axes, or holds NaN or infinite values.
     """
     x = values_of(x)
     if x.ndim < 2:
@@ -38,10 +38,10 @@ def as_pair(a: Tensor | Features, b: Tensor | Features, *, equal_n: bool = False
     """Two sets of samples, (n, *shape) and (m, *shape), as float64 matrices (n, d) and (m, d).
 
     Args:
-        equal_n: Whether the metric is only fair between sets of one size.
+        equal_n: Whether both sets must have the same number of samples.
 
     Raises:
-        ValueError: features of two extractors, shapes that differ, NaN or infinite values, or, under `equal_n`, n ≠ m.
+        ValueError: the sets differ in extractor or shape; NaN or infinite values; or n ≠ m under `equal_n`.
     """
     a, b = comparable_values(a, b)
     if a.ndim < 2 or a.shape[1:] != b.shape[1:]:
@@ -54,19 +54,19 @@ def as_pair(a: Tensor | Features, b: Tensor | Features, *, equal_n: bool = False
 def sliced_wasserstein(
     a: Tensor | Features, b: Tensor | Features, num_projections: int = 256, generator: torch.Generator | None = None
 ) -> float:
-    """Sliced 2-Wasserstein distance: in one dimension the best transport pairs the sorted samples.
+    """Sliced 2-Wasserstein distance: mean over random directions, along each of which optimal transport pairs the sorted samples.
 
         SW_2² = E_θ [ 1/n Σᵢ (⟨θ, a⟩₍ᵢ₎ − ⟨θ, b⟩₍ᵢ₎)² ] ,   θ uniform on the sphere      Bonneel et al. 2015
 
-    A set shifted by δ is at ‖δ‖/√d. Two draws from one distribution are at a positive floor: print it beside.
+    The distance of a set from itself shifted by δ is ‖δ‖/√d. Between two draws from one distribution it is positive: report that floor too.
 
     Args:
         a, b: Samples, each (n, *shape).
-        num_projections: Directions θ.
-        generator: Draws θ on its own device; default: seed 0 on the CPU, so that all calls share their directions.
+        num_projections: Number of directions θ.
+        generator: Draws θ, on the generator's device; default: seed 0 on the CPU, so that all calls use the same directions.
 
     Raises:
-        ValueError: shapes or numbers of samples that differ, none at all, non-finite values, or fewer than 1 projection.
+        ValueError: the sets differ in shape or number, are empty or not finite; or there is no projection.
     """
     a, b = as_pair(a, b, equal_n=True)
     if len(a) == 0 or num_projections < 1:
@@ -79,8 +79,8 @@ def sliced_wasserstein(
 
 
 def _median_distance(x: Tensor) -> float:
-    """Median of the distances between the samples (n, d), of at most `POOLED` of them, evenly spaced."""
-    return float(torch.pdist(x[:: -(-len(x) // POOLED)]).median())
+    """Median of the distances between the samples (n, d), of at most `MAX_MEDIAN_SAMPLES` of them, evenly spaced."""
+    return float(torch.pdist(x[:: -(-len(x) // MAX_MEDIAN_SAMPLES)]).median())
 
 
 def _kernel_sum(x: Tensor, y: Tensor, bandwidth: float) -> float:
@@ -90,28 +90,29 @@ def _kernel_sum(x: Tensor, y: Tensor, bandwidth: float) -> float:
 
 
 def mmd2(a: Tensor | Features, b: Tensor | Features, bandwidth: float | None = None, *, paired: bool = False) -> float:
-    """Squared maximum mean discrepancy under a Gaussian kernel, without bias: its mean is 0 between two draws of one distribution.
+    """Unbiased squared maximum mean discrepancy (MMD²) under a Gaussian kernel: 0 on average between two draws from one distribution.
 
         MMD² = mean_{i≠j} k(aᵢ, aⱼ) + mean_{i≠j} k(bᵢ, bⱼ) − 2 mean_{i,j} k(aᵢ, bⱼ)      Gretton et al. 2012
         k(x, y) = exp(−‖x − y‖² / 2h²)
 
-    Paired, the last mean is over i ≠ j too, the U-statistic of their h(zᵢ, zⱼ): aᵢ and bᵢ may then depend on each other, as samples
-    from one noise do, and a set is at exactly 0 from itself. It can fall below 0. Numbers of two bandwidths do not compare: for
-    several models, pass one h.
+    The estimate can be negative. Values under different bandwidths are not comparable: to compare models, pass the same h for all.
+
+    With `paired`, the last mean is over i ≠ j as well, which is a U-statistic of the pairs (aᵢ, bᵢ): aᵢ and bᵢ may then depend on each
+    other, as samples from the same noise do, and the MMD² of a set from itself is exactly 0.
 
     Args:
         a, b: Samples, (n, *shape) and (m, *shape); n ≠ m is allowed unless paired.
-        bandwidth: h; default: the median distance between the pooled samples.
-        paired: Whether aᵢ and bᵢ belong together, each pair drawn independently of the others.
+        bandwidth: h; default: the median distance between the samples of both sets.
+        paired: Whether aᵢ depends on bᵢ; the pairs are independent of each other.
 
     Raises:
-        ValueError: fewer than 2 samples, shapes that differ, non-finite values, h ≤ 0, a median distance of 0, or n ≠ m where paired.
+        ValueError: fewer than 2 samples, different shapes, non-finite values, h ≤ 0, a median distance of 0, or n ≠ m with `paired`.
     """
     a, b = as_pair(a, b, equal_n=paired)
     n, m = len(a), len(b)
     if min(n, m) < 2:
         raise ValueError(f"{n} and {m} samples: without bias, MMD needs at least 2 of each")
-    centre = b.mean(0)  # cdist multiplies matrices, and a far-off mean would take its digits
+    centre = b.mean(0)  # cdist uses a matrix product, which loses digits where the mean is large
     a, b = a - centre, b - centre
     h = _median_distance(torch.cat([a, b])) if bandwidth is None else bandwidth
     if not 0 < h < float("inf"):
@@ -125,17 +126,17 @@ def mmd2(a: Tensor | Features, b: Tensor | Features, bandwidth: float | None = N
 
 
 def split_half(metric: Callable[[Samples, Samples], Result], x: Samples, generator: torch.Generator | None = None) -> Result:
-    """The floor of a metric: what it says of two random halves of one set.
+    """The noise floor of a metric: its value between two random halves of one set.
 
-    It is the floor at n/2 samples, so print it beside numbers of n/2 samples each.
+    The halves have n/2 samples each, so compare the floor with values at n/2 samples.
 
     Args:
         metric: Compares two sets of samples.
-        x: Samples or features, (n, ...); with odd n one is left out.
+        x: Samples or features, (n, ...); for odd n one of them is left out.
         generator: Draws the halves, on the CPU; default: seed 0.
 
     Raises:
-        ValueError: fewer than 2 samples, and whatever the metric raises.
+        ValueError: fewer than 2 samples, or the metric raises it.
     """
     half = len(x) // 2
     if half < 1:

@@ -1,4 +1,4 @@
-"""Diversity of samples among themselves: per entry, or as the paper's LPIPS between pictures of one prompt."""
+"""Diversity of a set of samples: mean distance between two of them, per entry, or LPIPS between pictures of one prompt."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ddil_agents.evaluation.metrics.distances import CHUNK, as_matrix
-from ddil_agents.evaluation.metrics.pictures import check_pictures, load_pretrained, require
+from ddil_agents.evaluation.metrics.pictures import check_pictures, import_optional, load_pretrained
 
-LPIPS = "lpips_0.1_alex"  # what results call the default of `lpips_distance`
-TRUNKS = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}  # LPIPS's name → torchvision's
+LPIPS = "lpips_0.1_alex"  # name, in results, of the default of `lpips_distance`
+TRUNKS = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}  # name in LPIPS → name in torchvision
 
 
 def pairwise_distance(x: Tensor) -> float:
-    """Mean distance between two samples of a set, per entry: 0 for a collapsed sampler.
+    """Mean distance between two samples of a set, per entry; 0 if all samples are equal.
 
         D = mean_{i<j} ‖xᵢ − xⱼ‖/√d
 
@@ -31,7 +31,7 @@ def pairwise_distance(x: Tensor) -> float:
     n, d = x.shape
     if n < 2:
         raise ValueError(f"{n} samples make no pair: need at least 2")
-    x = x - x.mean(0)  # cdist multiplies matrices, and a far-off mean would take its digits
+    x = x - x.mean(0)  # cdist uses a matrix product, which loses digits where the mean is large
     total = sum(float(torch.cdist(part, x).sum()) for part in x.split(max(1, CHUNK // n)))
     return total / (n * (n - 1) * d**0.5)
 
@@ -41,14 +41,14 @@ def group_diversity(groups: Iterable[Tensor], distance: Callable[[Tensor, Tensor
 
         D = mean_g mean_{i<j} distance(x_gi, x_gj)
 
-    With `lpips_distance`, 10 seeds a prompt (45 pairs) and 50 prompts of COCO 2017: the LPIPS diversity of DDIL, Section 5.
+    This is the LPIPS diversity of DDIL, Section 5, with `lpips_distance`, 50 prompts of COCO 2017 and 10 samples (45 pairs) of each.
 
     Args:
-        groups: For each prompt its samples, (k, *shape) with k ≥ 2; taken one at a time, so a generator will do.
+        groups: The samples of each prompt, (k, *shape) with k ≥ 2; read one at a time, so that a generator suffices.
         distance: (p, *shape) and (p, *shape) → (p,).
 
     Raises:
-        ValueError: no group, a group of fewer than 2 samples, or a distance of another shape or not finite.
+        ValueError: no group, a group of fewer than 2 samples, or distances of another shape or not finite.
     """
     means = []
     for g, group in enumerate(groups):
@@ -71,33 +71,33 @@ def lpips_distance(
     """LPIPS (Zhang et al. 2018, version 0.1), as the `lpips` package computes it.
 
     Args:
-        weights_dir: Folder with torchvision's weights of the trunk, or the file itself: `alexnet-owt-7be5be79.pth`,
-            `vgg16-397923af.pth`, `squeezenet1_1-b8a52dc0.pth`, or either as safetensors; None downloads them. The linear
-            heads come with the package.
-        net: Trunk: `alex`, `vgg` or `squeeze`. Numbers of two trunks do not compare.
+        weights_dir: torchvision's weights of the trunk, or a folder that holds them: `alexnet-owt-7be5be79.pth`,
+            `vgg16-397923af.pth`, `squeezenet1_1-b8a52dc0.pth`, or one of these as safetensors; None downloads them. The package
+            contains the linear heads.
+        net: Trunk: `alex`, `vgg` or `squeeze`. Values of different trunks are not comparable.
         device: Where the network runs.
-        batch_size: Pairs a forward.
+        batch_size: Pairs in one forward.
 
     Returns:
         Distances of uint8 pictures, (p, height, width, 3) and (p, height, width, 3) → (p,) float32 on the CPU.
 
     Raises:
         ImportError: without the `eval` extra.
-        ValueError: unknown trunk, or weights that are absent, unsafe or of another network.
+        ValueError: the trunk is unknown, or its weights are absent, unsafe or of another network.
     """
     if net not in TRUNKS:
         raise ValueError(f"unknown trunk {net!r}; choose one of: {', '.join(TRUNKS)}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's, at an argument that lpips passes
-        network = require("lpips").LPIPS(net=net, pnet_rand=True, verbose=False)
-    url = getattr(require("torchvision.models"), TRUNKS[net]).IMAGENET1K_V1.url
+        warnings.simplefilter("ignore")  # torchvision warns of an argument that lpips passes
+        network = import_optional("lpips").LPIPS(net=net, pnet_rand=True, verbose=False)
+    url = getattr(import_optional("torchvision.models"), TRUNKS[net]).IMAGENET1K_V1.url
     load_pretrained(
         network.net, weights_dir, url, source=lambda name: "features." + name.partition(".")[2]
     )  # slice2.3.weight → features.3.…
     network.eval().requires_grad_(False).to(device)
 
-    def scaled(pictures: Tensor) -> Tensor:
-        """Uint8 (b, h, w, 3) → [−1, 1] (b, 3, h, w)."""
+    def scale(pictures: Tensor) -> Tensor:
+        """Scales uint8 pictures (b, h, w, 3) to [−1, 1], (b, 3, h, w)."""
         return pictures.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
     @torch.no_grad()
@@ -107,6 +107,6 @@ def lpips_distance(
         if a.shape != b.shape:
             raise ValueError(f"pictures of shapes {tuple(a.shape)} and {tuple(b.shape)}: LPIPS compares pairs of one size")
         pairs = zip(a.split(batch_size), b.split(batch_size), strict=True)
-        return torch.cat([network(scaled(x), scaled(y)).flatten().cpu() for x, y in pairs])
+        return torch.cat([network(scale(x), scale(y)).flatten().cpu() for x, y in pairs])
 
     return distance

@@ -1,4 +1,4 @@
-"""What an extractor is, and the two that need no weights."""
+"""The base class of feature extractors, and the two that need no weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FEATURES = 64
-BATCH = 1024  # samples a forward
+BATCH = 1024  # samples in one forward
 
 
 class Extractor(ABC):
     """Maps samples (n, *sample_shape) to features (n, d) float32, on the samples' device and without gradient.
 
     Attributes:
-        name: What results call it.
+        name: Its name in results.
         of_pictures: Whether it reads uint8 pictures (n, height, width, 3) in place of samples.
     """
 
@@ -25,10 +25,10 @@ class Extractor(ABC):
 
     @abstractmethod
     def features(self, samples: Tensor) -> Tensor:
-        """Features of samples (n, *sample_shape) → (n, d) float32."""
+        """Features (n, d) float32 of samples (n, *sample_shape), or of pictures where `of_pictures`."""
 
     def classes(self, samples: Tensor) -> Tensor | None:
-        """Classes (n,) int64 of what `features` reads, or None where the extractor is no classifier."""
+        """Predicted classes (n,) int64 of the same input, or None where the extractor is no classifier."""
         return None
 
 
@@ -39,13 +39,13 @@ class Identity(Extractor):
 
     def features(self, samples: Tensor) -> Tensor:
         features = samples.detach().flatten(1).float()
-        if features.shape[1] > 4096:  # a covariance of 4096 numbers takes 134 MB and a minute; longer samples are no features
+        if features.shape[1] > 4096:  # their covariance takes 134 MB and a minute
             raise ValueError(f"samples of {features.shape[1]} numbers are too long to be their own features; name another extractor")
         return features
 
 
 class LatentPool(Extractor):
-    """Latents averaged over the cells of a grid, 64 · channels features: 64 of a sequence, 8×8 of a picture, 4×4×4 of a video."""
+    """Latents averaged over 64 cells, 64 · channels features: the cells are 64 along a sequence, 8×8 of a picture, 4×4×4 of a video."""
 
     name = "latent_pool8"
 

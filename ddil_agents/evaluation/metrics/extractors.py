@@ -1,18 +1,18 @@
-"""What the metrics see of a sample: its features, and its class where the extractor is a classifier.
+"""Feature extractors by name: each maps samples to features, and to classes where it is a classifier.
 
-`identity`        the sample itself, flattened: vectors and mixtures.
-`latent_pool8`    latents averaged over 64 cells, an 8×8 grid of pictures: a coarse, always available judge of latent diffusion models.
+`identity`        the sample itself, flattened, for vectors and mixtures.
+`latent_pool8`    latents averaged over 64 cells, an 8×8 grid of pictures: coarse, but available for every latent diffusion model.
 `fd_mnist16_clf`  a small classifier of 16×16 MNIST; 97.4 % right on the 700 held-out test pictures.
 `fd_digits8_clf`  the same for scikit-learn's 8×8 digits; 99.8 % right on 497 test pictures.
-`fd_coloured_digits`  of decoded coloured digits: digit, ink and ground (coloured_digits.py); its class is the caption that is shown.
-`inception_v3_2015`  of decoded pictures, the features of FID; its weights are fetched or given (inception.py).
+`fd_coloured_digits`  decoded coloured digits: digit, ink and ground (coloured_digits.py); the class is the caption that describes them.
+`inception_v3_2015`  decoded pictures; the features of FID, whose weights are downloaded or given (inception.py).
 
-The classifiers are fitted on the `fit` split alone: one that had seen the teacher's data would favour what the teacher
-remembers of it. Fit them again by
+The classifiers are trained on the `fit` split only: a classifier that had been trained on the teacher's data would favour samples that
+the teacher has memorised. Train them again by
 
     python -m ddil_agents.evaluation.metrics.digits_classifier --fit digits --out weights/
 
-An extractor of one's own is a subclass, entered as `EXTRACTORS["name"] = MyExtractor`.
+To add an extractor, subclass `Extractor` and register it: `EXTRACTORS["name"] = MyExtractor`.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ EXTRACTORS: dict[str, Callable[[], Extractor]] = {
 
 
 def load_extractor(name: str, weights_dir: Path | None = None, device: torch.device | str = "cpu") -> Extractor:
-    """The extractor of that name.
+    """Loads an extractor.
 
     Args:
         name: A key of EXTRACTORS, or `inception_v3_2015`.
         weights_dir: Where Inception's weights are; None downloads them.
-        device: Where Inception runs; the others follow their samples.
+        device: Where Inception runs; the others run where their samples are.
 
     Raises:
-        ValueError: unknown name, or no weights.
+        ValueError: the name is unknown, or the weights are absent.
     """
     if name == FID_EXTRACTOR:
         from ddil_agents.evaluation.metrics.inception import Inception
@@ -63,5 +63,5 @@ def load_extractor(name: str, weights_dir: Path | None = None, device: torch.dev
 
 
 def default_extractor(expert: object) -> str:
-    """The name of the extractor that an expert's `extractor` attribute asks for; `identity` where it has none."""
+    """The `extractor` attribute of an expert; `identity` where it has none."""
     return str(getattr(expert, "extractor", "identity"))

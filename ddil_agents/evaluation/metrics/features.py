@@ -1,4 +1,4 @@
-"""Features that remember whose they are, so that a number never mixes two extractors."""
+"""Features together with the name of their extractor, so that no metric compares features of two extractors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Features of one extractor; every metric takes them where it takes a tensor, and refuses a pair of two extractors.
+    """Features of one extractor. Every metric accepts them in place of a tensor, and refuses two sets of different extractors.
 
     Attributes:
         extractor: The extractor's name.
@@ -26,11 +26,11 @@ class Features:
         return Features(self.extractor, self.values[rows])
 
 
-def check_same(a: Features, b: Features) -> None:
-    """Refuses features of two extractors.
+def check_same_extractor(a: Features, b: Features) -> None:
+    """Refuses features of different extractors.
 
     Raises:
-        ValueError: the names differ.
+        ValueError: the extractors differ.
     """
     if a.extractor != b.extractor:
         raise ValueError(f"features of {a.extractor!r} against features of {b.extractor!r}: extract both sets with one extractor")
@@ -41,13 +41,13 @@ def values_of(x: Tensor | Features) -> Tensor:
 
 
 def comparable_values(a: Tensor | Features, b: Tensor | Features) -> tuple[Tensor, Tensor]:
-    """The values of two sets that may be compared.
+    """The values of two sets, after a check that they may be compared.
 
     Raises:
-        ValueError: features of two extractors, or of one against a tensor that does not say whose it is.
+        ValueError: the extractors differ, or one of the sets is a tensor without the name of an extractor.
     """
     if isinstance(a, Features) and isinstance(b, Features):
-        check_same(a, b)
+        check_same_extractor(a, b)
     elif isinstance(a, Features) or isinstance(b, Features):
         named = a if isinstance(a, Features) else b
         assert isinstance(named, Features)

@@ -1,7 +1,7 @@
-"""Fréchet distance between two sets of features, each taken for a Gaussian.
+"""Fréchet distance between Gaussians fitted to two sets of features.
 
-Its name is FID only of Inception-v3 features; `frechet_name` says it. A result names its extractor, its n and the floor that
-real data reach at the same n, since with few samples even real against real is far from 0.
+It is called FID on Inception-v3 features alone (`frechet_name`). With few samples it is far from 0 even between two sets of real data, so
+results record n, the extractor and the distance of real data.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FID_EXTRACTOR = "inception_v3_2015"
 
 
 def frechet_name(extractor_name: str) -> str:
-    """What a report may call the Fréchet distance between features of that extractor."""
+    """Name of the Fréchet distance between features of that extractor: FID on Inception-v3 features alone."""
     return "FID" if extractor_name == FID_EXTRACTOR else f"Fréchet distance ({extractor_name})"
 
 
@@ -25,15 +25,15 @@ def frechet_distance(a: Tensor | Features, b: Tensor | Features) -> float:
 
         d² = ‖μ_a − μ_b‖² + tr(C_a + C_b − 2 (C_a C_b)^{1/2})      Dowson & Landau 1982; Heusel et al. 2017
 
-    C_a C_b has the eigenvalues of the symmetric C_a^{1/2} C_b C_a^{1/2}, and those of (A Bᵀ)(A Bᵀ)ᵀ / (n − 1)(m − 1), A and B the
-    centred features: the smaller matrix is taken, no root of a non-symmetric one is needed, and fewer samples than features,
-    which leave C singular, do no harm.
+    C_a C_b has the same nonzero eigenvalues as the symmetric C_a^{1/2} C_b C_a^{1/2} and as (A Bᵀ)(A Bᵀ)ᵀ / (n − 1)(m − 1), where A and
+    B are the centred features. The smaller matrix is used. No root of a non-symmetric matrix is needed, and C may be singular, as it
+    is with fewer samples than features.
 
     Args:
         a, b: Features, (n, d) and (m, d); n ≠ m is allowed.
 
     Raises:
-        ValueError: fewer than 2 samples, widths or extractors that differ, non-finite features.
+        ValueError: fewer than 2 samples, different widths or extractors, non-finite features.
     """
     x, y = as_pair(a, b)
     n, m = len(x), len(y)
@@ -51,14 +51,14 @@ def frechet_distance(a: Tensor | Features, b: Tensor | Features) -> float:
 
 
 def gaussian_w2(a: Tensor | Features, b: Tensor | Features) -> float:
-    """2-Wasserstein distance between the Gaussians fitted to two sets of samples, in the samples' own units.
+    """2-Wasserstein distance between the Gaussians fitted to two sets of samples, in units of the samples.
 
-        W_2 = √d² ,   d² of `frechet_distance`
+        W_2 = √d² ,   where d² is `frechet_distance`
 
     Args:
         a, b: Samples, (n, *shape) and (m, *shape).
 
     Raises:
-        ValueError: as `frechet_distance`.
+        ValueError: as in `frechet_distance`.
     """
     return frechet_distance(a, b) ** 0.5

@@ -1,4 +1,4 @@
-"""Human preference score v2 (Wu et al. 2023): a CLIP score whose network was fitted to people's choices."""
+"""Human preference score v2 (Wu et al. 2023): a CLIP score whose network was fine-tuned on human preferences."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ CHECKPOINTS = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 
 class HPS(ClipScore):
-    """HPSv2, the raw cosine: the `hpsv2` package's benchmark prints it times 100. Pictures are padded to a square, as there.
+    """HPSv2 as the raw cosine; the benchmark of the `hpsv2` package prints it times 100. Pictures are padded to a square, as there.
 
     Args:
-        weights_dir: Folder with `HPS_v2.1_compressed.pt` (`HPS_v2_compressed.pt` for v2.0, or either as safetensors), or the
-            file itself; None downloads it from the hub.
-        version: `v2.1` or `v2.0`; their numbers do not compare.
+        weights_dir: The weights, or a folder that holds `HPS_v2.1_compressed.pt` (v2.0: `HPS_v2_compressed.pt`) or the same as
+            safetensors; None downloads them from the hub.
+        version: `v2.1` or `v2.0`; their values are not comparable.
         device, batch_size: As in `ClipScore`.
 
     Raises:

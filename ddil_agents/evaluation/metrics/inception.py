@@ -1,4 +1,4 @@
-"""The Inception-v3 of December 2015, whose features FID and KID are defined on, as torch-fidelity ports it from TensorFlow.
+"""The Inception-v3 of December 2015, on whose features FID and KID are defined, in torch-fidelity's port from TensorFlow.
 
 inception = Inception(weights_dir)
 real = Features(inception.name, torch.cat([inception.features(x) for x in load_pictures(folder)]))
@@ -14,32 +14,32 @@ from torch import Tensor
 
 from ddil_agents.evaluation.metrics.extractor import Extractor
 from ddil_agents.evaluation.metrics.frechet import FID_EXTRACTOR
-from ddil_agents.evaluation.metrics.pictures import check_pictures, pretrained_tensors, require
+from ddil_agents.evaluation.metrics.pictures import check_pictures, import_optional, pretrained_tensors
 
 
 class Inception(Extractor):
-    """2048 pooled features of uint8 pictures (n, height, width, 3), which it resizes itself to 299×299, as TensorFlow 1 did.
+    """2048 pooled features of uint8 pictures (n, height, width, 3), which the network resizes to 299×299 as TensorFlow 1 did.
 
-    Resize to one protocol before (`pictures.resize`): what came before the 299 moves FID.
+    First resize all pictures in the same way (`pictures.resize`), because every resizing changes FID.
 
     Args:
-        weights_dir: Folder with `weights-inception-2015-12-05-6726825d.pth` (also as `pt_inception-2015-12-05-6726825d.pth`,
-            or safetensors), or the file itself; None downloads it.
+        weights_dir: The weights, or a folder that holds `weights-inception-2015-12-05-6726825d.pth` (or
+            `pt_inception-2015-12-05-6726825d.pth`, or safetensors); None downloads them.
         device: Where the network runs.
-        batch_size: Pictures a forward.
+        batch_size: Pictures in one forward.
 
     Raises:
         ImportError: without the `eval` extra.
-        ValueError: weights that are absent, unsafe or of another network.
+        ValueError: the weights are absent, unsafe or of another network.
     """
 
     name = FID_EXTRACTOR
     of_pictures = True
 
     def __init__(self, weights_dir: Path | None = None, device: str | torch.device = "cpu", batch_size: int = 32) -> None:
-        fidelity = require("torch_fidelity.feature_extractor_inceptionv3")
+        fidelity = import_optional("torch_fidelity.feature_extractor_inceptionv3")
         tensors, where = pretrained_tensors(weights_dir, fidelity.URL_INCEPTION_V3, "pt_inception-2015-12-05-6726825d.pth")
-        safe = io.BytesIO()  # torch-fidelity unpickles whatever file it is given, so it gets one that was written here
+        safe = io.BytesIO()  # torch-fidelity unpickles any file, so it is given one that was written here
         torch.save(tensors, safe)
         safe.seek(0)
         try:

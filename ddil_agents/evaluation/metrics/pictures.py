@@ -1,6 +1,6 @@
-"""What every picture metric shares: the way a picture is resized, read from a file and checked, and where weights come from.
+"""Shared by all picture metrics: reading, checking and resizing pictures, and loading published weights.
 
-Pictures are uint8 (n, height, width, 3), as `Expert.decode` gives them. A result names `RESIZE`: the filter alone moves FID.
+Pictures are uint8 (n, height, width, 3), as `Expert.decode` returns them. Results record `RESIZE`, because the filter alone changes FID.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ RESIZE = "centre_crop_lanczos_256"
 
 
 def check_pictures(pictures: Tensor) -> None:
-    """Refuses what is no set of pictures.
+    """Checks that a tensor is a set of pictures.
 
     Raises:
-        ValueError: not uint8 (n, height, width, 3), or no picture at all.
+        ValueError: it is not uint8 (n, height, width, 3), or n is 0.
     """
     if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3 or pictures.numel() == 0:
         got = f"{str(pictures.dtype).removeprefix('torch.')} {tuple(pictures.shape)}"
         raise ValueError(f"pictures must be uint8 (n, height, width, 3), n ≥ 1, as Expert.decode gives them; got {got}")
 
 
-def _resized(image: Image.Image, size: int) -> Tensor:
+def _resize_one(image: Image.Image, size: int) -> Tensor:
     width, height = image.size
     side = min(width, height)
     left, top = round((width - side) / 2), round((height - side) / 2)  # torchvision's center_crop rounds so too
@@ -50,7 +50,7 @@ def _resized(image: Image.Image, size: int) -> Tensor:
 def resize(pictures: Tensor, size: int = 256) -> Tensor:
     """Crops pictures (n, height, width, 3) to the middle square and resizes them with Pillow's Lanczos, to (n, size, size, 3).
 
-    At 256 this is the protocol named `RESIZE`, the one of DMD2's COCO evaluation. Squares of that size are left as they are.
+    At 256 this is the protocol `RESIZE`, which DMD2's COCO evaluation uses. Squares of that size do not change.
 
     Raises:
         ValueError: not pictures, or size < 1.
@@ -58,7 +58,7 @@ def resize(pictures: Tensor, size: int = 256) -> Tensor:
     check_pictures(pictures)
     if size < 1:
         raise ValueError(f"size={size}: need at least 1 pixel")
-    return torch.stack([_resized(Image.fromarray(picture.numpy()), size) for picture in pictures.cpu()])
+    return torch.stack([_resize_one(Image.fromarray(picture.numpy()), size) for picture in pictures.cpu()])
 
 
 def _read_picture(path: Path) -> Image.Image:
@@ -67,7 +67,7 @@ def _read_picture(path: Path) -> Image.Image:
             if image.mode.startswith("I") or image.mode == "F":  # convert() would clip these to white
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
             return on_white(image)
-    except Exception as error:  # Pillow's plug-ins raise whatever a damaged file makes them
+    except Exception as error:  # Pillow's plug-ins raise all kinds of errors on a damaged file
         raise ValueError(f"{path} is no picture that can be read ({error}); mend it or leave it out of the paths") from error
 
 
@@ -77,7 +77,7 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 def folder_digest(folder: Path) -> str:
-    """A folder's pictures as a result names them, wherever it lies: their number, and a digest of their names and sizes in bytes."""
+    """Identifies the pictures of a folder, wherever it is: their number, and a digest of their names and sizes in bytes."""
     files = picture_files(folder)
     listed = repr([(path.name, path.stat().st_size) for path in files])
     return f"{len(files)} pictures, {hashlib.sha256(listed.encode()).hexdigest()[:12]}"
@@ -92,18 +92,18 @@ def load_pictures(paths: Path | Iterable[Path], size: int = 256, batch_size: int
         batch_size: Pictures a batch; the last may have fewer.
 
     Raises:
-        ValueError: no pictures, or one that cannot be read: none is skipped, since the others would be another data set.
+        ValueError: no pictures, or one that cannot be read. None is skipped: without it, the pictures would be another data set.
     """
     files = picture_files(paths) if isinstance(paths, Path) and paths.is_dir() else paths
     files = [files] if isinstance(files, Path) else list(files)
     if not files or size < 1 or batch_size < 1:
         raise ValueError(f"{len(files)} pictures in {paths} with size={size}, batch_size={batch_size}: need at least 1 of each")
     for start in range(0, len(files), batch_size):
-        yield torch.stack([_resized(_read_picture(path), size) for path in files[start : start + batch_size]])
+        yield torch.stack([_resize_one(_read_picture(path), size) for path in files[start : start + batch_size]])
 
 
-def require(module: str) -> Any:
-    """A module of the `eval` extra.
+def import_optional(module: str) -> Any:
+    """Imports a module of the `eval` extra.
 
     Raises:
         ImportError: it is not installed.
@@ -115,10 +115,15 @@ def require(module: str) -> Any:
 
 
 def find_weights(weights_dir: Path, *names: str, cure: str) -> Path:
-    """The first file of these names in a folder, each before its suffix is changed to .safetensors; or the file that was named itself.
+    """Finds a file of weights.
+
+    Args:
+        weights_dir: A folder; or the file, which is then returned.
+        names: Names of the file, in order of preference; each may also end in .safetensors.
+        cure: What to do if there is no such file, for the error message.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such file.
     """
     if weights_dir.is_file():
         return weights_dir
@@ -130,18 +135,20 @@ def find_weights(weights_dir: Path, *names: str, cure: str) -> Path:
 
 
 def check_digest(path: Path) -> None:
-    """Warns of a pickle that has not the sha256 whose beginning its name states, as torch's hub names them: NAME-6726825d.pth."""
+    """Warns of a pickle whose SHA-256 does not begin as its name says; torch's hub names files so: NAME-6726825d.pth."""
     stated = re.search(r"-([0-9a-f]{8,64})\.pth?$", path.name)
     if stated is None:
         return
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()[: len(stated[1])]
     if found != stated[1]:
-        warnings.warn(f"{path} states sha256 {stated[1]}… and has {found}…: what is called after it is of other weights", stacklevel=2)
+        warnings.warn(
+            f"{path} should have a SHA-256 of {stated[1]}… and has {found}…: scores named after it are those of other weights", stacklevel=2
+        )
 
 
 def read_pretrained(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a pickle, in which torch accepts nothing but tensors.
+    """Reads the tensors of a safetensors file or of a pickle, from which torch loads tensors alone.
 
     Raises:
         ValueError: the file is damaged, or holds more than tensors.
@@ -158,12 +165,15 @@ def read_pretrained(path: Path) -> dict[str, Tensor]:
 
 
 def pretrained_tensors(weights_dir: Path | None, url: str, *other_names: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors of the file that a URL ends in, from a folder or, without one, through torch's own downloader; and what to call them.
+    """Reads published weights from a folder, or downloads them with torch's downloader.
 
     Args:
-        weights_dir: A folder, a file, or None.
-        url: Where the file is from.
-        other_names: By which the same file also goes.
+        weights_dir: A folder, a file, or None to download.
+        url: Where the file is published; the name of the file is the last part.
+        other_names: Other names of the same file.
+
+    Returns:
+        The tensors, and the path or name of the file, for error messages.
 
     Raises:
         ValueError: the file is absent, cannot be downloaded, is damaged, or holds more than tensors.
@@ -184,10 +194,12 @@ def load_pretrained(module: nn.Module, weights_dir: Path | None, url: str, sourc
     """Loads a published state dict into a module.
 
     Args:
-        source: Name of a tensor of the module → its name in the file; what else the file holds is not read.
+        module: Receives the weights.
+        weights_dir, url: As in `pretrained_tensors`.
+        source: Maps the name of a tensor in the module to its name in the file; other tensors of the file are ignored.
 
     Raises:
-        ValueError: as `pretrained_tensors`, or names or shapes do not fit the module.
+        ValueError: as in `pretrained_tensors`, or names or shapes do not fit the module.
     """
     tensors, where = pretrained_tensors(weights_dir, url)
     try:

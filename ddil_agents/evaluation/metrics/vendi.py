@@ -1,4 +1,4 @@
-"""Vendi score: how many different samples a set is worth, without data to compare with."""
+"""Vendi score: the effective number of different samples in a set; it needs no real data."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ddil_agents.evaluation.metrics.features import Features
 
 
 def vendi_score(x: Tensor | Features) -> float:
-    """The exponential of the entropy of the similarities' eigenvalues, from 1 for equal features to n for orthogonal ones.
+    """Exponential of the entropy of the eigenvalues of the similarity matrix: 1 for equal features, n for orthogonal ones.
 
         VS = exp(−Σᵢ λᵢ log λᵢ) ,   λ the eigenvalues of K/n ,   K_ij = ⟨xᵢ, xⱼ⟩/(‖xᵢ‖ ‖xⱼ‖)      Friedman & Dieng 2023
 
-    It is at most min(n, d), so compare sets of one size and one extractor.
+    It is at most min(n, d), so compare only sets of the same size and extractor.
 
     Args:
         x: Features, (n, d).
 
     Raises:
-        ValueError: no samples, non-finite features, or a feature of length 0, which has no direction.
+        ValueError: no samples, non-finite features, or a feature of length 0, whose cosine is undefined.
     """
     features = as_matrix(x)
     n, d = features.shape

@@ -1,4 +1,4 @@
-"""Comparisons: arms and budgets, what is refused, what the numbers are, and one run whole, restarted and with an arm that diverges."""
+"""Comparisons: arms and budgets, refusals, and one whole comparison, resumed, with an arm that diverges."""
 
 import csv
 import io
@@ -17,11 +17,11 @@ from helpers import comparison
 
 from ddil_agents import compare
 from ddil_agents.commands.load import load_run
-from ddil_agents.comparison import portraits, tables
 from ddil_agents.comparison import runs as runner
-from ddil_agents.comparison.arms import Comparison, Run, arms_of, merged, settings_of
-from ddil_agents.comparison.portraits import weights_digest
-from ddil_agents.comparison.runs import fixed_updates
+from ddil_agents.comparison import tables, untrained
+from ddil_agents.comparison.arms import Comparison, Run, arm_settings, make_arms, merge_settings
+from ddil_agents.comparison.runs import recorded_updates
+from ddil_agents.comparison.untrained import weights_digest
 from ddil_agents.evaluation.trajectories import Trajectories
 from ddil_env.presets import config_dir, preset_names, read_yaml
 
@@ -36,20 +36,20 @@ TINY = {
 }
 
 
-def test_settings_are_laid_over_one_another():
-    assert merged({"a": 1, "b": {"c": 1, "d": 2}}, {"b": {"d": 3}}, {"a": {"e": 4}}) == {"a": {"e": 4}, "b": {"c": 1, "d": 3}}
+def test_later_settings_override_earlier_ones():
+    assert merge_settings({"a": 1, "b": {"c": 1, "d": 2}}, {"b": {"d": 3}}, {"a": {"e": 4}}) == {"a": {"e": 4}, "b": {"c": 1, "d": 3}}
     arms = {"one": {"agent": "dagger", "config": "demo", "num_steps": 2, "beta": {"student": 1.0}}}
-    agent, settings = settings_of(comparison(arms=arms, shared={"num_steps": 8, "num_updates": 7}), "one")
+    agent, settings = arm_settings(comparison(arms=arms, shared={"num_steps": 8, "num_updates": 7}), "one")
     assert agent == "dagger"
     assert settings == {"num_updates": 7, "num_steps": 2, "updates_per_collect": 32, "checkpoint_every": 200, "beta": {"student": 1.0}}
 
 
 def test_agents_times_priors_are_arms():
-    assert arms_of(["bc", "lcm"], ["own"]) == {"bc": {"agent": "bc"}, "lcm": {"agent": "lcm"}}
-    arms = arms_of(["dagger"], ["own", "ddil"])
+    assert make_arms(["bc", "lcm"], ["own"]) == {"bc": {"agent": "bc"}, "lcm": {"agent": "lcm"}}
+    arms = make_arms(["dagger"], ["own", "ddil"])
     assert arms["dagger ddil"] == {"agent": "dagger", "beta": {"forward": 0.5, "teacher": 0.1, "student": 0.4}}
-    with pytest.raises(ValueError, match="unknown priors 'mine'; choose of: own, forward"):
-        arms_of(["bc"], ["mine"])
+    with pytest.raises(ValueError, match="unknown β 'mine'; choose from own, forward"):
+        make_arms(["bc"], ["mine"])
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_agents_times_priors_are_arms():
         ({"arms": {}}, "nothing to compare"),
         ({"arms": {"a": {"num_updates": 3}}}, "an arm is a mapping with an `agent`"),
         ({"arms": {"a/b": {"agent": "bc"}}}, "leave out slashes"),
-        ({"arms": {"teacher": {"agent": "bc"}}}, "not the teacher's"),
+        ({"arms": {"teacher": {"agent": "bc"}}}, "must differ from the teacher's"),
         ({"seeds": 0}, "need at least 1"),
         ({"baseline": "lcm"}, "is no arm; the arms are bc, dagger"),
         ({"primary": "fid"}, "choose one of: frechet"),
@@ -73,17 +73,17 @@ def test_a_comparison_that_makes_no_sense_is_refused(settings, message):
 
 def test_seeds_that_are_added_are_matched_as_the_others_were(tmp_path: Path):
     given = comparison(equal=("updates", "teacher_nfe"))
-    assert fixed_updates(given, "teacher_nfe", tmp_path) == {}
-    fixed = {"teacher_nfe": compare.fixed_by(given, {"bc": 100, "dagger": 63})}
+    assert recorded_updates(given, "teacher_nfe", tmp_path) == {}
+    fixed = {"teacher_nfe": compare.matched_entry(given, {"bc": 100, "dagger": 63})}
     (tmp_path / "matched.json").write_text(json.dumps(fixed))
-    assert fixed_updates(given, "teacher_nfe", tmp_path) == {"bc": 100, "dagger": 63}
-    assert fixed_updates(given, "seconds", tmp_path) == {}
+    assert recorded_updates(given, "teacher_nfe", tmp_path) == {"bc": 100, "dagger": 63}
+    assert recorded_updates(given, "seconds", tmp_path) == {}
     other_arm = comparison(arms={"bc": {"agent": "bc"}, "dagger": {"agent": "dagger", "updates_per_collect": 2}, "lcm": {"agent": "lcm"}})
-    assert fixed_updates(other_arm, "teacher_nfe", tmp_path) == {"bc": 100}
+    assert recorded_updates(other_arm, "teacher_nfe", tmp_path) == {"bc": 100}
     for other in ({"baseline": "dagger"}, {"shared": {"num_updates": 7}}):
         now = comparison(equal=("updates", "teacher_nfe"), **other)
-        with pytest.raises(ValueError, match=r"were matched to what bc cost then, and the baseline is .* now, or has other settings"):
-            compare.check(now, tmp_path)
+        with pytest.raises(ValueError, match=r"were matched to the cost of bc, and the baseline is now .*, or has other settings"):
+            compare.check_comparison(now, tmp_path)
 
 
 def test_a_run_gets_a_gpu_that_is_free_of_those_that_are_visible(monkeypatch, tmp_path: Path):
@@ -205,17 +205,17 @@ def test_arms_of_a_seed_share_noise_data_and_initial_weights(whole):
     assert torch.equal(shown["bc"].x_0[:, -1], shown["bc"].x_t[:, -1])
 
 
-def test_arms_that_start_as_one_student_are_judged_once(whole, monkeypatch, tmp_path: Path):
+def test_arms_that_start_from_one_student_share_its_evaluation(whole, monkeypatch, tmp_path: Path):
     out, found = whole
-    judged, evaluator = [], portraits.Evaluator.evaluate
-    monkeypatch.setattr(portraits.Evaluator, "evaluate", lambda *args, **kwargs: judged.append(args) or evaluator(*args, **kwargs))
+    evaluated, evaluate = [], untrained.Evaluator.evaluate
+    monkeypatch.setattr(untrained.Evaluator, "evaluate", lambda *args, **kwargs: evaluated.append(args) or evaluate(*args, **kwargs))
     runs = [Run("updates", arm, 1, tmp_path / arm) for arm in ("bc", "again")]
     for run in runs:
         shutil.copytree(out / "out" / "runs" / "updates" / "bc-s1", run.directory)
         (run.directory / "untrained.json").unlink()
     comparison = Comparison(**yaml.safe_load((out / "given.yaml").read_text()))
-    rows = portraits.portray(comparison, runs)
-    assert len(judged) == 1
+    rows = untrained.evaluate_untrained(comparison, runs)
+    assert len(evaluated) == 1
     assert rows["bc"][1] == rows["again"][1]
     assert rows["bc"][1]["endpoint_rmse"] == found["initial"]["bc"]["1"]["endpoint_rmse"]
 
@@ -230,19 +230,19 @@ def test_an_untrained_student_is_what_training_started_from(whole, tmp_path: Pat
     (run.directory / "config.yaml").write_text(yaml.safe_dump(started))
     given = Comparison(**yaml.safe_load((out / "given.yaml").read_text()))
     (own,) = (r for r in found["budgets"]["updates"]["runs"] if (r["arm"], r["seed"]) == ("bc", 1))
-    assert portraits.portray(given, [run])["bc"][1]["endpoint_rmse"] == pytest.approx(own["endpoint_rmse"], rel=1e-5)
+    assert untrained.evaluate_untrained(given, [run])["bc"][1]["endpoint_rmse"] == pytest.approx(own["endpoint_rmse"], rel=1e-5)
 
 
 def test_an_arm_that_is_left_out_keeps_its_matched_steps(whole, tmp_path: Path, monkeypatch):
     out, _ = whole
     shutil.copytree(out / "out", tmp_path / "out")
     given = yaml.safe_load((out / "given.yaml").read_text())
-    fixed = compare.read_fixed(tmp_path / "out")["teacher_nfe"]
+    fixed = compare.read_matched(tmp_path / "out")["teacher_nfe"]
     trained = []
     monkeypatch.setattr(compare, "train", lambda runs, *_: trained.extend(run.directory for run in runs))
     fewer = given | {"arms": {name: given["arms"][name] for name in ("bc", "hot")}}
     compare.main(["--config", str(config(tmp_path, fewer)), "--out", str(tmp_path / "out")])
-    assert compare.read_fixed(tmp_path / "out")["teacher_nfe"] == fixed
+    assert compare.read_matched(tmp_path / "out")["teacher_nfe"] == fixed
     assert "dagger" in fixed["updates"]
     # bc's runs at equal teacher_nfe are those at equal updates, and are those of that tier to train.
     assert len(trained) == len(set(trained)) == 4
@@ -270,7 +270,7 @@ def test_a_baseline_that_diverged_leaves_what_was_trained_to_be_shown(whole, tmp
     compare.main([*given, "--report_only"])
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["budgets"].keys() == {"updates"}
-    assert "equal teacher_nfe: not run, since hot, whose costs set it, has no finished run" in found["flags"]
+    assert "equal teacher_nfe: not run, because the budget is what hot costs, which has no finished run" in found["flags"]
     assert (tmp_path / "out" / "report.html").is_file()
 
 
@@ -343,10 +343,10 @@ def test_other_settings_of_runs_at_another_budget_are_refused(whole, tmp_path: P
     left = tmp_path / "runs" / "teacher_nfe" / "dagger-s0.yaml"
     left.parent.mkdir(parents=True)
     shutil.copy(out / "out" / "runs" / "teacher_nfe" / left.name, left)
-    compare.check(given, tmp_path)  # of another number of steps alone, which the budget sets
+    compare.check_comparison(given, tmp_path)  # of another number of steps alone, which the budget sets
     left.write_text(left.read_text().replace("updates_per_collect: 2", "updates_per_collect: 3"))
     with pytest.raises(ValueError, match=r"dagger-s0\.yaml holds other settings than arm dagger has now"):
-        compare.check(given, tmp_path)
+        compare.check_comparison(given, tmp_path)
 
 
 def test_what_is_kept_of_an_arm_goes_with_its_runs(whole, tmp_path: Path):
@@ -362,33 +362,33 @@ def test_what_is_kept_of_an_arm_goes_with_its_runs(whole, tmp_path: Path):
     assert Trajectories.load(tmp_path / "out" / "runs" / "updates" / "bc-s0" / "teacher.safetensors").error.max() == 0
 
 
-def test_arms_that_would_be_judged_in_two_ways_are_refused(tmp_path: Path):
+def test_arms_that_would_be_evaluated_differently_are_refused(tmp_path: Path):
     base = {"agent": "bc", **TINY}
-    for other, told in (
+    for other, message in (
         ({"evaluate": {"n": 30}}, "n is 20 and 30"),
         ({"teacher_steps": 8}, "teacher_steps is 4 and 8"),
         ({"guidance_scale": 3.0}, "guidance_scale is 1.0 and 3.0"),
     ):
-        arms = {"a": base, "b": merged(base, other)}
-        with pytest.raises(ValueError, match=f"arms a and b would be judged in two ways: {told}"):
-            compare.check(comparison(env="digits8", arms=arms), tmp_path)
-    arms = {"a": base, "b": merged(base, {"guidance_scale": 1.0, "evaluate": {"also_steps": [1]}})}  # 1 is the expert's own
-    compare.check(comparison(env="digits8", arms=arms), tmp_path)
+        arms = {"a": base, "b": merge_settings(base, other)}
+        with pytest.raises(ValueError, match=f"arms a and b would be evaluated differently: {message}"):
+            compare.check_comparison(comparison(env="digits8", arms=arms), tmp_path)
+    arms = {"a": base, "b": merge_settings(base, {"guidance_scale": 1.0, "evaluate": {"also_steps": [1]}})}  # 1 is the expert's own
+    compare.check_comparison(comparison(env="digits8", arms=arms), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
-        ({"env": {"guidance_scale": 3.0}}, r"arm bc: env=\{'guidance_scale': 3.0\}: all arms have the comparison's"),
-        ({"env": "digits"}, "arm bc: env=digits: all arms have the comparison's"),
-        ({"evaluate": {"seed": 0}}, r"arm bc: evaluate.seed=0: samples start from noise of their run's own seed; leave it out"),
+        ({"env": {"guidance_scale": 3.0}}, r"arm bc: env=\{'guidance_scale': 3.0\}: all arms use the comparison's env"),
+        ({"env": "digits"}, "arm bc: env=digits: all arms use the comparison's env"),
+        ({"evaluate": {"seed": 0}}, r"arm bc: evaluate.seed=0: the noise of an evaluation comes from the seed of its run; leave it out"),
     ],
 )
-def test_what_is_the_comparisons_own_is_not_set_for_arms(tmp_path: Path, settings, told):
+def test_what_is_the_comparisons_own_is_not_set_for_arms(tmp_path: Path, settings, message):
     for given in (comparison(shared=settings), comparison(arms={"bc": {"agent": "bc", **settings}, "dagger": {"agent": "dagger"}})):
-        with pytest.raises(ValueError, match=told):
-            compare.check(given, tmp_path)
-    compare.check(comparison(shared={"env": "gaussian_mixture"}), tmp_path)
+        with pytest.raises(ValueError, match=message):
+            compare.check_comparison(given, tmp_path)
+    compare.check_comparison(comparison(shared={"env": "gaussian_mixture"}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -414,4 +414,4 @@ def test_the_ablations_are_accepted_by_their_agents(name: str, tmp_path: Path):
     found = Comparison(**{key: tuple(value) if key == "equal" else value for key, value in settings.items()})
     assert found.seeds >= 6 or name == "four_agents"
     assert len(found.arms) >= 2
-    compare.check(found, tmp_path)
+    compare.check_comparison(found, tmp_path)

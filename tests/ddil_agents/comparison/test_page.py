@@ -22,10 +22,10 @@ from helpers import ROOT
 from ddil_agents import compare
 from ddil_agents.comparison import runs as runner
 from ddil_agents.comparison.page import write_page
-from ddil_agents.comparison.page.figures import LOOKS, PLACEHOLDER, Line, inline_svg, line_figure, number
-from ddil_agents.comparison.page.plots import binned, counts_of, per_step, quality, steps_of, training
-from ddil_agents.comparison.page.tables import conclusions, tables
-from ddil_agents.comparison.page.viewer import load_expert, read_trajectories, sheet
+from ddil_agents.comparison.page.figures import ARM_STYLES, PLACEHOLDER, Line, format_number, inline_svg, line_figure
+from ddil_agents.comparison.page.plots import bin_rows, count_states, quality_figures, step_figures, step_values, training_figures
+from ddil_agents.comparison.page.tables import conclusions, score_tables
+from ddil_agents.comparison.page.viewer import load_expert, read_trajectories, sprite_sheet
 from ddil_agents.evaluation.trajectories import Trajectories
 
 HOSTILE = "<script>alert(\"1\")</script> & 'x'"
@@ -195,7 +195,7 @@ def test_bold_is_what_the_corrected_test_shows(plane, mean, shown, bold):
     pair = result["budgets"]["updates"]["statistics"]["frechet"]["pairs"]['<b> & "β"']
     pair |= {"mean": mean, "shown": shown, "conclusion": "…"}
     column = 1 + list(result["budgets"]["updates"]["statistics"]).index("frechet")
-    assert [arm for arm, row in tables(result, "updates")["scores"].items() if row[column].strong] == bold
+    assert [arm for arm, row in score_tables(result, "updates")["scores"].items() if row[column].strong] == bold
 
 
 def test_no_arm_is_bold_where_two_seeds_show_nothing(comparison):
@@ -254,9 +254,9 @@ def test_a_reference_of_other_times_than_the_arms_is_drawn_on_its_own_or_not_at_
     full, few = references["teacher@4"], references["teacher@2"]
     references["teacher@1"] = [{**few[0], "shift": [7.5]}]  # of one step, of which the times are not known
     few[1] |= {"times": [5, 4, 3, 0], "shift": [0.1, 0.2, 0.3]}  # a seed whose row is of another arm
-    (figure,) = [f for f in per_step({**result, "references": references}, "updates", out).figures if f.title == "Covariate shift"]
+    (figure,) = [f for f in step_figures({**result, "references": references}, "updates", out).figures if f.title == "Covariate shift"]
     assert "teacher@1" not in figure.headings
-    assert [row[figure.headings.index("teacher@2")] for row in figure.rows] == [number(x) for x in few[0]["shift"]]
+    assert [row[figure.headings.index("teacher@2")] for row in figure.rows] == [format_number(x) for x in few[0]["shift"]]
     assert full[0]["times"] == few[0]["times"]
 
 
@@ -289,9 +289,9 @@ def test_student_that_is_not_finite_leaves_valid_data(plane, tmp_path):
 
 
 def test_quality_is_drawn_against_every_measure_of_diversity(plane):
-    titles = [figure.title for figure in quality(plane[0]).figures]
+    titles = [figure.title for figure in quality_figures(plane[0]).figures]
     assert titles == [f"{name}, equal gradient steps" for name in ("Recall", "Coverage", "Vendi")]
-    assert quality(plane[0]).figures[0].headings[1:] == ["recall ↑", "Fréchet ↓"]
+    assert quality_figures(plane[0]).figures[0].headings[1:] == ["recall ↑", "Fréchet ↓"]
 
 
 def test_data_free_comparison_is_drawn_by_its_distance_to_the_teacher(plane, tmp_path):
@@ -301,7 +301,7 @@ def test_data_free_comparison_is_drawn_by_its_distance_to_the_teacher(plane, tmp
             row["frechet"] = row["recall"] = row["coverage"] = None
             row["lpips"] = 0.5
     del result["budgets"]["updates"]["statistics"]["frechet"]
-    figures = quality(result).figures
+    figures = quality_figures(result).figures
     assert [figure.headings[1:] for figure in figures] == [[x, "Fréchet to teacher ↓"] for x in ("Vendi ↑", "LPIPS diversity ↑")]
     text = changed(plane, tmp_path, references=result["references"], budgets=result["budgets"])
     assert "<b>Vendi, equal gradient steps</b>" in text
@@ -313,6 +313,7 @@ def test_only_distances_of_inceptions_features_are_called_fid_and_kid(plane, tmp
     assert "In FID ↓ at equal gradient steps" in text
     assert "KID\N{NO-BREAK SPACE}↓" in text
     assert "Fréchet" not in text
+    assert "KID: an unbiased estimate, which may be negative" in text
     assert not re.search("[FK]ID.↓", text_of(plane[1]))
 
 
@@ -337,7 +338,7 @@ def test_arms_that_differ_in_thresholding_alone_are_drawn_together(plane, tmp_pa
     config = yaml.safe_load(bc.read_text())
     bc.write_text(yaml.safe_dump({**config, "thresholding": {"roles": []}}))
     other.write_text(yaml.safe_dump({**config, "thresholding": {"roles": ["teacher", "student"], "kind": "static"}}))
-    (figure,) = training(result, "updates", out)[2].figures
+    (figure,) = training_figures(result, "updates", out)[2].figures
     assert figure.title == 'bc, <b> & "β"'
     assert figure.headings[1:] == ["bc (no threshold)", '<b> & "β" (teacher, student thresholded)']
     assert "with and without thresholding</h3>" in write_page(result, out).read_text()
@@ -346,7 +347,7 @@ def test_arms_that_differ_in_thresholding_alone_are_drawn_together(plane, tmp_pa
 def test_sheet_holds_states_above_estimates(digits):
     result, out = digits
     recorded, expert = read_trajectories(result, out)["bc"], load_expert(digits[0])
-    drawn = sheet(expert, recorded)
+    drawn = sprite_sheet(expert, recorded)
     n, columns = recorded.x_t.shape[:2]
     assert drawn.shape == (2 * n * 8, columns * 8, 3)
     assert (drawn[16 * 3 : 16 * 3 + 8, 8:16] == expert.decode(recorded.x_t[3:4, 1])[0].numpy()).all()
@@ -357,24 +358,35 @@ def test_sheet_holds_states_above_estimates(digits):
 def test_curves_are_means_within_stretches_of_steps():
     runs = [[{"step": s, "source_counts": {}, "loss": v} for s, v in ((1, 2.0), (2, 4.0), (3, None), (4, 8.0))]]
     runs.append([{"step": s, "source_counts": {}, "loss": v} for s, v in ((1, 0.0), (2, 0.0))])  # cut short
-    x, means = binned(runs, ("loss",), bins=2)
+    x, means = bin_rows(runs, ("loss",), bins=2)
     assert x == [2.0, 4.0]  # 1.5 to even
     np.testing.assert_array_equal(means, [[3.0, 8.0], [0.0, math.nan]])
 
 
+def test_evaluations_during_training_are_drawn_over_gradient_steps(plane, tmp_path):
+    result, out = plane[0], tmp_path / "copy"
+    shutil.copytree(plane[1], out)
+    for run, last in zip(result["budgets"]["updates"]["runs"], (8, 4, 4, 4), strict=True):
+        rows = [{"step": step, "frechet_to_expert": 1.0 + step, "best": step == 0, "seconds": 0.0} for step in range(0, last + 1, 4)]
+        (out / run["directory"] / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (figure,) = [f for f in training_figures(result, "updates", out)[1].figures if f.title.startswith("Validation")]
+    assert figure.title == "Validation: Fréchet to teacher ↓"
+    assert figure.rows == [["0", "1", "1"], ["4", "5", "5"], ["8", "9", "–"]]
+
+
 def test_states_drawn_are_counted_over_a_run_and_averaged_over_runs():
     rows = [{"step": 1, "source_counts": {"forward": 900, "student": 100}}, {"step": 2, "source_counts": {"forward": 500, "student": 0}}]
-    assert counts_of([rows, rows[:1]]) == "1,150 forward, 0 teacher, 100 student"
+    assert count_states([rows, rows[:1]]) == "1,150 forward, 0 teacher, 100 student"
 
 
 def test_ratio_of_errors_is_undefined_where_the_teacher_errs_not():
-    ratio = steps_of({"action_mse_own": [2.0, 3.0], "action_mse_expert": [1.0, 0.0]}, "compounding")
+    ratio = step_values({"action_mse_own": [2.0, 3.0], "action_mse_expert": [1.0, 0.0]}, "compounding")
     np.testing.assert_array_equal(ratio, [2.0, math.nan])
-    assert steps_of({"shift": None}, "shift") == []
+    assert step_values({"shift": None}, "shift") == []
 
 
 def test_line_is_the_mean_and_its_band_the_range():
-    line = Line.over("a", LOOKS[0], [1, 2], [[1.0, math.nan], [3.0, 5.0]])
+    line = Line.over("a", ARM_STYLES[0], [1, 2], [[1.0, math.nan], [3.0, 5.0]])
     figure = line_figure("f", "title", "caption", [line], "x", "y")
     assert figure.rows == [["1", "2 [1, 3]"], ["2", "5"]]
 

@@ -1,4 +1,4 @@
-"""What the numbers of a comparison are: matched updates, statistics over paired seeds, flags and tables."""
+"""Numbers of a comparison: matched updates, statistics over paired seeds, warnings and tables."""
 
 import csv
 import io
@@ -9,10 +9,10 @@ from helpers import comparison
 
 from ddil_agents import compare
 from ddil_agents.comparison.arms import Run
-from ddil_agents.comparison.page.tables import supported
-from ddil_agents.comparison.results import flags_of, idle_arms, same_measure, statistics_of
+from ddil_agents.comparison.page.tables import better_arms
+from ddil_agents.comparison.results import check_same_evaluation, compute_statistics, warn_of_identical_arms, warn_of_run
 from ddil_agents.comparison.runs import matched_updates
-from ddil_agents.evaluation.results import METRICS, heading, table
+from ddil_agents.evaluation.results import METRICS, metric_heading, table
 
 
 def results(costs, num_updates=100):
@@ -27,7 +27,7 @@ def test_matched_updates_cost_what_the_baselines_do():
     assert matched_updates(comparison(baseline="dagger"), "teacher_nfe", found) == {"bc": 200, "dagger": 50}
     assert matched_updates(comparison(), "nfe", found) == {"bc": 100, "dagger": round(1050 / 41)}
     assert matched_updates(comparison(), "seconds", found) == {"bc": 100, "dagger": 50}
-    with pytest.raises(ValueError, match="equal=teacher_nfe: dagger costs none"):
+    with pytest.raises(ValueError, match="equal=teacher_nfe: dagger has no such cost"):
         matched_updates(comparison(), "teacher_nfe", {**found, "dagger": results([0])})
     staged = comparison(arms={"bc": {"agent": "bc"}, "dagger": {"agent": "dagger", "stages": [{"num_steps": 2}]}})
     with pytest.raises(ValueError, match="dagger trains in stages"):
@@ -36,9 +36,9 @@ def test_matched_updates_cost_what_the_baselines_do():
 
 def test_runs_that_were_measured_in_two_ways_are_not_compared():
     one = {"env_config": {"dataset": "digits"}, "settings": {"extractor": "identity", "n": 20, "seed": 0}}
-    same_measure({Path("a"): one, Path("b"): {**one, "settings": {**one["settings"], "seed": 1}}})
+    check_same_evaluation({Path("a"): one, Path("b"): {**one, "settings": {**one["settings"], "seed": 1}}})
     with pytest.raises(ValueError, match=r"a has settings .*identity.*, b .*latent_pool8.*; compare runs of one expert"):
-        same_measure({Path("a"): one, Path("b"): {**one, "settings": {**one["settings"], "extractor": "latent_pool8"}}})
+        check_same_evaluation({Path("a"): one, Path("b"): {**one, "settings": {**one["settings"], "extractor": "latent_pool8"}}})
 
 
 def by_seed(metric, values):
@@ -49,7 +49,7 @@ def test_statistics_are_of_paired_seeds():
     rows = {"bc": by_seed("frechet", (2.0, 4.0, 3.0, 5.0, 3.5, 6.0)), "dagger": by_seed("frechet", (1.0, 3.0, 2.0, 4.0, 2.5, 5.0))}
     rows["bc"][0]["coverage"] = 0.5
     initial, teacher = {"bc": by_seed("frechet", (10.0, 20.0, 10.0, 10.0, 10.0, 10.0))}, by_seed("frechet", (0.0, 0.0, 0.0, 0.0, 0.0, 5.0))
-    found = statistics_of(comparison(seeds=6), rows, initial, teacher)
+    found = compute_statistics(comparison(seeds=6), rows, initial, teacher)
     pair = found["frechet"]["pairs"]["dagger"]
     assert (pair["mean"], pair["n"], pair["p"]) == (-1.0, 6, 2 / 64)
     assert pair["p_holm"] == pair["p"]
@@ -66,7 +66,7 @@ def test_statistics_are_of_paired_seeds():
 def test_a_lost_run_leaves_the_other_seeds_paired():
     rows = {"bc": by_seed("frechet", (2.0, 4.0, 3.0, 9.0)), "dagger": by_seed("frechet", (1.0, 3.0, 2.0, 4.0))}
     del rows["bc"][3], rows["dagger"][0]
-    pair = statistics_of(comparison(), rows, {}, {})["frechet"]["pairs"]["dagger"]
+    pair = compute_statistics(comparison(), rows, {}, {})["frechet"]["pairs"]["dagger"]
     assert (pair["n"], pair["mean"]) == (2, -1.0)
 
 
@@ -78,7 +78,7 @@ def test_conclusions_are_after_holms_correction():
         "a": by_seed("frechet", [x - 1 for x in base]),
         "b": by_seed("frechet", [x - 1 for x in base[:-1]] + [base[-1] + 0.1]),
     }
-    pairs = statistics_of(comparison(arms=arms, seeds=7), rows, {}, {})["frechet"]["pairs"]
+    pairs = compute_statistics(comparison(arms=arms, seeds=7), rows, {}, {})["frechet"]["pairs"]
     assert (pairs["a"]["p_holm"], pairs["b"]["p_holm"]) == (4 / 128, 4 / 128)  # of b itself p = 4/128: Holm's second step, undivided
     assert [pairs[arm]["conclusion"] for arm in "ab"] == [f"{arm} is lower than base at 5 % over 2 comparisons" for arm in "ab"]
 
@@ -89,22 +89,22 @@ def test_what_is_bold_is_what_its_sentence_says_after_lost_runs():
     rows = {"base": by_seed("frechet", base)} | {arm: by_seed("frechet", [x - 1 for x in base]) for arm in "ab"}
     del rows["b"][6]
     given = comparison(arms=arms, seeds=7)
-    statistics = statistics_of(given, rows, {}, {})
+    statistics = compute_statistics(given, rows, {}, {})
     pairs = statistics["frechet"]["pairs"]
     assert [(pair["n"], pair["p_holm"]) for pair in pairs.values()] == [(7, 4 / 128), (6, 4 / 128)]
     assert pairs["b"]["conclusion"] == "b is lower than base at 5 % over 2 comparisons"
     result = {"comparison": {"baseline": "base"}, "budgets": {"updates": {"statistics": statistics}}, "arms": arms}
-    assert supported(result, "updates", "frechet") == {"a", "b"}
+    assert better_arms(result, "updates", "frechet") == {"a", "b"}
     for seed in (4, 5):
         del rows["b"][seed]
-    statistics["frechet"] = statistics_of(given, rows, {}, {})["frechet"]
+    statistics["frechet"] = compute_statistics(given, rows, {}, {})["frechet"]
     assert "4 seeds cannot show" in statistics["frechet"]["pairs"]["b"]["conclusion"]
-    assert supported(result, "updates", "frechet") == {"a"}
+    assert better_arms(result, "updates", "frechet") == {"a"}
 
 
 def test_too_few_seeds_are_said_to_be_too_few():
     rows = {"bc": by_seed("frechet", (2.0, 3.0, 4.0)), "dagger": by_seed("frechet", (1.0, 1.5, 2.0))}
-    assert "3 seeds cannot show" in statistics_of(comparison(), rows, {}, {})["frechet"]["pairs"]["dagger"]["conclusion"]
+    assert "3 seeds cannot show" in compute_statistics(comparison(), rows, {}, {})["frechet"]["pairs"]["dagger"]["conclusion"]
 
 
 def test_an_arm_that_is_the_baseline_bit_for_bit_is_flagged():
@@ -112,17 +112,17 @@ def test_an_arm_that_is_the_baseline_bit_for_bit_is_flagged():
         "bc": {0: {"frechet": 1.0, "recall": 0.5}, 1: {"frechet": 2.0}},
         "dagger": {0: {"frechet": 1.0, "recall": 0.5}, 1: {"frechet": 2.0}},
     }
-    (flag,) = idle_arms(comparison(), rows)
-    assert flag.startswith("dagger: each run is that of bc, bit for bit")
+    (flag,) = warn_of_identical_arms(comparison(), rows)
+    assert flag.startswith("dagger: each run equals that of bc, bit for bit")
     for other in ({0: {"frechet": 1.0, "recall": 0.5}, 1: {"frechet": 2.5}}, {0: {"frechet": 1.0, "recall": 0.5}}, {}):
-        assert idle_arms(comparison(), rows | {"dagger": other}) == []
+        assert warn_of_identical_arms(comparison(), rows | {"dagger": other}) == []
 
 
 CALM = [{"grad_norm": 1.0, "grad_norm_max": 1.0, "critic_grad_norm": 2.0, "critic_grad_norm_max": 2.0}] * 20
 
 
 def flagged(row=None, training=CALM, initial=None, teacher=None, primary="frechet"):
-    return flags_of(Run("updates", "a", 3, Path("a-s3")), row or {}, training, initial or {}, teacher or {}, primary)
+    return warn_of_run(Run("updates", "a", 3, Path("a-s3")), row or {}, training, initial or {}, teacher or {}, primary)
 
 
 def test_flags_name_modes_that_the_untrained_student_or_the_teacher_has():
@@ -137,16 +137,16 @@ def test_flags_name_modes_that_the_untrained_student_or_the_teacher_has():
 
 
 @pytest.mark.parametrize(
-    ("spike", "told"),
+    ("spike", "message"),
     [
         ({"grad_norm": 6.9, "grad_norm_max": 60.0}, "a gradient norm of 60, 60 times the median"),
         ({"grad_norm": 50.0}, "a gradient norm of 50, 50 times the median"),  # a run of before there were largest ones
         ({"critic_grad_norm": 2e4, "critic_grad_norm_max": 2e4}, "a critic gradient norm of 2e+04, 10000 times the median"),
     ],
 )
-def test_flags_name_any_networks_gradients_that_blow_up(spike, told):
+def test_flags_name_any_networks_gradients_that_blow_up(spike, message):
     (flag,) = flagged(training=[*CALM, spike])
-    assert told in flag
+    assert message in flag
     assert flagged(training=[spike, *CALM]) == []  # in the warm-up
     assert flagged(training=[*CALM, {**CALM[0], "grad_norm_max": float("inf")}]) == []  # a step that fp16's scaler skips
 
@@ -166,14 +166,14 @@ def test_arms_without_the_teachers_noise_are_not_held_against_those_with_it():
         for arm, far, rmse in (("bc", 0.3, 0.1), ("dagger", 0.2, 0.1), ("lcm", 5.0, None), ("dmd2", 6.0, None))
     }
     arms = {arm: {"agent": arm} for arm in rows}
-    found = statistics_of(comparison(arms=arms), rows, {}, {})
+    found = compute_statistics(comparison(arms=arms), rows, {}, {})
     assert found["frechet"]["pairs"].keys() == {"dagger", "lcm", "dmd2"}
     assert found["frechet_to_expert"]["arms"].keys() == set(arms)
     assert found["frechet_to_expert"]["pairs"].keys() == {"dagger"}
-    found = statistics_of(comparison(arms=arms, baseline="lcm"), rows, {}, {})
+    found = compute_statistics(comparison(arms=arms, baseline="lcm"), rows, {}, {})
     assert found["frechet_to_expert"]["pairs"].keys() == {"dmd2"}
     initial = {arm: by_seed("frechet_to_expert", [9.0] * 7) for arm in rows}
-    found = statistics_of(comparison(arms=arms), rows, initial, by_seed("frechet_to_expert", [0.0] * 7))["frechet_to_expert"]
+    found = compute_statistics(comparison(arms=arms), rows, initial, by_seed("frechet_to_expert", [0.0] * 7))["frechet_to_expert"]
     assert {arm for arm, own in found["arms"].items() if "normalised" in own} == {"bc", "dagger"}
 
 
@@ -186,9 +186,9 @@ def test_every_score_of_a_row_is_in_every_table():
     lines = table({**result, "models": {"dagger@4": dict.fromkeys(scores, 0.25)}}).splitlines()
     assert "training data, n = 11" in lines[0]
     names = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
-    assert names[2:] == [heading(score, result) for score in scores]
+    assert names[2:] == [metric_heading(score, result) for score in scores]
     assert names[2:4] == ["FID ↓", "KID ↓"]
-    assert heading("frechet", {"settings": {"extractor": "identity"}}) == "Fréchet ↓"
+    assert metric_heading("frechet", {"settings": {"extractor": "identity"}}) == "Fréchet ↓"
     assert max(map(len, lines)) <= 100
     rows = {arm: {seed: dict.fromkeys(scores, 0.1 * seed) for seed in range(3)} for arm in ("bc", "dagger")}
     found = {
@@ -201,12 +201,15 @@ def test_every_score_of_a_row_is_in_every_table():
         "budgets": {
             "updates": {
                 "runs": [{"arm": arm, "seed": seed, **row} for arm, own in rows.items() for seed, row in own.items()],
-                "statistics": statistics_of(comparison(primary="clip_score"), rows, {}, {}),
+                "statistics": compute_statistics(comparison(primary="clip_score"), rows, {}, {}),
             }
         },
         "flags": [],
     }
+    note = "KID: an unbiased estimate, which may be negative; compare it with real data's, not with 0."
+    assert note in lines
     for text in (compare.latex_table(found), compare.markdown(found)):
+        assert note in text
         assert all(name in text for name in ("FID", "KID", "LPIPS diversity", "CLIP score", "HPSv2", "precision", "density", "Vendi"))
         assert "n = 20, features of inception_v3_2015, guidance 1; a CPU, torch 2, today" in text
     assert "dagger − bc: +0 [+0, +0]; 3 seeds cannot show" in compare.markdown(found)

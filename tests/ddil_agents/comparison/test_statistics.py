@@ -11,7 +11,7 @@ from ddil_agents.comparison.statistics import (
     bootstrap_interval,
     holm,
     interquartile_mean,
-    normalised,
+    normalise,
     paired_comparison,
     performance_profile,
     probability_of_improvement,
@@ -217,13 +217,13 @@ def test_area_under_the_performance_profile_is_the_mean():
 
 
 def test_normalised_is_0_at_init_and_1_at_the_teacher():
-    assert normalised([10, 2, 6, 0], m_init=10, m_teacher=2) == pytest.approx([0, 1, 0.5, 1.25])  # lower is better
-    assert normalised([[1, 10], [2, 30]], [1, 10], [3, 20]) == pytest.approx(np.array([[0, 0], [0.5, 2]]))  # a scale a task
+    assert normalise([10, 2, 6, 0], m_init=10, m_teacher=2) == pytest.approx([0, 1, 0.5, 1.25])  # lower is better
+    assert normalise([[1, 10], [2, 30]], [1, 10], [3, 20]) == pytest.approx(np.array([[0, 0], [0.5, 2]]))  # a scale a task
 
 
 def test_normalised_does_not_depend_on_the_unit():
     m = normal(6, 2)
-    assert normalised(3 - 5 * m, 3 - 5 * 0.2, 3 - 5 * 1.7) == pytest.approx(normalised(m, 0.2, 1.7))
+    assert normalise(3 - 5 * m, 3 - 5 * 0.2, 3 - 5 * 1.7) == pytest.approx(normalise(m, 0.2, 1.7))
 
 
 # Paired comparison
@@ -318,9 +318,9 @@ def test_pairing_removes_what_the_seeds_share():
         (lambda: holm(0.1), "pvalues=0.1: need a list"),
         (lambda: probability_of_improvement(np.ones((3, 2)), np.ones((3, 4))), "x has 2 tasks and y has 4: need the same tasks"),
         (lambda: performance_profile([1, math.nan], [0]), "x: 1 of 2 values are not finite"),
-        (lambda: normalised([1, 2], 3.5, 3.5), "m_init = m_teacher = 3.5: a scale needs two ends"),
-        (lambda: normalised([[1, 2]], [0, 4], [1, 4]), "m_init = m_teacher = 4: a scale needs two ends"),
-        (lambda: normalised([1], 0, math.nan), "m_teacher: 1 of 1 values are not finite"),
+        (lambda: normalise([1, 2], 3.5, 3.5), "m_init = m_teacher = 3.5: a scale needs two ends"),
+        (lambda: normalise([[1, 2]], [0, 4], [1, 4]), "m_init = m_teacher = 4: a scale needs two ends"),
+        (lambda: normalise([1], 0, math.nan), "m_teacher: 1 of 1 values are not finite"),
         (lambda: paired_comparison([1, 2], [1, 2, 3], names=("bc", "lcm")), r"of bc are \(2, 1\) and of lcm \(3, 1\): pair the same seeds"),
         (lambda: paired_comparison([1, 2], [1, math.nan], names=("bc", "lcm")), "lcm: 1 of 2 values are not finite"),
         (lambda: paired_comparison([1, 2], [1, 2], comparisons=0), "comparisons=0: need at least 1"),

@@ -9,14 +9,14 @@ import torch
 from helpers import make_evaluator
 from PIL import Image
 
-from ddil_agents.evaluation import evaluator as evaluating
-from ddil_agents.evaluation import provenance, samples
+from ddil_agents.evaluation import provenance, quality, samples
 from ddil_agents.evaluation.evaluator import Evaluator
-from ddil_agents.evaluation.metrics.coverage import precision_recall_density_coverage
 from ddil_agents.evaluation.metrics.distances import mmd2, split_half
 from ddil_agents.evaluation.metrics.frechet import frechet_distance
+from ddil_agents.evaluation.metrics.precision_recall import precision_recall_density_coverage
 from ddil_agents.evaluation.results import table
 from ddil_agents.evaluation.settings import Evaluation, extractor_for
+from ddil_agents.evaluation.shift import kernel_bandwidth
 from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, load_expert, unroll
 from ddil_env.corrections import ScaledEpsilon
 
@@ -37,15 +37,15 @@ class Biased(DdimPolicy):
         return super().act(x_t, t, s, c, w) + self.b * (t == self.at)[:, None]
 
 
-def test_batches_are_judged_as_one_set():
+def test_batches_are_evaluated_as_one_set():
     evaluator = make_evaluator(mixture())
     noise = torch.cat([evaluator.noise(k) for k in range(3)])
     assert [len(evaluator.noise(k)) for k in range(3)] == [25, 25, 10]
     assert len(noise.unique(dim=0)) == 60
-    drawn = evaluator._draw(evaluator.few_steps, evaluator.grid, "ddim")
+    drawn = evaluator._draw(evaluator.few_step_expert, evaluator.grid, "ddim")
     x = noise
     for t, s in zip(evaluator.grid.times[:-1], evaluator.grid.times[1:], strict=True):
-        x = evaluator.few_steps.act(x, t.expand(60), s.expand(60))
+        x = evaluator.few_step_expert.act(x, t.expand(60), s.expand(60))
     assert torch.allclose(drawn.features.values, x, atol=1e-6)
     assert drawn.path.shape == (20, 5, 2)
     assert torch.allclose(drawn.path[:, -1], x[:20], atol=1e-6)
@@ -60,7 +60,7 @@ def test_the_noise_on_the_way_is_not_what_another_seed_or_batch_starts_from(monk
 
     monkeypatch.setattr(samples, "unroll", noting)
     for evaluator in evaluators:
-        evaluator._draw(evaluator.few_steps, evaluator.grid, "renoise")
+        evaluator._draw(evaluator.few_step_expert, evaluator.grid, "renoise")
     starts = [evaluator.noise(batch) for evaluator in evaluators for batch in range(3)]
     noise = [*starts, *(torch.randn(25, 2, generator=generator) for generator in on_the_way)]
     assert len(on_the_way) == 9
@@ -70,14 +70,14 @@ def test_the_noise_on_the_way_is_not_what_another_seed_or_batch_starts_from(monk
 def test_a_store_spares_what_is_in_it_and_changes_no_number(tmp_path: Path):
     expert = mixture()
     first = make_evaluator(expert, tmp_path)
-    scores = first.evaluate(first.few_steps, name="few")
+    scores = first.evaluate(first.few_step_expert, name="few")
     whole = expert.nfe
     (last,) = tmp_path.glob("few-*-00002.safetensors")
     last.unlink()  # as if a kill had come before the last batch
     expert.nfe = 0
     again = make_evaluator(expert, tmp_path)
     del scores["seconds"]
-    assert {k: v for k, v in again.evaluate(again.few_steps, name="few").items() if k != "seconds"} == scores
+    assert {k: v for k, v in again.evaluate(again.few_step_expert, name="few").items() if k != "seconds"} == scores
     # All of the expert's 8 steps, two batches of 25 in 4, and its actions on data, of 2 forwards each.
     assert expert.nfe == whole - 60 * 8 - 50 * 4 - 15 * 4 * 2
 
@@ -99,7 +99,7 @@ def test_evaluations_share_the_experts_samples_and_no_others(tmp_path: Path):
     assert make_evaluator(expert, store=str(tmp_path), seed=1).evaluate_baselines() != rows[0]
     (row,) = (tmp_path / "seed0").glob("teacher@4-beside-teacher@8-*.json")
     row.write_text(row.read_text()[:50])
-    with pytest.raises(ValueError, match=r"teacher@4-beside-.* is damaged .*; remove it, and it is made again"):
+    with pytest.raises(ValueError, match=r"teacher@4-beside-.* is damaged .*; remove it, and it is computed again"):
         again.evaluate_baselines()
 
 
@@ -139,10 +139,10 @@ def test_the_experts_own_policy_has_no_error_anywhere():
 
 def test_samples_that_draw_noise_on_the_way_are_not_held_against_the_experts_one_by_one():
     evaluator = make_evaluator(mixture())
-    row = evaluator.evaluate(evaluator.few_steps, kernel="renoise")
+    row = evaluator.evaluate(evaluator.few_step_expert, kernel="renoise")
     assert row["endpoint_rmse"] is row["path_rmse"] is None
     assert row["frechet_to_expert"] > 0
-    one = evaluator.evaluate(evaluator.few_steps, TimeGrid(evaluator.expert.schedule, 1), "renoise")
+    one = evaluator.evaluate(evaluator.few_step_expert, TimeGrid(evaluator.expert.schedule, 1), "renoise")
     assert one["endpoint_rmse"] > 0
 
 
@@ -185,15 +185,15 @@ def test_a_shift_is_measured_to_be_what_was_planted():
 
 def test_only_states_of_one_noise_are_compared_in_pairs():
     evaluator = make_evaluator(mixture())
-    row, states = evaluator.evaluate(evaluator.few_steps), evaluator.expert_path[:, :4].transpose(0, 1)
+    row, states = evaluator.evaluate(evaluator.few_step_expert), evaluator.expert_path[:, :4].transpose(0, 1)
     halves = evaluator.floors()["teacher_halves"]["mmd_shift_to_expert"]
-    for i, (x, width) in enumerate(zip(states, map(evaluating._width, states), strict=True)):
+    for i, (x, width) in enumerate(zip(states, map(kernel_bandwidth, states), strict=True)):
         assert halves[i] == split_half(lambda a, b, h=width: mmd2(a, b, h), x)
         if i > 0:  # at the first, two of one index are the same
             assert row["mmd_shift_to_expert"][i] != 0
     for i, x in enumerate(evaluator.real_noised):
-        states = evaluator._draw(evaluator.few_steps, evaluator.grid, "ddim").path[:, i]
-        assert row["mmd_shift"][i] == mmd2(states, x, evaluating._width(x), paired=True)
+        states = evaluator._draw(evaluator.few_step_expert, evaluator.grid, "ddim").path[:, i]
+        assert row["mmd_shift"][i] == mmd2(states, x, kernel_bandwidth(x), paired=True)
 
 
 @pytest.mark.parametrize(("k", "labels"), [(1, None), (3, [0, 1, 2])])
@@ -203,10 +203,10 @@ def test_a_perfect_sampler_with_noise_of_its_own_is_half_as_far_as_the_teachers_
     evaluators = [make_evaluator(expert, n=401, n_paths=4, n_action=1, batch_size=401, seed=seed) for seed in range(6)]
     nfe, floors = expert.nfe, [evaluator.floors()["teacher_halves"] for evaluator in evaluators]
     assert expert.nfe == nfe
-    apart = [frechet_distance(a.expert_drawn.features, b.expert_drawn.features) for a, b in pairwise(evaluators)]
+    apart = [frechet_distance(a.expert_samples.features, b.expert_samples.features) for a, b in pairwise(evaluators)]
     assert sum(floor["frechet_to_expert"] for floor in floors) / 6 == pytest.approx(2 * sum(apart) / 5, rel=0.15)
     order = torch.arange(401) if labels is None else evaluators[0].c.argsort(stable=True)
-    a, b = (evaluators[0].expert_drawn.features[order[first:400:2]] for first in (0, 1))
+    a, b = (evaluators[0].expert_samples.features[order[first:400:2]] for first in (0, 1))
     assert floors[0]["frechet_to_expert"] == frechet_distance(a, b)
     assert floors[0]["n"] == 200
 
@@ -237,7 +237,7 @@ def test_a_student_that_memorises_is_held_against_data_that_it_has_not_seen():
         "n_reference": 440,
     }
     assert torch.equal(evaluator.c, c)  # samples have the classes of the training data, 50 of each
-    features, seen = evaluator._read(held_out)[0], evaluator._read(training)[0]
+    features, seen = evaluator.extract_features(held_out)[0], evaluator.extract_features(training)[0]
     assert row["frechet"] == frechet_distance(features, seen) > 0.1
     matched = precision_recall_density_coverage(features, seen[:440])  # 44 of each class on both sides
     assert {name: row[name] for name in ("precision", "recall", "density", "coverage")} == dataclasses.asdict(matched)
@@ -248,9 +248,9 @@ def test_a_student_that_memorises_is_held_against_data_that_it_has_not_seen():
     assert {key: floor[key] for key in floor.keys() & row.keys() - {"shift"}} == {
         key: row[key] for key in floor.keys() & row.keys() - {"shift"}
     }
-    told = table({"settings": evaluator.describe(), "floors": {}, "models": {"memory@4": row}, **provenance.provenance(expert.device)})
-    assert "n = 500, evaluation seed 0, against 440 held-out data, features" in told
-    assert "coverage of training data ↑" in told
+    shown = table({"settings": evaluator.describe(), "floors": {}, "models": {"memory@4": row}, **provenance.provenance(expert.device)})
+    assert "n = 500, evaluation seed 0, against 440 held-out data, features" in shown
+    assert "coverage of training data ↑" in shown
 
 
 def test_without_held_out_data_the_training_data_are_the_reference_and_the_result_says_so(monkeypatch):
@@ -266,7 +266,7 @@ def test_without_held_out_data_the_training_data_are_the_reference_and_the_resul
     evaluator = make_evaluator(expert)
     assert (evaluator.describe()["reference"], evaluator.describe()["n_reference"]) == ("training", 60)
     assert torch.equal(evaluator.real, draw(60)[0])
-    row = evaluator.evaluate(evaluator.few_steps)
+    row = evaluator.evaluate(evaluator.few_step_expert)
     assert row["frechet"] > 0
     assert not [key for key in row if key.endswith("_train")]
     assert evaluator.floors().keys() == {"real_halves", "teacher_halves"}
@@ -275,7 +275,7 @@ def test_without_held_out_data_the_training_data_are_the_reference_and_the_resul
 @pytest.mark.parametrize("n_held_out", [8, 90])
 def test_forward_states_are_of_held_out_data_under_their_own_conditions(monkeypatch, n_held_out):
     expert = GaussianMixtureExpert(means=[[-0.7, 0.2], [0.6, -0.4], [0.1, 0.8]], stds=0.1, weights=[1, 1, 1], labels=[0, 1, 2])
-    draw, asked = expert.reference_data, []
+    draw, calls = expert.reference_data, []
     monkeypatch.setattr(expert, "reference_data", lambda n, held_out=False: draw(n_held_out if held_out else n, held_out))
     evaluator = make_evaluator(expert, n_action=15)
     held_out, c = draw(n_held_out, held_out=True)
@@ -284,11 +284,11 @@ def test_forward_states_are_of_held_out_data_under_their_own_conditions(monkeypa
 
     class Noting(DdimPolicy):
         def act(self, x_t, t, s, c=None, w=None):
-            asked.append((x_t, t, c))
+            calls.append((x_t, t, c))
             return super().act(x_t, t, s, c, w)
 
-    row = evaluator.evaluate(Noting(evaluator.few_steps.predict, expert.schedule))
-    forward = [(x_t, t, of) for x_t, t, of in asked if x_t.shape == (m, 2) and torch.equal(of, c[:m])]
+    row = evaluator.evaluate(Noting(evaluator.few_step_expert.predict, expert.schedule))
+    forward = [(x_t, t, of) for x_t, t, of in calls if x_t.shape == (m, 2) and torch.equal(of, c[:m])]
     assert len(row["action_mse_forward"]) == len(forward) == 4
     for (x_t, t, _), noised in zip(forward, evaluator.real_noised, strict=True):
         assert torch.equal(x_t, noised[:m])
@@ -321,7 +321,7 @@ def test_data_free_conditions_come_in_turn(monkeypatch):
     monkeypatch.setattr(expert, "reference_data", no_data)
     evaluator = make_evaluator(expert, n=25, n_paths=5)
     assert evaluator.c.tolist() == [i % 10 for i in range(25)]
-    row = evaluator.evaluate(evaluator.few_steps)
+    row = evaluator.evaluate(evaluator.few_step_expert)
     assert "frechet" not in row
     assert row["action_mse_forward"] is row["shift"] is None
     assert row["action_ratio"] == pytest.approx([a / b for a, b in zip(row["action_mse_own"], row["action_mse_expert"], strict=True)])
@@ -337,30 +337,30 @@ def test_pictures_are_compared_with_a_folder(tmp_path: Path, colour):
     assert evaluator.describe() | {"resize": "centre_crop_lanczos_256", "distance": "Fréchet distance (colour)"} == evaluator.describe()
     assert evaluator.describe()["images"].startswith("40 pictures, ")
     assert evaluator.floors().keys() == {"real_halves", "teacher_halves"}
-    assert evaluator.evaluate(evaluator.few_steps)["frechet"] > 100 * evaluator.floors()["real_halves"]["frechet"] > 0
+    assert evaluator.evaluate(evaluator.few_step_expert)["frechet"] > 100 * evaluator.floors()["real_halves"]["frechet"] > 0
 
 
-def test_what_is_kept_of_one_folder_of_pictures_is_not_taken_for_another_s(tmp_path: Path, colour, monkeypatch):
-    monkeypatch.setattr(evaluating, "KEPT", 16)
+def test_cached_features_of_one_folder_are_not_read_for_another(tmp_path: Path, colour, monkeypatch):
+    monkeypatch.setattr(quality, "PICTURES_PER_FILE", 16)
     for name, low in (("a", 0), ("b", 128)):
         (tmp_path / name).mkdir()
         pictures = torch.randint(low, 255, (40, 20, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         for i, picture in enumerate(pictures):
             Image.fromarray(picture.numpy()).save(tmp_path / name / f"{i:03d}.png")
-    expert, asked = load_expert("digits8"), {"n": 20, "n_paths": 10, "batch_size": 10, "extractor": "colour"}
+    expert, settings = load_expert("digits8"), {"n": 20, "n_paths": 10, "batch_size": 10, "extractor": "colour"}
     alone, *rows = (
-        make_evaluator(expert, **asked, images=str(tmp_path / name), **store).evaluate_baselines()["teacher@4"]["frechet"]
+        make_evaluator(expert, **settings, images=str(tmp_path / name), **store).evaluate_baselines()["teacher@4"]["frechet"]
         for name, store in (("b", {}), ("a", {"store": str(tmp_path / "store")}), ("b", {"store": str(tmp_path / "store")}))
     )
     assert rows[1] == alone != rows[0]
 
 
 def test_reading_a_folder_of_pictures_goes_on_where_it_was_killed(tmp_path: Path, colour, monkeypatch):
-    monkeypatch.setattr(evaluating, "KEPT", 16)
+    monkeypatch.setattr(quality, "PICTURES_PER_FILE", 16)
     for i, picture in enumerate(torch.randint(0, 255, (40, 20, 30, 3), dtype=torch.uint8)):
         Image.fromarray(picture.numpy()).save(tmp_path / f"{i:03d}.png")
-    expert, asked = load_expert("digits8"), {"n": 20, "n_paths": 10, "extractor": "colour", "images": str(tmp_path)}
-    read, load = [], evaluating.load_pictures
+    expert, settings = load_expert("digits8"), {"n": 20, "n_paths": 10, "extractor": "colour", "images": str(tmp_path)}
+    read, load = [], quality.load_pictures
 
     def killed(paths):
         if len(read) == 2:
@@ -368,17 +368,17 @@ def test_reading_a_folder_of_pictures_goes_on_where_it_was_killed(tmp_path: Path
         read.append(len(paths))
         return load(paths)
 
-    monkeypatch.setattr(evaluating, "load_pictures", killed)
+    monkeypatch.setattr(quality, "load_pictures", killed)
     with pytest.raises(KeyboardInterrupt):
-        make_evaluator(expert, **asked, store=str(tmp_path / "store"))
-    monkeypatch.setattr(evaluating, "load_pictures", lambda paths: read.append(len(paths)) or load(paths))
-    again = make_evaluator(expert, **asked, store=str(tmp_path / "store"))
+        make_evaluator(expert, **settings, store=str(tmp_path / "store"))
+    monkeypatch.setattr(quality, "load_pictures", lambda paths: read.append(len(paths)) or load(paths))
+    again = make_evaluator(expert, **settings, store=str(tmp_path / "store"))
     assert read == [16, 16, 8]
-    assert torch.equal(again.real_features.values, make_evaluator(expert, **asked).real_features.values)
+    assert torch.equal(again.real_features.values, make_evaluator(expert, **settings).real_features.values)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_pictures_of_an_expert_on_the_gpu_are_judged(colour):
+def test_pictures_of_an_expert_on_the_gpu_are_evaluated(colour):
     evaluator = make_evaluator(load_expert("digits8", device="cuda"), n=20, n_paths=10, batch_size=8, extractor="colour")
     row = evaluator.evaluate_baselines()["teacher@4"]
     assert row["frechet"] > 0
@@ -418,7 +418,7 @@ def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch, tmp_path: Pa
         samples, "lpips_distance", lambda weights, device: lambda a, b: (a.float() - b.float()).abs().flatten(1).mean(1) / 255
     )
     evaluator = make_evaluator(expert, tmp_path, n=20, n_paths=5, batch_size=8, scores=("clip_score",), lpips=True)
-    row = evaluator.evaluate(evaluator.few_steps, evaluator.grid, name="few")
+    row = evaluator.evaluate(evaluator.few_step_expert, evaluator.grid, name="few")
     assert row["clip_score"] == pytest.approx(float(evaluator.c.double().mean()))
     # Ten pictures of each condition, from one noise in all conditions: 45 pairs each.
     x_T = torch.randn(10, *expert.sample_shape, generator=evaluator._generator("lpips x_T"))
@@ -426,7 +426,7 @@ def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch, tmp_path: Pa
     for c in range(10):
         x = x_T
         for t, s in zip(evaluator.grid.times[:-1], evaluator.grid.times[1:], strict=True):
-            x = evaluator.few_steps.act(x, t.expand(10), s.expand(10), torch.full((10,), c))
+            x = evaluator.few_step_expert.act(x, t.expand(10), s.expand(10), torch.full((10,), c))
         pictures = evaluator.pictures(x).double() / 255
         pairs = [float((pictures[i] - pictures[j]).abs().mean()) for i in range(10) for j in range(i)]
         assert len(pairs) == 45
@@ -440,7 +440,7 @@ def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch, tmp_path: Pa
     drawn, draw = [], samples.group_diversity
     monkeypatch.setattr(samples, "group_diversity", lambda groups, distance: drawn.append(len(groups)) or draw(groups, distance))
     for _ in range(2):
-        assert evaluator.evaluate(evaluator.few_steps, evaluator.grid, name="few") == row
+        assert evaluator.evaluate(evaluator.few_step_expert, evaluator.grid, name="few") == row
     assert drawn == [1]
 
 
@@ -459,11 +459,11 @@ def test_a_score_that_a_store_lacks_is_drawn_for_and_one_that_it_has_is_no_burde
     assert not any("clip_score" in row for row in plain.values())
 
 
-def test_a_policy_that_hides_what_it_does_is_not_kept(tmp_path: Path):
+def test_a_policy_with_an_act_of_its_own_is_not_cached(tmp_path: Path):
     expert = mixture()
     evaluator = make_evaluator(expert, tmp_path)
     for b in (0.1, 0.5):
         row = evaluator.evaluate(Biased(evaluator.expert_policy, evaluator.grid.times[3], b), name="student")
         assert row["endpoint_rmse"] == pytest.approx(b, rel=1e-4)
-    scaled = [evaluator.evaluate(ScaledEpsilon(evaluator.few_steps, scale), name="scaled")["endpoint_rmse"] for scale in (1.01, 1.5)]
+    scaled = [evaluator.evaluate(ScaledEpsilon(evaluator.few_step_expert, scale), name="scaled")["endpoint_rmse"] for scale in (1.01, 1.5)]
     assert scaled[1] > 2 * scaled[0]

@@ -122,7 +122,7 @@ def fatal(moment: str) -> None:
         "after the last checkpoint": lambda: patch(checkpoint.os, "replace", 4, after, is_checkpoint),
         "the student half saved": lambda: patch(Expert, "save_student", 1, half_saved),
         "the evaluation": lambda: patch(Evaluator, "evaluate", 2, before),
-        "the fifth batch of an evaluation": lambda: patch(Evaluator, "_measured", 5, before),
+        "the fifth batch of an evaluation": lambda: patch(Evaluator, "_measure_batch", 5, before),
         "before the result of an evaluation": lambda: patch(checkpoint.os, "replace", 1, before, named("scores.json")),
         "the writing of the result": lambda: patch(checkpoint.os, "replace", 1, before, named("result.json")),
         "the drawing of the samples": lambda: patch(runner, "save_pictures", 1, before),

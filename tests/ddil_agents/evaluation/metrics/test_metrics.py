@@ -6,12 +6,12 @@ import pytest
 import torch
 from helpers import normal
 
-from ddil_agents.evaluation.metrics import coverage
-from ddil_agents.evaluation.metrics.coverage import PRDC, precision_recall_density_coverage
+from ddil_agents.evaluation.metrics import precision_recall
 from ddil_agents.evaluation.metrics.digits_classifier import CLASSIFIERS, main
 from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
 from ddil_agents.evaluation.metrics.extractors import EXTRACTORS, default_extractor, load_extractor
 from ddil_agents.evaluation.metrics.frechet import frechet_distance
+from ddil_agents.evaluation.metrics.precision_recall import PRDC, precision_recall_density_coverage
 from ddil_env.experts.digits import load_digits, spec_of
 
 
@@ -74,7 +74,7 @@ def test_a_sample_on_the_sphere_lies_in_the_ball():
 @pytest.mark.parametrize("shift", [0.0, 0.8])
 def test_prdc_is_the_reference_packages(k, shift, monkeypatch):
     prdc = pytest.importorskip("prdc")
-    monkeypatch.setattr(coverage, "CHUNK", 1000)  # several chunks, the last one short
+    monkeypatch.setattr(precision_recall, "CHUNK", 1000)  # several chunks, the last one short
     real, fake = normal(157, 7, 0), normal(157, 7, 1) * 0.8 + shift
     ours = precision_recall_density_coverage(real, fake, k)
     assert vars(ours) == pytest.approx(prdc.compute_prdc(real.numpy(), fake.numpy(), nearest_k=k))

@@ -8,12 +8,12 @@ import torch
 from helpers import normal
 
 from ddil_agents.evaluation.metrics import distances, diversity
-from ddil_agents.evaluation.metrics.coverage import precision_recall_density_coverage
 from ddil_agents.evaluation.metrics.distances import mmd2, sliced_wasserstein, split_half
 from ddil_agents.evaluation.metrics.diversity import group_diversity, pairwise_distance
-from ddil_agents.evaluation.metrics.features import Features, check_same
+from ddil_agents.evaluation.metrics.features import Features, check_same_extractor
 from ddil_agents.evaluation.metrics.frechet import frechet_distance, frechet_name, gaussian_w2
 from ddil_agents.evaluation.metrics.kid import kernel_distance
+from ddil_agents.evaluation.metrics.precision_recall import precision_recall_density_coverage
 from ddil_agents.evaluation.metrics.vendi import vendi_score
 
 
@@ -139,7 +139,7 @@ def test_mmd2_takes_the_median_distance_of_the_pooled_samples():
 def test_median_of_many_samples_looks_at_an_even_part_of_them(monkeypatch):
     x = normal(5000, 3, 0)
     assert distances._median_distance(x) == pytest.approx(float(torch.pdist(x).median()), rel=0.02)
-    monkeypatch.setattr(distances, "POOLED", 2)
+    monkeypatch.setattr(distances, "MAX_MEDIAN_SAMPLES", 2)
     assert distances._median_distance(torch.tensor([[0.0], [9.0], [9.0], [4.0], [9.0], [9.0]])) == 4
 
 
@@ -250,7 +250,7 @@ def test_metrics_take_features_as_they_take_tensors(metric):
 
 
 @pytest.mark.parametrize(
-    "metric", [frechet_distance, mmd2, sliced_wasserstein, kernel_distance, precision_recall_density_coverage, check_same]
+    "metric", [frechet_distance, mmd2, sliced_wasserstein, kernel_distance, precision_recall_density_coverage, check_same_extractor]
 )
 def test_features_of_two_extractors_are_refused(metric):
     with pytest.raises(ValueError, match="features of 'identity' against features of 'inception_v3_2015'"):

@@ -224,7 +224,7 @@ def test_inception_is_found_under_its_other_name_and_as_safetensors(inception_we
 def test_weights_of_another_sha256_than_their_name_states_are_told(inception_weights, tmp_path):
     path = inception_weights / "weights-inception-2015-12-05-6726825d.pth"
     found = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    with pytest.warns(UserWarning, match=rf"{path.name} states sha256 6726825d… and has {found}…"):
+    with pytest.warns(UserWarning, match=rf"{path.name} should have a SHA-256 of 6726825d… and has {found}…"):
         Inception(inception_weights)
     (tmp_path / f"mine-{found}.pth").symlink_to(path)
     with warnings.catch_warnings():

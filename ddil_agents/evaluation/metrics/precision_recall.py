@@ -1,6 +1,6 @@
-"""Fidelity and diversity apart: a collapsed sampler keeps its precision and loses recall and coverage.
+"""Precision, recall, density and coverage measure fidelity and diversity separately: a collapsed sampler loses recall and coverage alone.
 
-Balls around each sample, as wide as the distance to its k-th neighbour in its own set, stand for the manifold.
+The manifold of a set is estimated by balls around its samples; the radius is the distance to the k-th neighbour in the same set.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ddil_agents.evaluation.metrics.distances import as_pair
 from ddil_agents.evaluation.metrics.features import Features
 
-CHUNK = 2**24  # distances held at once: 128 MB in float64
+CHUNK = 2**24  # distances in memory at once: 128 MB in float64
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class PRDC:
     Attributes:
         precision: Fraction of fake samples inside some real ball.
         recall: Fraction of real samples inside some fake ball.
-        density: Real balls that hold a fake sample, on average, over k; can exceed 1.
-        coverage: Fraction of real balls that hold some fake sample.
+        density: Number of real balls that contain a fake sample, mean over the fake samples, divided by k; it can exceed 1.
+        coverage: Fraction of real balls that contain some fake sample.
     """
 
     precision: float
@@ -36,7 +36,7 @@ class PRDC:
 
 
 def _rows_of_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Euclidean distances (rows, m), a few rows of a at a time."""
+    """Euclidean distances between a (n, d) and b (m, d): yields a few rows of a at a time, and their distances (rows, m)."""
     rows = max(1, CHUNK // len(b))
     for start in tqdm(range(0, len(a), rows), desc="neighbours", unit="chunk", disable=len(a) <= rows, leave=False):
         part = slice(start, start + rows)
@@ -56,16 +56,16 @@ def precision_recall_density_coverage(real: Tensor | Features, fake: Tensor | Fe
         precision = mean_j 1[∃ i: y_j ∈ B(x_i)]          recall   = mean_i 1[∃ j: x_i ∈ B(y_j)]
         density   = 1/k mean_j Σ_i 1[y_j ∈ B(x_i)]       coverage = mean_i 1[∃ j: y_j ∈ B(x_i)]
 
-    All four move with n, coverage most, so the two sets must match.
-    The `prdc` package asks for < where the balls here are closed; they differ only on exact ties.
+    All four depend on n, coverage most, so both sets must have the same n. The balls are closed; those of the `prdc` package are open,
+    which makes a difference only on exact ties.
 
     Args:
         real: Features x of real samples, (n, d).
         fake: Features y of generated samples, (n, d).
-        k: The neighbour that sets the radius.
+        k: Which neighbour sets the radius.
 
     Raises:
-        ValueError: features of two extractors, numbers of samples or widths that differ, non-finite features, k < 1 or n ≤ k.
+        ValueError: the sets differ in extractor, number or width; features are not finite; or k < 1 or k ≥ n.
     """
     real, fake = as_pair(real, fake, equal_n=True)
     n = len(real)

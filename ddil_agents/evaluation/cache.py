@@ -1,0 +1,104 @@
+"""The cache of an evaluation: the folder in which finished batches, features and scores are stored, and the names of its files.
+
+A killed evaluation continues from its cache, and evaluations of the same teacher share the teacher's samples. The file of a model is
+named after a digest of how that model samples, so a file is read only for the model that it was computed for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddil_agents.training.checkpoint import write_atomically
+from ddil_env import DdimPolicy, TimeGrid
+from ddil_env.mdp import Kernel
+
+
+def open_cache(folder: Path, settings: dict[str, Any]) -> Path:
+    """Makes a cache folder, or opens one that was made under the same settings.
+
+    Raises:
+        ValueError: the folder was made under other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, text = folder / "settings.json", json.dumps(settings)
+    if path.is_file() and path.read_text() != text:
+        raise ValueError(f"{folder} holds an evaluation of other settings; remove it, or choose another")
+    write_atomically(path, text)
+    return folder
+
+
+def is_cacheable(policy: DdimPolicy) -> bool:
+    """Whether `policy_digest` sees all that the policy does: not where a subclass overrides `act`."""
+    return type(policy).act is DdimPolicy.act
+
+
+@torch.no_grad()
+def policy_digest(
+    policy: DdimPolicy,
+    grid: TimeGrid,
+    kernel: Kernel,
+    x: Tensor,
+    c: Tensor | None,
+    data_digest: tuple[str | None, ...],
+    captions_digest: str | None,
+) -> str:
+    """Eight hex digits that tell two models of the same name apart: their weights, how they sample, the data and the captions.
+
+    The weights enter through the predictions for a few states. The order of all inputs is fixed: another order gives other names, and
+    every existing cache would be computed again.
+
+    Args:
+        policy: The model.
+        grid: The times that it samples at.
+        kernel: The transition that it samples with.
+        x: States to predict for, (b, *sample_shape).
+        c: Their condition ids, (b,), or None.
+        data_digest: Digests of the data that samples are compared with.
+        captions_digest: Digest of the captions.
+    """
+    predictions = []
+    for t in grid.times[:-1][:2].unbind():  # two times, because some policies differ in all states but the first
+        prediction = policy.predict(x, t.expand(len(x)), c, None)
+        latent = prediction.projected(policy.support).latent(grid.times[-1:].expand(len(x)), policy.schedule)
+        predictions.append(tensor_digest(latent))
+    inputs = (grid.times.tolist(), kernel, policy.nfe_per_action, predictions, data_digest, captions_digest)
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()[:8]
+
+
+def tensor_digest(x: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def text_digest(texts: list[str]) -> str:
+    """Twelve hex digits of a list of texts."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
+
+
+def read_or_compute(path: Path | None, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Reads numbers from a JSON file of a cache; computes and writes them where there is no such file.
+
+    Args:
+        path: The file; None neither reads nor writes.
+        compute: Returns the numbers.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if path is not None and path.is_file():
+        try:
+            cached: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it, and it is computed again") from error
+        return cached
+    computed = compute()
+    if path is not None:
+        write_atomically(path, json.dumps(computed))
+    return computed
