@@ -126,7 +126,7 @@ def learned(bias: float, beta: Beta, seed: int = 0, num_updates: int = 300) -> F
         seed=seed,
         student={"bias": bias},
     )
-    network = Dagger(Signs(), config).learn(progress=False).average.network
+    network = Dagger(Signs(), config).learn(progress=False).ema_student.network
     return errors(network.theta.item(), network.c.item(), bias)
 
 

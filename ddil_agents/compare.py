@@ -29,10 +29,10 @@ import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from ddil_agents.commands.errors import clear_errors
+from ddil_agents.commands.checks import check_command_line
+from ddil_agents.commands.errors import one_line_errors
 from ddil_agents.commands.help import help_of
-from ddil_agents.commands.parse import find_agent, with_preset
-from ddil_agents.commands.run import refuse_early
+from ddil_agents.commands.parse import find_agent, resolve_presets
 from ddil_agents.comparison.arms import BETAS, Budget, Comparison, Run, arms_of, given_settings, merged, settings_of
 from ddil_agents.comparison.gather import gather
 from ddil_agents.comparison.runs import FIXED, fixed_by, fixed_updates, has_result, matched_updates, read_fixed, train
@@ -97,7 +97,7 @@ def check(comparison: Comparison, out: Path) -> None:
             try:
                 agent, settings = settings_of(comparison, arm)
                 path.write_text(yaml.safe_dump(settings))
-                expert, config, evaluation = refuse_early(find_agent(agent), ["--env", comparison.env, "--config", str(path)], expert)
+                expert, config, evaluation = check_command_line(find_agent(agent), ["--env", comparison.env, "--config", str(path)], expert)
             except ValueError as error:
                 raise ValueError(f"arm {arm}: {error}") from error
             guidance = config.guidance_scale if config.guidance_scale is not None else expert.guidance_scale
@@ -133,11 +133,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=PositiveInt, default=jobs, help="runs at a time; if not given, one a GPU, or one a core")
     parser.add_argument("--out", type=str, required=True, help="directory of the comparison; it goes on with one that is there")
     parser.add_argument("--report_only", type=bool, default=False, help="train nothing, show what is there")
-    with clear_errors(parser):
+    with one_line_errors(parser):
         if {"--help", "-h"} & set(argv):
             print(help_of(parser, "--out DIR (--config NAME|FILE | --env NAME --agents AGENT …) [--SETTING VALUE …]", FIRST))
             return
-        args = read_arguments(parser, with_preset("ablations", argv))
+        args = read_arguments(parser, resolve_presets("ablations", argv))
         given = {f.name: args[f.name] for f in dataclasses.fields(Comparison)}
         given["arms"] = {**arms_of(args.agents, args.betas), **given["arms"]}
         if args.num_updates is not None:

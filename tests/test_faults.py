@@ -141,7 +141,9 @@ def test_memory_that_runs_out_is_an_error_that_says_what_to_lower() -> None:
         MemoryError, match=r"gradient of 16 of batch_size=16 .*; lower batch_size, raise gradient_accumulation=1, or set halve"
     ):
         learn(short_of_memory(dagger(), 4))
-    with pytest.raises(MemoryError, match=r"gradient of 1 of batch_size=16 .*; no fewer go; free memory, or make the student smaller"):
+    with pytest.raises(
+        MemoryError, match=r"gradient of 1 of batch_size=16 .*; there is no smaller batch; free memory, or make the student smaller"
+    ):
         learn(short_of_memory(dagger(halve_batch_on_oom=True), 0))
     collecting = dagger()
     collecting.collector.collect = lambda *_: cpu()  # type: ignore[method-assign, assignment, return-value]
@@ -279,7 +281,7 @@ VERSION = r"step_00000020 was written by another version of ddil \({}\); go on w
         (lambda at: (at / "manifest.json").write_text('{"step": 20, "sha'), DAMAGED),
         (lambda at: (at / "manifest.json").write_text("[]"), DAMAGED),
         (lambda at: (at / "manifest.json").write_text("{}"), DAMAGED),
-        (without_a_setting, VERSION.format("halve_batch_on_oom is a setting in one of them alone")),
+        (without_a_setting, VERSION.format("only one of them has the setting halve_batch_on_oom")),
         (lambda at: changed(at, lambda state: state.pop("gradient_accumulation")), VERSION.format(r"KeyError\('gradient_accumulation'\)")),
         (lambda at: changed(at, lambda state: state["trainables"]["student"]["network"].popitem()), VERSION.format("(?s:.*)")),
     ],

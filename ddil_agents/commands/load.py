@@ -14,7 +14,7 @@ from ddil_agents.commands.parse import expert_and_config, find_agent, parse
 from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.training.checkpoint import checkpoints, read_support
-from ddil_agents.training.stages import Stage, evaluated_as, learners, plan
+from ddil_agents.training.stages import Stage, evaluation_config, iter_learners, plan_stages
 from ddil_env import Expert
 from ddil_env.presets import read_yaml
 
@@ -54,16 +54,16 @@ def load_run(directory: Path, checkpoint: Checkpoint = "last", guidance_scale: f
         raise ValueError(f"{cfg.env.expert}, the expert of {directory}, takes no {', '.join(unknown)}; leave it out")
     vars(cfg.env).update(env)
     expert, config = expert_and_config(agent, parser, cfg)
-    stages = plan(config)
+    stages = plan_stages(config)
     if checkpoint == "best":
         found = [stage for stage in stages if (directory / stage.directory / "best" / "student").is_dir()]
         if not found:
             raise ValueError(f"{directory} has no best student; it is there where training had --evaluate_every")
-        settings, student = evaluated_as(config, found[-1].config), directory / found[-1].directory / "best" / "student"
+        settings, student = evaluation_config(config, found[-1].config), directory / found[-1].directory / "best" / "student"
     elif checkpoint == "last" and (directory / "result.json").is_file():
-        settings, student = evaluated_as(config, stages[-1].config), directory / "student"
+        settings, student = evaluation_config(config, stages[-1].config), directory / "student"
     else:
-        return _in_training(agent, expert, stages, directory, checkpoint)
+        return _load_checkpoint(agent, expert, stages, directory, checkpoint)
     if guidance_scale is not None:
         if getattr(settings, "guidance_range", None) is None:
             raise ValueError(
@@ -75,9 +75,9 @@ def load_run(directory: Path, checkpoint: Checkpoint = "last", guidance_scale: f
     return learner
 
 
-def _in_training(agent: type[Agent], expert: Expert, stages: list[Stage], directory: Path, checkpoint: Checkpoint) -> Agent:
+def _load_checkpoint(agent: type[Agent], expert: Expert, stages: list[Stage], directory: Path, checkpoint: Checkpoint) -> Agent:
     """The agent as a checkpoint has it, of the stage that the run is in."""
-    for stage, learner in learners(agent, expert, stages, directory):
+    for stage, learner in iter_learners(agent, expert, stages, directory):
         place = directory / stage.directory
         if stage is not stages[-1] and (place / "result.json").is_file():
             continue

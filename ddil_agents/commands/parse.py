@@ -22,7 +22,7 @@ from ddil_agents.commands.help import show_help
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import ranks
 from ddil_agents.evaluation.settings import Evaluation, Validation
-from ddil_agents.settings import build, nested_flags, read_arguments
+from ddil_agents.settings import build_dataclass, nested_flags, read_arguments
 from ddil_agents.states.beta import SHARES, Beta
 from ddil_agents.training.callbacks import Callback
 from ddil_agents.training.tracking import Tracker
@@ -78,7 +78,7 @@ def command_of(agent: str) -> list[str]:
     return ["-m", "ddil_agents", agent] if "." in agent or find_spec(f"ddil_agents.{agent}") is None else ["-m", f"ddil_agents.{agent}"]
 
 
-def with_preset(group: str, argv: list[str]) -> list[str]:
+def resolve_presets(group: str, argv: list[str]) -> list[str]:
     """The command line with the name of a preset after --config replaced by its file in configs/<group>."""
     found = list(argv)
     for i, word in enumerate(argv):
@@ -106,7 +106,7 @@ def take_flag(argv: list[str], flag: str) -> str | None:
     return value
 
 
-def own_settings(agent: type[Agent], env: str, config: Path | None, data: bool) -> tuple[list[Path], list[Path]]:
+def preset_files(agent: type[Agent], env: str, config: Path | None, data: bool) -> tuple[list[Path], list[Path]]:
     """The shipped files whose settings are defaults of this agent on an env preset, and those of --config; the later go over the earlier.
 
     Of both, what differs where the user gives data is in the file of that name in `data/`. An env that has a file in configs/learner, of
@@ -153,7 +153,7 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     chosen = [] if config_path is None else [config_path]
     if env_name is not None:
         has_data = data is not None or in_config.get("data") is not None or "--env.data" in {word.partition("=")[0] for word in argv}
-        defaults, chosen = own_settings(agent, env_name, config_path, has_data)
+        defaults, chosen = preset_files(agent, env_name, config_path, has_data)
         preset = read_env(env_name)
         for path in defaults:
             preset |= read_yaml(path).get("env") or {}
@@ -185,7 +185,7 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     argv = [*before, *(word for word in argv if word not in printing), *after]
     cfg = read_arguments(parser, argv)
     if "beta.forward" in known:
-        settle_beta(agent, cfg, [*map(read_yaml, defaults), *contents, nested_flags(argv[len(before) :])])
+        resolve_beta(agent, cfg, [*map(read_yaml, defaults), *contents, nested_flags(argv[len(before) :])])
         argv += [f"--beta.{name}={getattr(cfg.beta, name)!r}" for name in SHARES]
         argv += [f"--stages={json.dumps(cfg.stages)}"] if "stages" in known else []
     if printing:
@@ -225,7 +225,7 @@ def make_parser(agent: type[Agent], expert: str, defaults: list[Path]) -> Argume
     return parser
 
 
-def settle_beta(agent: type[Agent], cfg: Namespace, layers: list[dict[str, Any]]) -> None:
+def resolve_beta(agent: type[Agent], cfg: Namespace, layers: list[dict[str, Any]]) -> None:
     """Sets the shares of β in cfg, and in its stages, as they will be used, and says where they differ from those that were given.
 
     A share that is given alone holds, and the others divide the rest in their proportion; of three, the proportion counts.
@@ -243,14 +243,16 @@ def settle_beta(agent: type[Agent], cfg: Namespace, layers: list[dict[str, Any]]
         beta = beta.with_shares(**_shares(layer.get("beta")))
     read = [getattr(cfg.beta, name) for name in SHARES]
     vars(cfg.beta).update(zip(SHARES, beta.shares, strict=True))
-    if not _close(read, beta.shares):
+    if not _are_close(read, beta.shares):
         given = _shares(layers[-1].get("beta")) or _shares(layers[-2].get("beta"))
-        _say(f"{', '.join(f'beta.{name}={share:g}' for name, share in given.items())}: shares sum to 1, so that β is {_told(beta)}")
+        _print_on_main_rank(
+            f"{', '.join(f'beta.{name}={share:g}' for name, share in given.items())}: shares sum to 1, so that β is {_describe_beta(beta)}"
+        )
     for number, stage in enumerate(getattr(cfg, "stages", ()), 1):
         if given := _shares(stage.get("beta")):
             stage["beta"] = stage["beta"] | dict(zip(SHARES, beta.with_shares(**given).shares, strict=True))
-            if not _close([stage["beta"][name] for name in given], list(given.values())):
-                _say(f"stage {number}: shares sum to 1, so that β is {_told(beta.with_shares(**given))}")
+            if not _are_close([stage["beta"][name] for name in given], list(given.values())):
+                _print_on_main_rank(f"stage {number}: shares sum to 1, so that β is {_describe_beta(beta.with_shares(**given))}")
 
 
 def _shares(given: Any) -> dict[str, float]:
@@ -259,15 +261,15 @@ def _shares(given: Any) -> dict[str, float]:
     return {name: float(given[name]) for name in SHARES if name in given} if isinstance(given, dict) else {}
 
 
-def _close(a: Sequence[float], b: Sequence[float]) -> bool:
+def _are_close(a: Sequence[float], b: Sequence[float]) -> bool:
     return all(abs(x - y) < 1e-9 for x, y in zip(a, b, strict=True))
 
 
-def _told(beta: Beta) -> str:
+def _describe_beta(beta: Beta) -> str:
     return ", ".join(f"{name} {share:.3g}" for name, share in zip(SHARES, beta.shares, strict=True))
 
 
-def _say(message: str) -> None:
+def _print_on_main_rank(message: str) -> None:
     if ranks.is_main():
         print(message, file=sys.stderr)
 
@@ -280,7 +282,7 @@ def expert_and_config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace
 
 
 def build_config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> LearnerConfig:
-    return build(agent.Config, {f.name: cfg[f.name] for f in fields(agent.Config)})
+    return build_dataclass(agent.Config, {f.name: cfg[f.name] for f in fields(agent.Config)})
 
 
 def name_of_env(cfg: Namespace) -> str:

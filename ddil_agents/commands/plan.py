@@ -15,7 +15,7 @@ from ddil_agents.agent import Agent
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import ranks
 from ddil_agents.evaluation.settings import Evaluation
-from ddil_agents.training.stages import Stage, evaluated_as
+from ddil_agents.training.stages import Stage, evaluation_config
 from ddil_env import Expert
 
 COUNTED = ("bc", "dagger", "dart", "lcm", "dmd2")  # agents whose forwards the formulas give
@@ -115,7 +115,7 @@ def print_plan(
     Args:
         agent: Its learner.
         config: The run's.
-        stages: From `plan`.
+        stages: From `plan_stages`.
         expert: The original teacher.
         evaluation: What its student is judged by.
         out: The run directory.
@@ -137,47 +137,50 @@ def print_plan(
     names = {"original": "the expert", "last": "the last student", "same": "the same"}
     for number, (stage, guided) in enumerate(zip(stages, is_guided(stages, expert), strict=True), 1):
         own: Any = stage.config
-        batch = f"{own.batch_size:,}" + (f" × {ranks.world()} processes" if ranks.world() > 1 else "")
+        batch = f"{own.batch_size:,}" + (f" × {ranks.world_size()} processes" if ranks.world_size() > 1 else "")
         row = [str(number), names[stage.teacher] + (", guided" if guided else ""), f"{own.teacher_steps} → {own.num_steps}"]
         row += [f"{own.num_updates:,}", batch]
-        row += [about(states) for states in collected(own)] if isinstance(own, LearnerConfig) else [""] * 3
+        row += [round_count(states) for states in states_collected(own)] if isinstance(own, LearnerConfig) else [""] * 3
         if agent.name in COUNTED:
             spent, fresh = forwards(own, guided, beta=mean_beta(own)), getattr(own, "on_policy", False)
             collections = own.num_updates if fresh else -(-own.num_updates // own.updates_per_collect) * own.updates_per_collect
-            row += [about(spent.teacher * collections * ranks.world()), about(spent.student_nfe * own.num_updates * ranks.world())]
+            row += [
+                round_count(spent.teacher * collections * ranks.world_size()),
+                round_count(spent.student_nfe * own.num_updates * ranks.world_size()),
+            ]
         rows.append(row + [""] * (len(head) - len(row)))
     used = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in used]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in zip(*used, strict=True)]
     print(f"{agent.name}, planned (states and forwards are about what they will be):", *lines, sep="\n  ", file=sys.stderr)
-    print(f"  then {evaluation_of(agent, config, stages, evaluation)}", file=sys.stderr)
+    print(f"  then {describe_evaluation(agent, config, stages, evaluation)}", file=sys.stderr)
     print(f"  {out}: a checkpoint every {checkpoint_every:,} updates", file=sys.stderr)
 
 
-def collected(config: LearnerConfig) -> tuple[float, ...]:
+def states_collected(config: LearnerConfig) -> tuple[float, ...]:
     """About how many states of each source a run collects, of all processes."""
     fresh = getattr(config, "on_policy", False)  # dmd2
     total = config.num_updates * config.batch_size if fresh else -(-config.num_updates // config.updates_per_collect) * config.collect_size
-    return tuple(share * total * ranks.world() for share in mean_beta(config))
+    return tuple(share * total * ranks.world_size() for share in mean_beta(config))
 
 
-def evaluation_of(agent: type[Agent], config: LearnerConfig, stages: list[Stage], evaluation: Evaluation) -> str:
+def describe_evaluation(agent: type[Agent], config: LearnerConfig, stages: list[Stage], evaluation: Evaluation) -> str:
     """What is drawn after the last stage, in words."""
-    last = evaluated_as(config, stages[-1].config)
+    last = evaluation_config(config, stages[-1].config)
     steps = [last.num_steps, *evaluation.also_steps]
     teacher = sorted({last.teacher_steps, *steps}, reverse=True)
-    told = f"{listed(teacher)} steps, and of {agent.name}'s student in {listed(steps)}"
+    told = f"{join_numbers(teacher)} steps, and of {agent.name}'s student in {join_numbers(steps)}"
     each = "after each stage " if len(stages) > 1 else ""
     return f"{each}an evaluation: {evaluation.n:,} samples of the teacher in {told}"
 
 
-def listed(numbers: list[int]) -> str:
+def join_numbers(numbers: list[int]) -> str:
     """32, 8 and 4."""
     *others, last = map(str, numbers)
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def about(number: float) -> str:
+def round_count(number: float) -> str:
     """A count to three figures, 12,300."""
     rounded = round(number, 3 - len(str(int(number)))) if number >= 1000 else round(number)
     return f"{int(rounded):,}"

@@ -190,7 +190,7 @@ class Samples:
                         continue
                 start = time.monotonic()
                 c = None if self.c is None else self.c[k * b : (k + 1) * b]
-                with out_of_memory.named(f"while judging {min(b, self.n)} samples at a time", "lower the evaluation's batch_size"):
+                with out_of_memory.explain(f"while judging {min(b, self.n)} samples at a time", "lower the evaluation's batch_size"):
                     shown_policy = cast(DdimPolicy, Shown(policy, bar))
                     path = unroll(shown_policy, grid, self.noise(k), c, kernel=kernel, generator=self._generator("steps", k))
                     if path.is_cuda:

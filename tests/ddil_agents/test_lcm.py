@@ -100,7 +100,7 @@ def test_the_student_samples_as_diffusers_scheduler_does(kind: PredictionType, t
     for i, t in enumerate(scheduler.timesteps):
         with torch.no_grad():
             output = learner.ema_student.network(x, t.float().expand(6), None)
-            denoised = learner.average(x, t.float().expand(6)).x_0
+            denoised = learner.ema_student(x, t.float().expand(6)).x_0
         step = scheduler.step(output, t, x, generator=generator)
         torch.testing.assert_close(denoised, step.denoised, atol=1e-4, rtol=1e-4)
         x = step.prev_sample
@@ -338,7 +338,7 @@ def test_the_loss_is_the_distance_to_what_the_average_says_one_step_on(distance:
     assert loss.shape == (n,)
     for i in range(n):
         state = batch[i : i + 1]
-        error = learner.student(state["x_t"], state["t"]).x_0 - learner.average(state["x_s"], state["s"]).x_0
+        error = learner.student(state["x_t"], state["t"]).x_0 - learner.ema_student(state["x_s"], state["s"]).x_0
         expected = error.square() if distance == "l2" else (error.square() + 1e-4).sqrt() - 0.01
         torch.testing.assert_close(loss[i], expected.mean(), atol=1e-6, rtol=1e-5)
     assert loss.mean() > 1e-3
@@ -356,7 +356,7 @@ def test_a_thresholded_target_lies_in_the_box() -> None:
     learner = shaken(agent(distance="l2", thresholding=Thresholding(kind="static", bound=0.3, roles=("target",))))
     batch = learner.trainer.collect()
     with torch.no_grad():
-        x_0, target = learner.student(batch["x_t"], batch["t"]).x_0, learner.average(batch["x_s"], batch["s"]).x_0
+        x_0, target = learner.student(batch["x_t"], batch["t"]).x_0, learner.ema_student(batch["x_s"], batch["s"]).x_0
     assert (target.abs() > 0.3).any()
     torch.testing.assert_close(learner.loss(Batch(batch)), (x_0 - target.clamp(-0.3, 0.3)).square().mean(1))
     assert not torch.allclose(learner.loss(Batch(batch)), (x_0 - target).square().mean(1), atol=1e-2)
@@ -371,7 +371,7 @@ def test_a_thresholded_student_feels_a_gradient_outside_the_box() -> None:
     batch = collector(learner).collect(64, only(0), 0)
     batch = batch[batch["t"] > 300]
     with torch.no_grad():
-        x_0, target = learner.student(batch["x_t"], batch["t"]).x_0, learner.average(batch["x_s"], batch["s"]).x_0
+        x_0, target = learner.student(batch["x_t"], batch["t"]).x_0, learner.ema_student(batch["x_s"], batch["s"]).x_0
     assert x_0.min() > 1
     loss = learner.loss(Batch(batch))
     torch.testing.assert_close(loss, (0.3 - target).square().mean(1))  # the values are those of the projection

@@ -420,7 +420,7 @@ def test_the_first_step_of_a_second_learn_has_a_learning_rate() -> None:
 
 
 def test_the_averaged_student_is_in_eval_mode() -> None:
-    assert not any(module.training for module in dagger().average.modules())
+    assert not any(module.training for module in dagger().ema_student.modules())
 
 
 def test_every_state_says_what_its_label_cost() -> None:

@@ -341,7 +341,7 @@ def test_agents_policies_and_environments_can_be_pickled(agent: type[Algorithm])
     learner = agent(mixture(), config)
     x_t, t, s = torch.randn(3, 2), torch.full((3,), 999.0), torch.full((3,), 500.0)
     again, env = pickle.loads(pickle.dumps((learner, DenoisingEnv(mixture(), 2, batch_size=[3]))))
-    for policy, copy in ((learner.student_policy, again.student_policy), (learner.teacher_policy, again.reference)):
+    for policy, copy in ((learner.student_policy, again.student_policy), (learner.teacher_policy, again.teacher_policy)):
         assert torch.equal(copy.act(x_t, t, s), policy.act(x_t, t, s))
     assert env.rollout(2, again.student_policy).shape == (3, 2)
     learner.trainer.collect()

@@ -31,7 +31,7 @@ from ddil_agents.commands.plan import print_plan
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.metrics import read_metrics
-from ddil_agents.training.stages import plan
+from ddil_agents.training.stages import plan_stages
 from ddil_env import GaussianMixtureExpert, load_expert, unroll
 from ddil_env.presets import preset_names
 
@@ -568,7 +568,7 @@ def test_a_chains_plan_has_a_line_for_each_stage_and_runs_no_network(
     config = build_config(dagger.Dagger, parser, cfg)
     expert = load_expert("digits8")
     monkeypatch.setattr(expert, "predict", None)
-    print_plan(dagger.Dagger, config, plan(config), expert, Evaluation(), Path("run"), 500)
+    print_plan(dagger.Dagger, config, plan_stages(config), expert, Evaluation(), Path("run"), 500)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 + 1 + 8 + 2
     assert lines[2].split() == ["1", "the", "expert", "32", "→", "8", "150", "32", "1,280", "0", "0", "5,120", "4,800"]

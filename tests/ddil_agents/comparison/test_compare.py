@@ -191,8 +191,8 @@ def test_arms_of_a_seed_share_noise_data_and_initial_weights(whole):
     assert shown.keys() == {"bc", "dagger"}
     finished = [load_run(runs / f"{arm}-s0") for arm in shown]
     one, other = (type(learner)(learner.expert, learner.config, learner.support) for learner in finished)
-    assert weights_digest(one.student) == weights_digest(other.student) == weights_digest(other.average)
-    assert weights_digest(one.student) != weights_digest(finished[0].average)
+    assert weights_digest(one.student) == weights_digest(other.student) == weights_digest(other.ema_student)
+    assert weights_digest(one.student) != weights_digest(finished[0].ema_student)
     (x, c), (theirs, their_c) = (learner.expert.sample_data(16, learner.collector.streams["data"]) for learner in (one, other))
     assert torch.equal(x, theirs)
     assert torch.equal(c, their_c)

@@ -99,7 +99,7 @@ def named(name: str) -> Callable[[Any, Any], bool]:
 
 def fatal(moment: str) -> None:
     """Arranges for this process to be killed at that moment."""
-    from ddil_agents.commands import run as runner
+    from ddil_agents.commands import save_and_evaluate as evaluation
     from ddil_agents.evaluation.evaluator import Evaluator
     from ddil_agents.states.collect import Collector
     from ddil_agents.training import checkpoint, metrics
@@ -125,12 +125,14 @@ def fatal(moment: str) -> None:
         "the fifth batch of an evaluation": lambda: patch(Evaluator, "_measured", 5, before),
         "before the result of an evaluation": lambda: patch(checkpoint.os, "replace", 1, before, named("scores.json")),
         "the writing of the result": lambda: patch(checkpoint.os, "replace", 1, before, named("result.json")),
-        "the drawing of the samples": lambda: patch(runner, "save_pictures", 1, before),
+        "the drawing of the samples": lambda: patch(evaluation, "save_pictures", 1, before),
         "before the student takes its place": lambda: patch(checkpoint.os, "replace", 1, before, named("student")),
         "a checkpoint, the disk full": lambda: patch(torch, "save", 2, full(40_000)),
         "a line of metrics, the disk full": lambda: patch(metrics.RunFiles, "on_log", 5, full_in_a_line),
         "the student, the disk full": lambda: patch(Expert, "save_student", 1, full(2000)),
-        "the result, the disk full": lambda: patch(runner, "write_atomically", 1, full(1000), lambda path, _: path.name == "result.json"),
+        "the result, the disk full": lambda: patch(
+            evaluation, "write_atomically", 1, full(1000), lambda path, _: path.name == "result.json"
+        ),
         "memory short": lambda: short_of_memory(8, since=0),
         "memory short after 10 steps": lambda: short_of_memory(8, since=10),
         "the writing of the config": lambda: patch(checkpoint.os, "replace", 1, before, named("config.yaml")),

@@ -227,15 +227,15 @@ def at_finish(number: int) -> Callable[[pytest.MonkeyPatch], None]:
     def arrange(patch: pytest.MonkeyPatch) -> None:
         from ddil_agents.commands import run as command
 
-        finish, calls = command.finish, [0]
+        original, calls = command.save_and_evaluate, [0]
 
         def killing(*args: Any) -> None:
             calls[0] += 1
             if calls[0] == number:
                 raise Killed
-            finish(*args)
+            original(*args)
 
-        patch.setattr(command, "finish", killing)
+        patch.setattr(command, "save_and_evaluate", killing)
 
     return arrange
 
