@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, get_args
 Schedule = Literal["constant", "linear", "cosine", "exponential", "dagger", "per_round"]
 SHARES = ("forward", "teacher", "student")
 
-_THE_REST = math.nan  # the default of `forward`: what teacher and student leave
+_THE_REST = float("nan")  # the default of `forward`, known by its identity: what teacher and student leave
 
 
 @dataclass(frozen=True)

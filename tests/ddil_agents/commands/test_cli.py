@@ -115,7 +115,7 @@ def test_a_run_loads_as_a_learner(runs: dict[str, Path]) -> None:
 
 
 def test_a_student_that_is_told_the_guidance_is_judged_at_any_of_its_range(runs: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=r"guidance_scale=2: the student of .* is not conditioned on it, but has that of its training"):
+    with pytest.raises(ValueError, match=r"guidance_scale=2: the student of .* is not conditioned on it, and has that of its training"):
         load_run(runs["dagger"], guidance_scale=2.0)
     bc.main([*ENV, *SMALL, "--guidance_range", "[1, 3]", "--out", "told"])
     learner = load_run(Path("told"), guidance_scale=2.5)
@@ -293,6 +293,45 @@ class TwoMoons(GaussianMixtureExpert):
     def __init__(self, distance: float = 1.0):
         super().__init__([[-distance, 0.0], [distance, 0.0]], 0.3)
 """
+
+
+DATALESS = """
+from helpers import Dataless, MEANS
+
+class Bare(Dataless):
+    def __init__(self) -> None:
+        super().__init__(MEANS, 0.2)
+
+    def make_student(self):
+        raise AssertionError("built")
+"""
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "message"),
+    [
+        (
+            dagger.main,
+            [],
+            "beta.forward=0.5: .* Bare has none; give it data .*`sample_data`.*: --beta.forward 0 --beta.teacher .5 --beta.student .5",
+        ),
+        (bc.main, [], "beta.forward=1: .*: --beta.forward 0 --beta.teacher 1$"),
+        (
+            dagger.main,
+            ["--beta.forward", "0", "--beta.schedule", "linear"],
+            "beta.forward=0, beta.schedule=linear: .* --beta.schedule constant$",
+        ),
+    ],
+    ids=["dagger", "bc", "schedule"],
+)
+def test_an_expert_without_data_is_refused_before_anything_is_built(
+    main: Callable[[list[str]], None], flags: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("bare_expert.py").write_text(DATALESS)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    error = refused(main, ["--env.expert", "bare_expert.Bare", *flags, "--out", "run"], capsys)
+    assert re.search(message, error.strip()), error
+    assert not Path("run").exists()
 
 
 def test_an_expert_of_ones_own_is_found_by_its_class_path() -> None:
