@@ -50,9 +50,7 @@ class AggrevateConfig(DaggerConfig):
 
     def __post_init__(self) -> None:
         if self.p_expert:
-            raise ValueError(
-                f"p_expert={self.p_expert}: the expert's steps add no fresh noise, unlike the student's; AggreVaTe does not mix them, use 0"
-            )
+            raise ValueError(f"p_expert={self.p_expert}: the expert's steps add no fresh noise, so AggreVaTe has no mixed rollouts; use 0")
         super().__post_init__()
 
 

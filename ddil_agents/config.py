@@ -156,10 +156,10 @@ class LearnerConfig(AgentConfig):
                 unit, cure = f"rollout of {self.states_per_draw[1]} states", ", or set states_per_rollout to 1"
             raise ValueError(f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one {unit}; raise collect_size{cure}")
         if self.guidance_range is not None:
-            low, high = self.guidance_range
-            if not -math.inf < low < high < math.inf:
+            lowest, highest = self.guidance_range
+            if not -math.inf < lowest < highest < math.inf:
                 raise ValueError(f"guidance_range={self.guidance_range}: need two different, finite numbers, the lower first")
-            if self.guidance_scale is not None and not low <= self.guidance_scale <= high:
+            if self.guidance_scale is not None and not lowest <= self.guidance_scale <= highest:
                 raise ValueError(
                     f"guidance_scale={self.guidance_scale} lies outside guidance_range={self.guidance_range}; choose one inside, or null"
                 )

@@ -157,7 +157,7 @@ def print_plan(
     used = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in used]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in zip(*used, strict=True)]
-    print(f"{agent.name}, planned (states and forwards are about what they will be):", *lines, sep="\n  ", file=sys.stderr)
+    print(f"{agent.name}, the plan (numbers of states and forwards are estimates):", *lines, sep="\n  ", file=sys.stderr)
     print(f"  then {describe_evaluation(agent, config, stages, evaluation)}", file=sys.stderr)
     print(f"  {out}: a checkpoint every {checkpoint_every:,} updates", file=sys.stderr)
 

@@ -582,7 +582,7 @@ def planned(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, st
     """The columns of the plan of a run in one stage; the forwards that its result counts under `counted`."""
     dagger.main([*argv, "--out", "run"])
     lines = capsys.readouterr().err.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("dagger, planned"))
+    start = next(i for i, line in enumerate(lines) if line.startswith("dagger, the plan"))
     head, row = (re.split(r" {2,}", line.strip()) for line in lines[start + 1 : start + 3])
     assert "run: a checkpoint every 7 updates" in lines[start + 4]
     return {f"{name} {place}": cell for place, (name, cell) in enumerate(zip(head, row, strict=True))} | {"evaluation": lines[start + 3]}

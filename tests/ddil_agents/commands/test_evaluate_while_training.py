@@ -45,7 +45,7 @@ def test_a_run_evaluates_and_its_best_last_and_older_students_are_loaded(capsys:
     weights = {
         name: torch.cat([p.flatten() for p in agent.ema_student.parameters()]) for name, agent in (("last", last), ("8", checkpoint))
     }
-    assert not torch.equal(weights[0], weights[8])
+    assert not torch.equal(weights["last"], weights["8"])
     with pytest.raises(ValueError, match="has no checkpoint of step 7; it has those of 8, 12"):
         load("run", checkpoint=7)
     for name in ("best", "last", "8"):
