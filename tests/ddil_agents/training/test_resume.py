@@ -26,7 +26,7 @@ from kills import ARGV, after, before, die, is_checkpoint, outcome, patch
 from safetensors.torch import load_file
 
 from ddil_agents.training.checkpoint import checkpoints
-from ddil_agents.training.metrics import read_metrics
+from ddil_agents.training.metrics import RunFiles, read_metrics
 from ddil_agents.training.trainer import Trainer
 
 ROOM = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -40,9 +40,10 @@ def half_written(original: Callable[..., Any], state: Any, file: Any) -> None:
     die()
 
 
-def cut_line(original: Callable[..., Any], log: Any) -> None:
-    original(log)
-    os.truncate(log.path, os.path.getsize(log.path) - 40)
+def cut_line(original: Callable[..., Any], metrics: Any, agent: Any) -> None:
+    original(metrics, agent)
+    path = next(callback.path for callback in agent.trainer.callbacks if isinstance(callback, RunFiles))
+    os.truncate(path, os.path.getsize(path) - 40)
     die()
 
 
@@ -69,9 +70,9 @@ def full(most: int) -> Callable[..., Any]:
     return instead
 
 
-def full_in_a_line(original: Callable[..., Any], log: Any, row: dict[str, Any]) -> None:
-    fill_the_disk(log.path.stat().st_size + 40)
-    original(log, row)
+def full_in_a_line(original: Callable[..., Any], files: Any, agent: Any, row: dict[str, Any]) -> None:
+    fill_the_disk(files.path.stat().st_size + 40)
+    original(files, agent, row)
 
 
 def short_of_memory(most: int, since: int) -> None:
