@@ -20,7 +20,7 @@ import yaml
 from ddil_agents import DMD2Config, LCMConfig, LearnerConfig
 from ddil_agents.commands.plan import forwards
 from ddil_agents.states.beta import Beta
-from ddil_agents.training.stages import _changed
+from ddil_agents.training.stages import replace_settings
 
 BUCKET = 25e6  # bytes that DDP reduces at a time
 
@@ -118,7 +118,7 @@ def example() -> DMD2Config:
     path = Path(__file__).parents[1] / "configs" / "dmd2" / "paper.yaml"
     own = {field.name for field in dataclasses.fields(DMD2Config)}
     settings = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key in own}
-    made = _changed(DMD2Config(), settings)
+    made = replace_settings(DMD2Config(), settings)
     assert isinstance(made, DMD2Config)
     return made
 

@@ -1,6 +1,6 @@
-"""Learners on the diffusion MDP: behaviour cloning (progressive distillation), DAgger (DDIL), LCM and DMD2; more imitation learning.
+"""Imitation learning on the diffusion MDP: behaviour cloning (progressive distillation), DAgger (DDIL), LCM, DMD2 and others.
 
-The names below are imported when first used, so that `python -m ddil_agents.dagger` runs its module once.
+Each name below is imported when it is first used, so that `python -m ddil_agents.dagger` runs its module once.
 """
 
 from importlib import import_module
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ddil_agents.training.callbacks import Callback
     from ddil_agents.training.trainer import GradientStep
 
-_HOME = {
+_MODULE_OF = {
     "Aggrevate": "aggrevate",
     "AggrevateConfig": "aggrevate",
     "Algorithm": "algorithm",
@@ -102,9 +102,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'ddil_agents' has no attribute {name!r}")
-    return getattr(import_module(f"ddil_agents.{_HOME[name]}"), name)
+    return getattr(import_module(f"ddil_agents.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

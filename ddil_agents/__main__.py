@@ -1,9 +1,10 @@
-"""Any agent's command: one of ours, or one of a package of your own.
+"""Trains any agent: one of this library, or one of your own package.
 
     python -m ddil_agents dagger --env digits
     python -m ddil_agents my_pkg.MyAgent --env digits
 
-The first is python -m ddil_agents.dagger; the second a class path, or the name of an entry point of the group ddil.agents.
+The first is the same as python -m ddil_agents.dagger. The second names a class path; the name of an entry point of the group
+ddil.agents works too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ddil_agents.commands.errors import clear_errors
+from ddil_agents.commands.errors import one_line_errors
 from ddil_agents.commands.parse import agent_names, find_agent
 from ddil_agents.commands.run import run
 
@@ -21,8 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m ddil_agents", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("agent", help=f"{', '.join(agent_names())}, or a class path; `AGENT --help` tells its settings")
-    with clear_errors(parser):
+    parser.add_argument("agent", help=f"{', '.join(agent_names())}, or a class path; `AGENT --help` lists its settings")
+    with one_line_errors(parser):
         agent = find_agent(parser.parse_args(argv[:1]).agent)
     run(agent, argv[1:])
 

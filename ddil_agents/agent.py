@@ -1,4 +1,4 @@
-"""What every agent shares: its student, and what that is judged against."""
+"""The base class of every agent: a student that imitates an expert in few steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddil_agents.devices import ranks
-from ddil_agents.settings import check_types
+from ddil_agents.settings import check_arguments
 from ddil_agents.states.collect import stream_seed
 from ddil_env import DenoisingEnv, Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, load_expert, unroll
 from ddil_env.errors import BROKEN_LATENTS, check_finite
@@ -25,25 +25,26 @@ if TYPE_CHECKING:
 
 
 class Agent(ABC):
-    """What imitates an expert in few steps: the commands train it, judge it and write it down.
+    """A student and a way of training it, as all commands use them; `Algorithm` is the subclass to derive from.
 
     Args:
         expert: An Expert, or the name of a preset.
-        config: This agent's config; default: its defaults.
+        config: An instance of `Config`; default: its defaults.
+        support: Calibrated support of an earlier run; used by agents that threshold estimates.
 
     Raises:
-        ValueError: what the expert or the grid refuse.
+        ValueError: the settings do not fit the expert or the grid.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[Any]]  # an AgentConfig
-    kernel: ClassVar[Kernel] = "ddim"  # how the student samples, and is unrolled
+    kernel: ClassVar[Kernel] = "ddim"  # the student's transition, in sampling and in rollouts
     config: Any
     student_policy: StudentPolicy
-    support: Support | None = None  # where its estimates are projected
-    step: int = 0  # gradient steps so far
-    total_updates: int  # and at the end of training
-    teacher_nfe: int = 0  # teacher forwards so far, of this process
+    support: Support | None = None  # the set that its estimates are projected onto
+    step: int = 0  # updates so far
+    total_updates: int  # updates at the end of training
+    teacher_nfe: int = 0  # teacher forwards in training so far, in this process
 
     def __init__(self, expert: Expert | str, config: Any = None, support: Support | None = None) -> None:
         self.config = self.Config() if config is None else config
@@ -53,28 +54,28 @@ class Agent(ABC):
             raise ValueError(
                 f"teacher_steps={self.config.teacher_steps}: need at most {self.expert.schedule.t_max}, the length of the teacher's chain"
             )
-        # What a student is judged against: the expert on its own support, whatever is thresholded in training.
+        # The reference of every evaluation: the expert as it is, without the thresholding of training.
         self.teacher_policy = ExpertPolicy(self.expert, self.config.substeps, self.config.guidance_scale)
 
     @property
     @abstractmethod
     def student(self) -> NetworkDenoiser:
-        """The student in training."""
+        """The network in training; `ema_student` is the one to use."""
 
     @property
     @abstractmethod
     def ema_student(self) -> NetworkDenoiser:
-        """The student that is evaluated and saved."""
+        """The network that is evaluated, sampled and saved: the average over the training, where the agent has one."""
 
     @property
     @abstractmethod
     def student_nfe(self) -> int:
-        """Student forwards so far, training and rollouts together, of this process."""
+        """Student forwards so far in this process, in training and rollouts."""
 
     def total_nfe(self) -> tuple[int, int]:
-        """Teacher and student forwards so far, of all processes; each of them has to call it."""
+        """Teacher and student forwards so far, summed over the processes; every process needs to call it."""
         nfe = torch.tensor([self.teacher_nfe, self.student_nfe], device=self.expert.device)
-        teacher, student = ranks.total(nfe).tolist()
+        teacher, student = ranks.sum_over_ranks(nfe).tolist()
         return teacher, student
 
     def guidance_input(self) -> list[Told]:
@@ -83,36 +84,36 @@ class Agent(ABC):
         return [] if scales is None else [Told(scales[0], scales[1], self.teacher_policy.guidance_scale)]
 
     @abstractmethod
-    def extend(self, num_updates: int) -> None:
-        """Sets the end of training to so many gradient steps from here."""
+    def plan_updates(self, num_updates: int) -> None:
+        """Sets `total_updates`, the end of training, to num_updates from now."""
 
     @abstractmethod
     def train(self, out: Path | None = None, *, progress: bool = True, **options: Any) -> None:
-        """Trains until `total_updates`."""
+        """Trains until `total_updates` updates are done."""
 
     def learn(
         self, num_updates: int | None = None, out: str | Path | None = None, progress: bool = True, callbacks: Iterable[Callback] = ()
     ) -> Self:
-        """Trains for num_updates more gradient steps; learning rate and β run their course over what is then the whole.
+        """Trains for num_updates more updates; the schedules of learning rate and β are stretched to the new total.
 
         Args:
-            num_updates: Gradient steps; default: the config's.
+            num_updates: Number of updates; default: the config's.
             out: An empty or new directory for metrics.jsonl, checkpoints/ and tensorboard/.
             progress: Whether to show a bar.
-            callbacks: Called beside the gradient steps (training/callbacks.py).
+            callbacks: Called at every update, collection and evaluation (training/callbacks.py).
 
         Raises:
-            ValueError: `out` exists and is not empty, num_updates is less than 1, or with `capacity` null more than the config's.
+            ValueError: `out` exists and is not empty; num_updates is less than 1, or more than the config's where `capacity` is None.
             FloatingPointError: the loss is not finite; names the step and the source.
         """
-        more = self.config.num_updates if num_updates is None else num_updates
-        if more < 1:
-            raise ValueError(f"num_updates={more}: need at least 1")
+        num_updates = self.config.num_updates if num_updates is None else num_updates
+        if num_updates < 1:
+            raise ValueError(f"num_updates={num_updates}: need at least 1")
         directory = None if out is None else Path(out)
-        with ranks.together():  # before any of them writes there
+        with ranks.sync_errors():  # all ranks look before the first one writes there
             if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
                 raise ValueError(f"{directory} exists and is not empty; choose another `out`")
-        self.extend(more)
+        self.plan_updates(num_updates)
         self.train(directory, progress=progress, callbacks=callbacks)
         return self
 
@@ -123,16 +124,19 @@ class Agent(ABC):
         prompts: Sequence[str] | str | None = None,
         seed: int = 0,
     ) -> Tensor:
-        """Samples of the averaged student, by its own times and kernel, (n, *sample_shape); `expert.decode` shows them.
+        """Samples from the averaged student with its own times and kernel; `expert.decode` turns them into pictures.
 
         Args:
-            n: How many; default: one for each prompt, or 1.
-            c: Condition ids, (n,), or one for all; default: drawn.
-            prompts: In the place of c, for an expert whose conditions are texts: n texts of one's own, or one for all.
-            seed: Of the noise, and of the conditions.
+            n: Number of samples; default: one for each prompt, or 1.
+            c: Condition ids, (n,), or one id for all samples; default: drawn at random.
+            prompts: n texts, or one for all samples, in the place of c; for an expert whose conditions are texts.
+            seed: Seed of the noise and of the conditions.
+
+        Returns:
+            Samples (n, *sample_shape).
 
         Raises:
-            ValueError: conditions that are not n, do not exist, or are for an unconditional expert; prompts where conditions are no texts.
+            ValueError: the number of conditions is not n, an id does not exist, the expert is unconditional, or it takes no prompts.
         """
         generator = torch.Generator(self.expert.device).manual_seed(stream_seed(seed, "sample"))
         texts = [prompts] if isinstance(prompts, str) else [] if prompts is None else list(prompts)
@@ -152,31 +156,31 @@ class Agent(ABC):
         return samples
 
     def _check_condition(self, c: Tensor | Sequence[int] | int, n: int) -> Tensor:
-        """Condition ids as (n,) on the device."""
-        ids, known = torch.as_tensor(c, device=self.expert.device), self.expert.num_conditions
-        if not known:
+        """Returns condition ids as (n,) on the device, after checking them."""
+        ids, num_conditions = torch.as_tensor(c, device=self.expert.device), self.expert.num_conditions
+        if not num_conditions:
             raise ValueError(f"c={ids.tolist()}: this expert is unconditional; leave c out")
-        if ids.shape not in ((), (n,)) or ids.dtype != torch.int64 or not bool(((ids >= 0) & (ids < known)).all()):
-            raise ValueError(f"c={ids.tolist()}: need {n} condition ids, or one for all, whole numbers from 0 to {known - 1}")
+        if ids.shape not in ((), (n,)) or ids.dtype != torch.int64 or not bool(((ids >= 0) & (ids < num_conditions)).all()):
+            raise ValueError(f"c={ids.tolist()}: need {n} condition ids, or one for all, whole numbers from 0 to {num_conditions - 1}")
         return ids.expand(n)
 
     def make_env(self, batch_size: Sequence[int] = (64,), **settings: Any) -> DenoisingEnv:
-        """The environment that its student acts in: its own times and kernel, the teacher's guidance and steps.
+        """Makes the TorchRL environment that the student acts in, with its times and kernel and the teacher's guidance and steps.
 
         Args:
-            batch_size: Of the environment.
-            settings: Of `DenoisingEnv`, such as `reward`.
+            batch_size: Batch size of the environment.
+            settings: Further arguments of `DenoisingEnv`, such as `reward`.
         """
-        own = {"kernel": self.kernel, "grid": self.config.grid, "substeps": self.config.substeps}
-        scale = self.teacher_policy.guidance_scale
-        return DenoisingEnv(self.expert, self.config.num_steps, batch_size, **own | {"guidance_scale": scale} | settings)
+        defaults = {"kernel": self.kernel, "grid": self.config.grid, "substeps": self.config.substeps}
+        defaults |= {"guidance_scale": self.teacher_policy.guidance_scale}
+        return DenoisingEnv(self.expert, self.config.num_steps, batch_size, **defaults | settings)
 
     def make_student(self, **options: Any) -> NetworkDenoiser:
-        """The network that learns, before its first step."""
+        """Makes the student's network."""
         return self.expert.make_student(**options)
 
     def initial_student(self) -> NetworkDenoiser:
-        """The student before its first step: with seeded weights, or with those of the run that `init` names."""
+        """Makes the student that training starts from, with the weights of the run that `init` names if it names one."""
         student = self.seeded_student()
         if self.config.init is not None:
             saved = Path(self.config.init) / "student"
@@ -192,16 +196,20 @@ class Agent(ABC):
         return student
 
     def seeded_student(self) -> NetworkDenoiser:
-        """A student whose random weights, if it has any, are seeded; the caller's generator is left alone."""
+        """Makes a student whose random weights come from the config's seed; torch's global generator stays as it is.
+
+        Raises:
+            ValueError: the expert's make_student does not take the config's `student` settings.
+        """
         options = self.student_options
-        takes = inspect.signature(self.expert.make_student)
+        signature = inspect.signature(self.expert.make_student)
         try:
-            takes.bind(**options)
+            signature.bind(**options)
         except TypeError as error:
-            known = ", ".join(takes.parameters)
+            known = ", ".join(signature.parameters)
             raise ValueError(f"student={options}: {error}; this expert's students take {known}; leave out the rest") from error
         try:
-            check_types(type(self.expert), "make_student", self.config.student)
+            check_arguments(type(self.expert), "make_student", self.config.student)
         except ValueError as error:
             raise ValueError(f"student.{error}") from error
         with torch.random.fork_rng():
@@ -214,8 +222,8 @@ class Agent(ABC):
     @property
     def student_options(self) -> dict[str, Any]:
         """Keyword arguments of the expert's make_student and load_student."""
-        told = {} if self.config.guidance_range is None else {"guidance_embedding": True}
-        return self.config.student | told | ({} if self.config.lora is None else {"lora": self.config.lora})
+        guidance = {} if self.config.guidance_range is None else {"guidance_embedding": True}
+        return self.config.student | guidance | ({} if self.config.lora is None else {"lora": self.config.lora})
 
     def config_dict(self) -> dict[str, Any]:
         """The config as plain values."""

@@ -1,7 +1,7 @@
-"""What an algorithm is: the states that a student learns from, their labels, and the loss of each network that takes gradient steps.
+"""The base class of an algorithm: the states that a student learns from, their labels, and the loss of every network that is trained.
 
-training/trainer.py does the rest: optimisers, averaged weights, precision, memory, processes, checkpoints and logs. An algorithm of
-one's own is one file, with a loss:
+training/trainer.py does the rest: optimisers, averaged weights, precision, memory, processes, checkpoints and logs. Your own
+algorithm is one file with a loss:
 
     from dataclasses import dataclass
 
@@ -49,21 +49,21 @@ from ddil_env.support import Metered, Role, build_support
 
 
 class Algorithm(TrainedAgent):
-    """A student, and how it learns from an expert.
+    """A student and the way it learns from an expert; a subclass needs a `name` and a `loss`.
 
     Args:
         expert: An Expert, or the name of a preset.
-        config: This algorithm's config; default: its defaults.
-        support: Where estimates are projected, as an earlier run calibrated it; default: as the config says.
+        config: An instance of `Config`; default: its defaults.
+        support: Calibrated support of an earlier run, onto which estimates are projected; default: calibrated as the config says.
 
     Raises:
-        ValueError: what the expert, the grid or the student refuse.
+        ValueError: the settings do not fit the expert, the grid or the student.
     """
 
     Config: ClassVar[type[LearnerConfig]] = LearnerConfig
     config: LearnerConfig
     support: Support
-    roles: ClassVar[tuple[Role, ...]] = ("teacher", "target", "student")  # whose estimates there are to threshold
+    roles: ClassVar[tuple[Role, ...]] = ("teacher", "target", "student")  # whose estimates can be thresholded
 
     def __init__(self, expert: Expert | str, config: LearnerConfig | None = None, support: Support | None = None) -> None:
         super().__init__(expert, config)
@@ -83,89 +83,96 @@ class Algorithm(TrainedAgent):
         self.collect_size, self.collect_every = self.collect_schedule()
         capacities = config.capacities(self.collect_size, self.collect_every)
         self.buffer = SourceBuffer(capacities, self.expert.device, config.prioritised, seed=own_seed(config.seed, "source"))
-        self.teacher_nfe = self.expert.nfe - before  # of a calibration on the teacher's samples
+        self.teacher_nfe = self.expert.nfe - before  # the calibration may have sampled the teacher
 
-    # Which networks take which steps.
+    # The networks, and the gradient steps of an update.
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
         """The student's loss at each state of the batch, (b,)."""
 
     def gradient_steps(self) -> tuple[GradientStep, ...]:
-        """The gradient steps of an update, in their order; the student's is one of them."""
+        """The gradient steps of an update, in order; one of them is the student's."""
         return (GradientStep("student", self.loss, self.config.learning_rate),)
 
     def make_networks(self) -> dict[str, nn.Module]:
-        """Networks that learn beside the student, by name."""
+        """Makes the networks that are trained beside the student, by name."""
         return {}
 
-    # Which states they learn from.
+    # The states that they learn from.
 
     def make_expert_policy(self) -> ExpertPolicy:
-        """The expert as it labels states and acts in teacher rollouts."""
+        """Makes the policy that labels states and acts in teacher rollouts."""
         return ExpertPolicy(self.expert, self.config.substeps, self.config.guidance_scale, support=self.thresholds["teacher"])
 
     def make_collector(
-        self, student_policy: StudentPolicy, kind: type[Collector] = Collector, grid: TimeGrid | None = None, **own: Any
+        self, student_policy: StudentPolicy, kind: type[Collector] = Collector, grid: TimeGrid | None = None, **settings: Any
     ) -> Collector:
-        """Where the states come from: `kind`, over the times of `grid` (default: the student's), with settings of its own."""
+        """Makes the collector that draws and labels states.
+
+        Args:
+            student_policy: Acts in student rollouts.
+            kind: Class of the collector.
+            grid: Times of the states; default: the student's.
+            settings: Arguments that this class of collector takes beside those of `Collector`.
+        """
         c = self.config
-        own |= {"kernel": self.kernel, "p_expert": c.p_expert, "guidance_range": c.guidance_range}
-        own |= {"states_per_rollout": c.states_per_rollout, "world": self.expert.make_world(c.num_worlds)}
-        return kind(self.expert_policy, student_policy, self.grid if grid is None else grid, c.seed, **own)
+        settings |= {"kernel": self.kernel, "p_expert": c.p_expert, "guidance_range": c.guidance_range}
+        settings |= {"states_per_rollout": c.states_per_rollout, "world": self.expert.make_world(c.num_worlds)}
+        return kind(self.expert_policy, student_policy, self.grid if grid is None else grid, c.seed, **settings)
 
     def collect_schedule(self) -> tuple[int, int]:
-        """States of a collection, and the updates from one to the next."""
+        """Number of states in a collection, and of updates from one collection to the next."""
         return self.config.collect_size, self.config.updates_per_collect
 
     def collect(self) -> TensorDict:
-        """Adds freshly labelled states of the present β to the buffer, and returns them."""
+        """Collects and labels states with the current β, adds them to the buffer and returns them."""
         states = self.collector.collect(self.collect_size, self.beta(), self.step)
         if len(states):
             self.buffer.extend(states)
         return states
 
     def draw(self) -> TensorDict:
-        """The states of the next update: s ~ Σᵢ βᵢ ρᵢ (DDIL Alg. 1)."""
+        """Draws the states of the next update: s ~ Σᵢ βᵢ ρᵢ (DDIL Alg. 1)."""
         return self.buffer.sample(self.config.batch_size, self.beta())
 
     def beta(self) -> tuple[float, float, float]:
-        """β at the present step."""
+        """β at the current update."""
         return self.config.beta(self.step / self.total_updates)
 
-    # What is checked and calibrated before.
+    # Checks and calibration in the constructor.
 
     def _check_config(self) -> None:
         config = self.config
         if config.stages:
             raise ValueError(
-                "a learner trains one stage; iterate over ddil_agents.training.stages.learners(agent, expert, plan(config)), "
+                "an agent trains one stage; iterate over ddil_agents.training.stages.iter_learners(agent, expert, plan_stages(config)), "
                 "or use the command"
             )
         roles = config.thresholding.roles
-        if strange := [role for role in roles if role not in self.roles]:
-            raise ValueError(f"thresholding.roles={roles}: {self.name} has no {strange[0]}; it has {', '.join(self.roles)}")
+        if unknown := [role for role in roles if role not in self.roles]:
+            raise ValueError(f"thresholding.roles={roles}: {self.name} has no {unknown[0]}; it has {', '.join(self.roles)}")
         if config.guidance_range is not None:
             low, high = map(self.expert.check_guidance, config.guidance_range)
             if not low <= self.teacher_policy.guidance_scale <= high:
                 raise ValueError(
                     f"the expert's guidance_scale={self.teacher_policy.guidance_scale:g} lies outside "
-                    f"guidance_range={config.guidance_range}; set guidance_scale to one inside, at which the student is judged"
+                    f"guidance_range={config.guidance_range}; set guidance_scale to one inside; the student is evaluated at it"
                 )
 
     def _make_thresholds(self) -> dict[str, Support]:
-        """The support of each role that the config names; elsewhere none."""
+        """The support for the estimates of each role; `Unbounded` for roles that the config does not name."""
         roles = self.config.thresholding.roles
         if "student" in roles and not {"teacher", "target"} & {*roles} and not isinstance(self.support, Unbounded):
             warnings.warn(
-                f"thresholding.roles={roles}: the student is brought onto the support, and what it learns from is not; where that lies "
-                "outside, the student's estimates are driven outward for ever; add teacher",
+                f"thresholding.roles={roles}: the student's estimates are projected onto the support and its targets are not; where a "
+                "target lies outside, the student's estimates are driven outward without end; add teacher",
                 stacklevel=3,
             )
         return {role: Metered(self.support) if role in roles else Unbounded() for role in self.roles}
 
     def _sample_teacher(self, n: int) -> Tensor:
-        """n samples of the teacher, for calibration where there are no data."""
+        """Samples n times from the teacher, to calibrate a support without data."""
         generator = torch.Generator(self.expert.device).manual_seed(stream_seed(self.config.seed, "calibration"))
         x_T = torch.randn(n, *self.expert.sample_shape, generator=generator, device=self.expert.device)
         return unroll(self.teacher_policy, self.grid, x_T, self.expert.sample_condition(n, generator))[:, -1]

@@ -1,12 +1,12 @@
 """Behaviour cloning of the diffusion expert, which is progressive distillation (Salimans & Ho 2021).
 
-The student at (x_t, t) learns the one x̂_0 whose DDIM step t → s lands where k teacher steps do:
+The student at (x_t, t) learns the x̂_0 whose single DDIM step t → s ends where k steps of the teacher end:
 
     x_tgt = (x_s − r x_t)/(α_s − r α_t) ,  r = σ_s/σ_t          App. G
     L     = w_t ‖x̂_θ(x_t, t, c) − x_tgt‖²                        §4; w_t = max(α²/σ², 1), 1 + α²/σ² or 1/σ²
 
-on states of forward-diffused data alone, β = (1, 0, 0), or data-free on the teacher's own trajectories. The whole method
-is a chain of such runs, 32 → 16 → 8 → 4 → 2, and before it a change of the prediction type and guidance conditioning (stages.py).
+on forward-diffused data only, β = (1, 0, 0), or without data on the teacher's trajectories. The complete method is a sequence of such
+runs, 32 → 16 → 8 → 4 → 2 steps, after a change of the prediction type and guidance conditioning (training/stages.py).
 
     python -m ddil_agents.bc --env digits --num_steps 4
     python -m ddil_agents.bc --env digits --config staged
@@ -33,8 +33,8 @@ class BCConfig(LearnerConfig):
     """Settings of progressive distillation."""
 
     weighting: Weighting = "truncated_snr"
-    """w_t on the x_0 error, SNR = α²/σ²: truncated_snr, max(SNR, 1); snr_plus_one, 1 + SNR; or velocity, 1/σ², the plain error in v and, on
-    a flow schedule, in u. On variance-preserving schedules, α² + σ² = 1, the last two are the same; on flow, α + σ = 1, they are not."""
+    """Weight w_t of the squared x_0 error, where SNR = α²/σ²: truncated_snr, max(SNR, 1); snr_plus_one, 1 + SNR; velocity, 1/σ², which is
+    the squared error of v, or of u on a flow schedule. The last two are equal on variance-preserving schedules (α² + σ² = 1)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,20 +43,22 @@ class BCConfig(LearnerConfig):
 
 
 class BehaviourCloning(Algorithm):
-    """Progressive distillation on forward-diffused data, or data-free on the teacher's trajectories.
+    """Progressive distillation on forward-diffused data, or without data on the teacher's trajectories.
 
     Raises:
-        ValueError: the config gives the student's own states a share; that is DAgger.
+        ValueError: beta.student is not 0; training on the student's states is DAgger.
     """
 
     name = "bc"
     Config: ClassVar[type[LearnerConfig]] = BCConfig
     config: BCConfig
-    interactive: ClassVar[bool] = False  # whether the expert is asked about the student's own states
+    interactive: ClassVar[bool] = False  # whether it trains on the student's states
 
     def __init__(self, expert: Expert | str, config: BCConfig | None = None, support: Support | None = None) -> None:
         if config is not None and config.beta.student > 0 and not self.interactive:
-            raise ValueError(f"beta.student={config.beta.student}: behaviour cloning sees no student states; use ddil_agents.dagger")
+            raise ValueError(
+                f"beta.student={config.beta.student}: behaviour cloning sees no student states; set it to 0, or use ddil_agents.dagger"
+            )
         super().__init__(expert, config, support)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -66,7 +68,7 @@ class BehaviourCloning(Algorithm):
         return self.weight(t).to(x_hat.dtype) * (x_hat - x_tgt).square().flatten(1).mean(1)  # ‖x̂_θ − x_tgt‖² per entry, (b,)
 
     def weight(self, t: Tensor) -> Tensor:
-        """w_t of the x_0 error, (b,)."""
+        """Weight w_t of the squared x_0 error at times t, (b,)."""
         alpha, sigma = self.expert.schedule.coefficients(t)
         snr = (alpha / sigma) ** 2
         match self.config.weighting:

@@ -31,10 +31,10 @@ import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from ddil_agents.commands.errors import clear_errors
+from ddil_agents.commands.checks import check_command_line
+from ddil_agents.commands.errors import one_line_errors
 from ddil_agents.commands.help import help_of
-from ddil_agents.commands.parse import find_agent, with_preset
-from ddil_agents.commands.run import refuse_early
+from ddil_agents.commands.parse import find_agent, resolve_presets
 from ddil_agents.comparison.arms import BETAS, Budget, Comparison, Run, arm_settings, make_arms, merge_settings, run_settings
 from ddil_agents.comparison.runs import MATCHED, has_result, matched_entry, matched_updates, read_matched, recorded_updates, train
 from ddil_agents.comparison.summary import collect_results
@@ -114,7 +114,7 @@ def check_comparison(comparison: Comparison, out: Path) -> None:
             try:
                 agent, settings = arm_settings(comparison, arm)
                 path.write_text(yaml.safe_dump(settings))
-                expert, config, evaluation = refuse_early(find_agent(agent), ["--env", comparison.env, "--config", str(path)], expert)
+                expert, config, evaluation = check_command_line(find_agent(agent), ["--env", comparison.env, "--config", str(path)], expert)
             except ValueError as error:
                 raise ValueError(f"arm {arm}: {error}") from error
             guidance = expert.guidance_scale if config.guidance_scale is None else expert.check_guidance(config.guidance_scale)
@@ -156,11 +156,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=str, required=True, help="directory of the comparison; an interrupted one is resumed")
     parser.add_argument("--report_only", type=bool, default=False, help="train nothing, report the finished runs")
-    with clear_errors(parser):
+    with one_line_errors(parser):
         if {"--help", "-h"} & set(argv):
             print(help_of(parser, "--out DIR (--config NAME|FILE | --env NAME --agents AGENT …) [--SETTING VALUE …]", FIRST))
             return
-        args = read_arguments(parser, with_preset("ablations", argv))
+        args = read_arguments(parser, resolve_presets("ablations", argv))
         settings = {f.name: args[f.name] for f in dataclasses.fields(Comparison)}
         settings["arms"] = {**make_arms(args.agents, args.betas), **settings["arms"]}
         if args.num_updates is not None:

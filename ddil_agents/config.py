@@ -1,4 +1,4 @@
-"""Settings that agents and learners have."""
+"""Settings of agents: those of every agent, and those of every agent that a Trainer trains (a learner)."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ RateSchedule = Literal["linear", "constant"]
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """Settings that every agent has."""
+    """Settings of every agent."""
 
     num_updates: int = 1000
-    """Gradient steps."""
+    """Number of updates: gradient steps of the student (dmd2: of its critic)."""
     num_steps: int = 4
-    """N, steps of the student's sampler."""
+    """Number of steps of the student's sampler, N."""
     grid: GridKind = "linspace"
-    """The N times: linspace (the paper's), dmd2, trailing or lcm."""
+    """Times of the student's N steps: linspace (the paper's), dmd2, trailing or lcm."""
     teacher_steps: int = 32
-    """Steps of the teacher's sampler: a label takes teacher_steps / num_steps expert forwards."""
+    """Number of steps of the teacher's sampler, a multiple of num_steps; each label takes teacher_steps / num_steps of them."""
     guidance_scale: float | None = None
-    """The teacher's classifier-free guidance w (1 or less is none); null: the expert's own."""
+    """Classifier-free guidance scale w of the teacher; 1 or less is no guidance, null the expert's own scale."""
     seed: int = 0
-    """Of weights, data, noise, times, rollouts and draws, each its own stream."""
+    """Seed of the run; weights, data, noise, times, rollouts and draws each have a random stream that is seeded from it."""
     student: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the expert's make_student."""
+    """Keyword arguments of the expert's make_student, which builds the student's network."""
     lora: LoRA | None = None
-    """Adapters over the teacher's own weights for every network that would start from a copy of them; null: full fine-tuning."""
+    """Train LoRA adapters on the teacher's weights in the place of copies of them; null: full fine-tuning."""
     init: str | None = None
-    """A run directory whose student to start from, such as an LCM's for DMD2; null: what make_student gives, the expert's weights."""
+    """Directory of a finished run whose student to start from; null: start as make_student says, which mostly is the expert's weights."""
 
     def __post_init__(self) -> None:
         for name in ("num_updates", "num_steps", "teacher_steps"):
@@ -54,73 +54,77 @@ class AgentConfig:
 
     @property
     def substeps(self) -> int:
-        """Expert steps in one student step."""
+        """Number of teacher steps in one student step."""
         return self.teacher_steps // self.num_steps
 
     def for_evaluation(self) -> Self:
-        """These settings without what only training needs, for a student that is loaded."""
+        """Returns these settings without those that only training needs, for evaluating a student that was loaded."""
         return dataclasses.replace(self, init=None)
 
 
 @dataclass(frozen=True)
 class LearnerConfig(AgentConfig):
-    """Settings that every learner has."""
+    """Settings of every agent that a Trainer trains."""
 
     guidance_range: tuple[float, float] | None = None
-    """Draw w anew for each state from here, and tell the student (a zero-initialised guidance embedding); null: one w for all."""
+    """Range to draw a guidance scale w from for each state; the student takes w as an input, through an embedding that starts at zero.
+    null: guidance_scale for all states."""
     thresholding: Thresholding = field(default_factory=Thresholding)
     """Reflected diffusion: which estimates are projected onto the data's support, and how."""
     beta: Beta = field(default_factory=Beta)
-    """Source priors."""
+    """Probabilities β of drawing a training state from each source: forward, teacher, student."""
     p_expert: float = 0.0
-    """Probability that the expert acts in a step of a student rollout (mixed rollouts)."""
+    """Probability that the expert takes a step of a student rollout in the place of the student (mixed rollouts)."""
     states_per_rollout: StatesPerRollout = 1
-    """States that each teacher or student rollout gives: 1, at a time drawn uniformly, as DDIL's Algorithm 1 draws a state; or all N of
-    it, which cost fewer student forwards and are N times fewer independent draws of noise and condition."""
+    """Number of states that each teacher or student rollout gives: 1, at a time drawn uniformly, as in DDIL's Algorithm 1; or all of its N
+    states, which takes fewer student forwards but gives N times fewer independent draws of noise and condition."""
     num_worlds: int = 16
-    """Worlds in which rollouts run at a time, of experts that have one; each rollout there is a whole episode."""
+    """Number of worlds that run at a time, for an expert that has a world: there a rollout is a whole episode."""
     batch_size: int = 64
-    """States of a gradient step, of each process."""
+    """Number of states in a gradient step, per process."""
     collect_size: int = 256
-    """States that one collection labels, of each process."""
+    """Number of states that each collection labels, per process."""
     updates_per_collect: int = 16
-    """Gradient steps between collections. Each label serves about updates_per_collect · batch_size / collect_size of them."""
+    """Number of updates between two collections. Each label is used in about updates_per_collect · batch_size / collect_size of them."""
     capacity: int | None = 4096
-    """States held per source, by each process; the oldest give way. null keeps all of the run (DAgger's aggregate)."""
+    """Buffer size: number of states held per source and process; new states replace the oldest. null keeps all states of the run (DAgger's
+    aggregated data set)."""
     student_collections: int | None = 8
-    """Of the student's own states the newest this many collections are held, since they age as it learns; null: as many as capacity says.
-    Where capacity is null all are kept."""
+    """Number of collections whose student states are held: older ones come from an outdated student. null: only capacity limits them. No
+    effect if capacity is null."""
     prioritised: bool = False
-    """Draw states within a source in proportion to their last loss."""
+    """Draw the states of a source in proportion to their last loss (prioritised replay)."""
     learning_rate: float = 1e-3
-    """AdamW's, after warm-up."""
+    """Learning rate of AdamW after the warm-up."""
     lr_scheduler: RateSchedule = "linear"
-    """What the rate does after warm-up: linear, falls to 0 at the end; constant, stays."""
+    """Learning rate after the warm-up: linear falls to 0 at the end of training, constant stays."""
     warmup_updates: int = 50
-    """Updates of linear warm-up; a network that takes a step in each R-th of them warms up in 1/R as many steps."""
+    """Number of updates in which the learning rate rises linearly. A network that takes a gradient step only in every R-th update warms up
+    in warmup_updates / R steps."""
     optimizer: Optimizer = "adamw"
-    """adamw, or adamw8bit, whose momenta take 2 bytes a weight in the place of 8."""
+    """Optimiser: adamw, or adamw8bit, whose moments take 2 bytes per weight instead of 8."""
     weight_decay: float = 0.0
-    """AdamW's."""
+    """Weight decay of AdamW."""
     adam_betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's momenta."""
+    """β1 and β2 of AdamW, the decay rates of its moments."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradient clipping: gradients with a larger norm are scaled down to it."""
     ema: float = 0.99
-    """Decay of the averaged student, which is the one that is evaluated and saved; the first steps' is lower (average.py)."""
+    """Decay of the exponential moving average of the student's weights, which is evaluated and saved; lower in the first steps
+    (training/ema.py)."""
     gradient_accumulation: int = 1
-    """Parts that a batch is cut into, to save memory."""
+    """Number of equal parts that a batch is processed in, one after the other, to save memory."""
     halve_batch_on_oom: bool = False
-    """Where a gradient step runs out of memory, do it again with twice as many parts, and the later ones too; false: an error."""
+    """When a gradient step runs out of memory, double gradient_accumulation and repeat the step; false: stop with an error."""
     mixed_precision: Precision = "no"
-    """no, fp16 or bf16."""
+    """Automatic mixed precision of the networks in training: no, fp16 or bf16."""
     compile: bool = False
-    """Compile the networks (torch.compile): minutes at the start, faster steps ever after; for long runs on a GPU."""
+    """Compile the networks with torch.compile: takes minutes at the start and makes every step faster; for long runs on a GPU."""
     stages: tuple[dict[str, Any], ...] = ()
-    """A chain of runs in one: for each, the settings that differ, and `expert`, its teacher: last (the last stage's student),
-    same (as the last stage's) or original. Each student starts from the last one's weights."""
+    """Successive stages of training, each student initialised from the previous one. A list with, for each stage, the settings that differ
+    and `expert`, its teacher: last (the previous stage's student), same (the previous stage's teacher) or original."""
 
-    teachers: ClassVar[tuple[str, ...]] = ("last", "same", "original")  # that a stage can have; the first is the default
+    teachers: ClassVar[tuple[str, ...]] = ("last", "same", "original")  # that a stage may have, the default first
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,7 +143,9 @@ class LearnerConfig(AgentConfig):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: need 0 or more")
         if self.p_expert and not self.beta.student:
-            raise ValueError(f"p_expert={self.p_expert}: the expert acts in student rollouts, and β has none; give them a share, or use 0")
+            raise ValueError(
+                f"p_expert={self.p_expert}: the expert acts in student rollouts, and β has none (beta.student=0); raise it, or use 0"
+            )
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"capacity={self.capacity}: need at least 1, or null to keep every state")
         if self.student_collections is not None and self.student_collections < 1:
@@ -147,20 +153,17 @@ class LearnerConfig(AgentConfig):
         if self.states_per_rollout not in get_args(StatesPerRollout):
             raise ValueError(f"states_per_rollout={self.states_per_rollout}: need 1 or all")
         if not any(self.collect_size * share + 1e-9 >= unit for share, unit in zip(self.beta(0), self.states_per_draw, strict=True)):
-            lacking, cure = "state", ""
+            unit, cure = "state", ""
             if self.states_per_rollout == "all":
-                lacking, cure = f"rollout of {self.states_per_draw[1]} states", ", or set states_per_rollout to 1"
-            raise ValueError(
-                f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one {lacking}; raise collect_size{cure}"
-            )
+                unit, cure = f"rollout of {self.states_per_draw[1]} states", ", or set states_per_rollout to 1"
+            raise ValueError(f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one {unit}; raise collect_size{cure}")
         if self.guidance_range is not None:
-            least, most = self.guidance_range
-            if not 1 <= least < most < math.inf:
-                rule = "need two different, finite numbers from 1 on, the lower first; 1 or less is no guidance"
-                raise ValueError(f"guidance_range={self.guidance_range}: {rule}")
-            if self.guidance_scale is not None and not least <= self.guidance_scale <= most:
+            lowest, highest = self.guidance_range
+            if not -math.inf < lowest < highest < math.inf:
+                raise ValueError(f"guidance_range={self.guidance_range}: need two different, finite numbers, the lower first")
+            if self.guidance_scale is not None and not lowest <= self.guidance_scale <= highest:
                 raise ValueError(
-                    f"guidance_scale={self.guidance_scale} lies outside guidance_range={self.guidance_range}, which is trained on"
+                    f"guidance_scale={self.guidance_scale} lies outside guidance_range={self.guidance_range}; choose one inside, or null"
                 )
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(f"batch_size={self.batch_size} does not divide into gradient_accumulation={self.gradient_accumulation} parts")
@@ -169,14 +172,14 @@ class LearnerConfig(AgentConfig):
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(get_args(known))}")
 
     def capacities(self, collect_size: int, collect_every: int) -> list[int]:
-        """States of each source that the buffer holds; 1, the least that there can be, of a source that is never collected.
+        """Number of states of each source that the buffer holds; 1, the minimum, for a source that is never collected.
 
         Args:
-            collect_size: States of a collection.
-            collect_every: Updates from one collection to the next.
+            collect_size: Number of states in a collection.
+            collect_every: Number of updates from one collection to the next.
         """
         capacity = self.capacity or -(-self.num_updates // collect_every) * (collect_size + max(self.states_per_draw))
-        shares = [max(share) for share in zip(*(self.beta(i / 100) for i in range(101)), strict=True)]  # over the run
+        shares = [max(share) for share in zip(*(self.beta(i / 100) for i in range(101)), strict=True)]  # the largest over the run
         held = [capacity if share > 0 else 1 for share in shares]
         if self.capacity is not None and self.student_collections is not None and shares[2] > 0:
             held[2] = min(held[2], self.student_collections * max(math.ceil(collect_size * shares[2]), self.states_per_draw[2]))
@@ -184,11 +187,11 @@ class LearnerConfig(AgentConfig):
 
     @property
     def states_per_draw(self) -> tuple[int, int, int]:
-        """States that one forward draw, one teacher and one student rollout give."""
+        """Number of states that one forward draw, one teacher rollout and one student rollout give."""
         teacher, student = self.rollout_lengths if self.states_per_rollout == "all" else (1, 1)
         return 1, teacher, student
 
     @property
     def rollout_lengths(self) -> tuple[int, int]:
-        """States that a teacher and a student rollout pass through."""
+        """Number of states in a teacher rollout and in a student rollout."""
         return self.num_steps, self.num_steps

@@ -3,8 +3,8 @@
     s ~ Σᵢ βᵢ ρᵢ ,  i ∈ {forward, teacher, student}              DDIL Alg. 1
     L = w_t ‖x̂_θ(x_t, t, c) − x_tgt‖²                            as in bc.py, on those states
 
-The student is unrolled without gradient, the expert labels every state that it visits, and the labels are aggregated in
-the buffer: a ring of the newest (streaming), or with `--capacity null` all of the run (per-round aggregation).
+The student is unrolled without gradient, the expert labels states that it visits, and the buffer aggregates the labelled states: the
+newest ones (streaming), or with `--capacity null` all states of the run (per-round aggregation).
 
     python -m ddil_agents.dagger --env digits --beta.forward .5 --beta.teacher .1 --beta.student .4
 """
@@ -22,10 +22,10 @@ from ddil_agents.states.beta import Beta
 
 @dataclass(frozen=True)
 class DaggerConfig(BCConfig):
-    """Settings of DAgger: those of progressive distillation, with states from all three sources."""
+    """Settings of DAgger: those of progressive distillation with states from all three sources."""
 
     beta: Beta = field(default_factory=lambda: Beta(forward=0.5, teacher=0.1, student=0.4))
-    """Source priors; by default all three: data for breadth, the teacher's states, and the student's own."""
+    """Probabilities of the sources: forward states for diversity, the teacher's states, and the student's own."""
 
 
 class Dagger(BehaviourCloning):

@@ -21,10 +21,10 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from ddil_agents.commands.errors import clear_errors
+from ddil_agents.commands.errors import one_line_errors
 from ddil_agents.commands.help import help_of
 from ddil_agents.commands.load import Checkpoint, load_run
-from ddil_agents.commands.parse import with_preset
+from ddil_agents.commands.parse import resolve_presets
 from ddil_agents.evaluation.evaluator import evaluate_expert, evaluate_run
 from ddil_agents.evaluation.results import table
 from ddil_agents.evaluation.settings import Evaluation
@@ -76,11 +76,11 @@ def main(argv: list[str] | None = None) -> None:
         "--out", type=str | None, default=None, help="JSON file for the results; finished batches are cached beside it until the end"
     )
     parser.add_class_arguments(Evaluation, None, skip={"seed"})
-    with clear_errors(parser):
+    with one_line_errors(parser):
         if {"--help", "-h"} & set(argv):
             print(help_of(parser, "[--env NAME|FILE] [--steps N …] | --run DIR  [--SETTING VALUE …]", FIRST))
             return
-        args = read_arguments(parser, with_preset("evaluate", argv))
+        args = read_arguments(parser, resolve_presets("evaluate", argv))
         settings = {f.name: args[f.name] for f in dataclasses.fields(Evaluation) if f.name != "seed"}
         out = None if args.out is None else Path(args.out)
         if out is not None and (out.is_dir() or not out.parent.is_dir()):

@@ -1,16 +1,16 @@
-"""GAIL (Ho & Ermon 2016): a discriminator tells the expert's transitions from the student's, and the student learns to deceive it.
+"""GAIL (Ho & Ermon 2016): a discriminator learns to tell the expert's transitions from the student's, and the student to deceive it.
 
     L_D = softplus(−D(x_t, t, a*)) + softplus(D(x_t, t, a_θ)) + γd/2 ‖∂D/∂a*‖²           R1, Mescheder et al. 2018
     L   = softplus(−D(x_t, t, a_θ(x_t, t, c)))
 
-Transitions are deterministic and the action is the student's own output, so its gradient is taken through the action (Baram et
-al. 2017): no likelihood ratio, no TRPO; the state is held fixed. D reads the action as the x̂_0 that it implies, times
-√w_t = max(α_t/σ_t, 1): an error then shows as it weighs in bc.py. With one right action a state, it is R1 that makes the game
-converge, stronger the more entries d an action has, and a discriminator that learns faster than the student.
+Transitions are deterministic and the action is the student's output. The student's gradient is therefore taken through the action
+(Baram et al. 2017), without likelihood ratio or TRPO, and the state is held fixed. D takes the action as the x̂_0 that it implies, times
+√w_t = max(α_t/σ_t, 1), so that an error has the weight that it has in bc.py. Each state has a single right action; the game converges
+because of R1, which grows with the number d of entries of an action, and because the discriminator learns faster than the student.
 
-By default both are compared at the same states, x_t from the β-mixture, and the expert is asked at all of them, as in DAgger.
-`--paired false` is Ho & Ermon's: the expert's rollouts against the student's, no question asked. It is the weaker game, and can lead
-a student that starts as the teacher astray.
+By default the actions of both are compared at the same states, x_t from the β-mixture, and the expert labels all of them, as in DAgger.
+`--paired false` is the method of Ho & Ermon: the expert's rollouts against the student's, whose states have no label. It is weaker, and
+can make a student worse that starts from the teacher's weights.
 
     python -m ddil_agents.gail --env digits --init runs/bc
 """
@@ -46,20 +46,20 @@ class GailConfig(LearnerConfig):
     """Settings of GAIL."""
 
     beta: Beta = field(default_factory=lambda: Beta(forward=0.0, teacher=0.5, student=0.5))
-    """Source priors; half expert and half student, the paper's. Data-free."""
+    """Probabilities of the sources; half teacher and half student states, as in the paper, needs no data."""
     paired: bool = True
-    """Compare expert and student at the same states, where the expert is asked; false: the expert's own rollouts, and forward states,
-    against the student's, where it is not."""
+    """Compare the actions of expert and student at the same states, all labelled by the expert; false: compare transitions of the
+    expert's rollouts and forward states with those of the student's rollouts, which are not labelled."""
     discriminator_learning_rate: float = 1e-3
-    """AdamW's, of the discriminator; it has to be ahead of the student, here ten times as fast."""
+    """Learning rate of AdamW for the discriminator, which needs to learn faster than the student: ten times as fast by default."""
     discriminator_width: int = 64
-    """Its channels."""
+    """Number of channels of the discriminator's hidden layers."""
     gradient_penalty: float = 2.5
-    """γ of R1, an entry of the action."""
+    """Weight γ of the gradient penalty R1, per entry of the action."""
     learning_rate: float = 1e-4
-    """AdamW's, of the student."""
+    """Learning rate of AdamW for the student, after the warm-up."""
     adam_betas: tuple[float, float] = (0.5, 0.99)
-    """AdamW's momenta, of both: in a game a long memory overshoots."""
+    """β1 and β2 of AdamW for both networks; adversarial training needs a smaller β1 than usual."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,19 +74,19 @@ class GailConfig(LearnerConfig):
                 "paired=false compares the student's rollouts with the expert's; give beta.student and beta.teacher a share each"
             )
         if not self.paired and self.p_expert:
-            raise ValueError(f"p_expert={self.p_expert} with paired=false: there the expert is not asked in student rollouts; use 0")
+            raise ValueError(f"p_expert={self.p_expert} with paired=false: the expert does not act in student rollouts there; use 0")
         if self.guidance_range is not None:
-            raise ValueError(f"guidance_range={self.guidance_range}: the discriminator is not told w; set guidance_scale")
+            raise ValueError(f"guidance_range={self.guidance_range}: the discriminator takes no w; leave it null, and set guidance_scale")
         if self.prioritised:
-            raise ValueError("prioritised=true: GAIL's loss says whom D believes, not how wrong a state is; leave it false")
+            raise ValueError("prioritised=true: GAIL's loss is the discriminator's belief, not the error at a state; leave it false")
 
 
 class Discriminator(nn.Module):
-    """How much like the expert's a transition looks, (b,): convolutions over (x_t, action), told t and c; for vectors they are an MLP.
+    """Scores how much a transition looks like the expert's: convolutions over (x_t, action), conditioned on t and c; for vectors an MLP.
 
     Args:
-        expert: Gives the shapes.
-        width: Channels.
+        expert: Its sample_shape, num_conditions and schedule set the sizes.
+        width: Number of channels of the hidden layers.
     """
 
     def __init__(self, expert: Expert, width: int) -> None:
@@ -105,28 +105,28 @@ class Discriminator(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, action: Tensor, c: Tensor | None) -> Tensor:
         self.nfe += len(x_t)
         u = (t / self.t_max)[:, None]
-        told = self.time(torch.cat([u, (u * self.frequencies).sin(), (u * self.frequencies).cos()], dim=1))
-        told = told + self.condition(torch.zeros_like(t, dtype=torch.int64) if c is None else c)  # (b, width)
-        both = torch.cat([x_t, action], dim=1)  # (b, 2 channels, *axes)
-        hidden = self.first(both[..., None] if both.ndim == 2 else both)
-        return self.rest(hidden + told.reshape(*told.shape, *(1,) * (hidden.ndim - 2))).flatten(1).mean(1)
+        embedding = self.time(torch.cat([u, (u * self.frequencies).sin(), (u * self.frequencies).cos()], dim=1))
+        embedding = embedding + self.condition(torch.zeros_like(t, dtype=torch.int64) if c is None else c)  # (b, width)
+        transition = torch.cat([x_t, action], dim=1)  # (b, 2 channels, *axes)
+        hidden = self.first(transition[..., None] if transition.ndim == 2 else transition)
+        return self.rest(hidden + embedding.reshape(*embedding.shape, *(1,) * (hidden.ndim - 2))).flatten(1).mean(1)
 
 
-class UnaskingCollector(Collector):
-    """Student rollouts whose states have no label: x_s is x_t there."""
+class UnlabelledStudentCollector(Collector):
+    """A collector that does not label the states of student rollouts: their x_s is x_t."""
 
-    asks = True
+    labels = True  # whether the states of the current source are labelled
 
     def forward(self, n: int) -> TensorDict:
-        self.asks = True
+        self.labels = True
         return super().forward(n)
 
     def rollout(self, n: int, p_expert: float) -> TensorDict:
-        self.asks = p_expert >= 1
+        self.labels = p_expert >= 1
         return super().rollout(n, p_expert)
 
     def label(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None, w: Tensor | None) -> Tensor:
-        return super().label(x_t, t, s, c, w) if self.asks else x_t
+        return super().label(x_t, t, s, c, w) if self.labels else x_t
 
 
 class Gail(Algorithm):
@@ -137,9 +137,9 @@ class Gail(Algorithm):
     config: GailConfig
 
     def make_networks(self) -> dict[str, nn.Module]:
-        if sharding.asked():
+        if sharding.is_requested():
             raise ValueError("gail differentiates its discriminator twice, which sharded networks do not allow; leave fsdp out")
-        with torch.random.fork_rng():  # seeded, and the caller's generator left alone
+        with torch.random.fork_rng():  # leaves torch's global generator as it is
             torch.manual_seed(stream_seed(self.config.seed, "discriminator"))
             return {"discriminator": Discriminator(self.expert, self.config.discriminator_width).to(self.expert.device)}
 
@@ -152,44 +152,44 @@ class Gail(Algorithm):
 
     def loss(self, batch: Batch) -> Tensor:
         x_hat = self.student(batch.x_t, batch.t, batch.c).projected(self.thresholds["student"], straight_through=True).x_0
-        own = batch.generated = self.weighted(batch, x_hat)
-        _, of_student = self.shares(batch)
-        return of_student * softplus(-self.realness(batch, own))
+        action = batch.generated = self.weight_action(batch, x_hat)
+        _, student_weight = self.state_weights(batch)
+        return student_weight * softplus(-self.realness(batch, action))
 
     def discriminator_loss(self, batch: Batch) -> Tensor:
         """softplus(−D(a*)) + softplus(D(a_θ)) + γd/2 ‖∂D/∂a*‖², (b,)."""
-        assert batch.generated is not None  # the student's step, which comes first in every update, leaves its actions there
+        assert batch.generated is not None  # set by the student's step, which comes first in every update
         x_0 = invert_ddim(self.expert.schedule, batch.x_t, batch.t, batch.expert_action, batch.s).projected(self.thresholds["target"]).x_0
-        expert = self.weighted(batch, x_0).requires_grad_()
-        real = self.realness(batch, expert)
-        (slope,) = torch.autograd.grad(real.sum(), expert, create_graph=True)
-        penalty = 0.5 * self.config.gradient_penalty * slope[0].numel() * slope.square().flatten(1).sum(1)
-        of_expert, of_student = self.shares(batch)
-        return of_expert * (softplus(-real) + penalty) + of_student * softplus(self.realness(batch, batch.generated))
+        action = self.weight_action(batch, x_0).requires_grad_()  # a*
+        realness = self.realness(batch, action)
+        (gradient,) = torch.autograd.grad(realness.sum(), action, create_graph=True)  # ∂D/∂a*
+        penalty = 0.5 * self.config.gradient_penalty * gradient[0].numel() * gradient.square().flatten(1).sum(1)
+        expert_weight, student_weight = self.state_weights(batch)
+        return expert_weight * (softplus(-realness) + penalty) + student_weight * softplus(self.realness(batch, batch.generated))
 
     def realness(self, batch: Batch, action: Tensor) -> Tensor:
         """D(x_t, t, action), (b,)."""
-        return self.wrapped("discriminator")(batch.x_t, batch.t, action, batch.c)
+        return self.wrapped_network("discriminator")(batch.x_t, batch.t, action, batch.c)
 
-    def weighted(self, batch: Batch, x_0: Tensor) -> Tensor:
-        """√w_t x_0, w_t = max(SNR, 1)."""
+    def weight_action(self, batch: Batch, x_0: Tensor) -> Tensor:
+        """Returns √w_t x_0 with w_t = max(SNR, 1), the form in which D takes an action."""
         alpha, sigma = self.expert.schedule.coefficients(batch.t)
         return broadcast((alpha / sigma).clamp(min=1).to(x_0.dtype), x_0) * x_0
 
-    def shares(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Weight of each state among the expert's and among the student's, (b,) each, of mean 1."""
+    def state_weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Weights of each state in the expert's and in the student's term of the losses, (b,) each, with a mean of 1."""
         if self.config.paired:
             return (torch.ones_like(batch.t),) * 2
         masks = (batch.source != STUDENT).float(), (batch.source == STUDENT).float()
-        of_expert, of_student = (mask / mask.mean().clamp(min=1 / len(mask)) for mask in masks)
-        return of_expert, of_student
+        expert_weight, student_weight = (mask / mask.mean().clamp(min=1 / len(mask)) for mask in masks)
+        return expert_weight, student_weight
 
     @property
     def student_nfe(self) -> int:
         return super().student_nfe + int(self.networks["discriminator"].nfe)
 
-    def make_collector(self, student_policy: StudentPolicy, *args: Any, **own: Any) -> Collector:
-        return super().make_collector(student_policy, Collector if self.config.paired else UnaskingCollector)
+    def make_collector(self, student_policy: StudentPolicy, *args: Any, **settings: Any) -> Collector:
+        return super().make_collector(student_policy, Collector if self.config.paired else UnlabelledStudentCollector)
 
 
 def main(argv: list[str] | None = None) -> None:

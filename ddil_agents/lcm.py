@@ -1,14 +1,14 @@
 """Latent consistency distillation (Luo et al. 2023), on DDIL's mixture of states ("LCM + DDIL", DDIL §4.2).
 
-The student is a consistency function: whatever the time, it names the end of the ODE's trajectory.
+The student is a consistency function: from every point of an ODE's trajectory it predicts the end of that trajectory.
 
     f(x, t) = c_skip(t) x + c_out(t) x̂_0(x, t) ,   f(x, 0) = x
     c_skip  = σ_d²/((10 t)² + σ_d²) ,  c_out = 10 t/√((10 t)² + σ_d²) ,  σ_d = 0.5
-    L       = d(f_θ(x_t, t, c, w), f_θ⁻(x̂_s, s, c, w)) ,   d = √(e² + h²) − h         Alg. 1; θ⁻ the average
+    L       = d(f_θ(x_t, t, c, w), f_θ⁻(x̂_s, s, c, w)) ,   d = √(e² + h²) − h         Alg. 1; θ⁻: the EMA
 
-x̂_s is one guided DDIM step of the teacher over 50 solver times, s = max(t − 20, 0). It does not depend on the student, so
-the buffer holds it. Forward states lie on the solver's times; the student is unrolled in 3, 4 or 5 inference steps, with fresh noise
-in each. The teacher's own trajectories (data-free) are those of its solver.
+x̂_s is one guided DDIM step of the teacher on a grid of 50 solver times, s = max(t − 20, 0). It does not depend on the student, and so
+the buffer keeps it. Forward states are at the solver's times; the student is unrolled in 3, 4 or 5 inference steps, each with fresh
+noise; teacher trajectories, which need no data, are the solver's.
 
     python -m ddil_agents.lcm --env digits --beta.forward .5 --beta.student .5
 """
@@ -42,21 +42,21 @@ class LCMConfig(LearnerConfig):
     """Settings of latent consistency distillation."""
 
     grid: GridKind = "lcm"
-    """The N times: lcm, on which the student was trained; or linspace, dmd2, trailing."""
+    """Times of the student's N steps: lcm, a subset of the solver's times that it is trained at; or linspace, dmd2, trailing."""
     thresholding: Thresholding = field(default_factory=lambda: Thresholding(roles=("teacher", "target")))
-    """Reflected diffusion: which estimates are projected onto the data's support, and how; the paper's are teacher and target."""
+    """Reflected diffusion: which estimates are projected onto the data's support, and how. The paper's are teacher and target."""
     ema: float = 0.95
-    """Decay of the averaged student: the target, and the one that is evaluated and saved."""
+    """Decay of the exponential moving average of the student's weights, which gives the target, and which is evaluated and saved."""
     solver_steps: int = LCM_SOLVER_STEPS
-    """Teacher times that consistency is asked between."""
+    """Number of times of the teacher's solver; the loss compares the student at successive ones."""
     inference_steps: tuple[int, ...] = (3, 4, 5)
-    """A student rollout takes one of these numbers of steps, drawn anew for each collection."""
+    """Numbers of steps of a student rollout, of which each collection draws one."""
     distance: Distance = "huber"
-    """huber, √(e² + h²) − h; or l2, e²."""
+    """Distance of the loss for an error e: huber, √(e² + h²) − h; or l2, e²."""
     huber_h: float = 1e-3
-    """h of the Huber distance."""
+    """h of the Huber distance, the error at which it turns from quadratic to linear."""
 
-    teachers: ClassVar[tuple[str, ...]] = ("original", "same")  # a consistency function is no ODE to step along
+    teachers: ClassVar[tuple[str, ...]] = ("original", "same")  # its student predicts the end of the ODE, and so cannot teach single steps
 
     def __post_init__(self) -> None:
         if not self.inference_steps or not all(isinstance(n, int) and 1 <= n <= self.solver_steps for n in self.inference_steps):
@@ -65,7 +65,9 @@ class LCMConfig(LearnerConfig):
             raise ValueError(f"p_expert={self.p_expert}: the expert takes no consistency steps, so LCM has no mixed rollouts; use 0")
         super().__post_init__()
         if self.grid == "lcm" and self.solver_steps != LCM_SOLVER_STEPS:
-            raise ValueError(f"solver_steps={self.solver_steps}: the grid lcm picks from {LCM_SOLVER_STEPS} times; set grid to another")
+            raise ValueError(
+                f"solver_steps={self.solver_steps}: the grid lcm picks from {LCM_SOLVER_STEPS} times; use as many, or set grid to another"
+            )
         if self.distance not in get_args(Distance):
             raise ValueError(f"unknown distance {self.distance!r}; choose one of: {', '.join(get_args(Distance))}")
         if not self.huber_h > 0:
@@ -77,7 +79,7 @@ class LCMConfig(LearnerConfig):
 
 
 class ConsistencyDenoiser(NetworkDenoiser):
-    """A denoiser read as a consistency function: its x̂_0 is f(x_t, t), and its ε̂ goes with it."""
+    """A denoiser as a consistency function: the x̂_0 of its prediction is f(x_t, t), and the ε̂ is the one that x_t and f imply."""
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
         pred = super().forward(x_t, t, c, w)
@@ -90,25 +92,25 @@ class ConsistencyDenoiser(NetworkDenoiser):
 
 
 class LCMCollector(Collector):
-    """Teacher rollouts over the solver's times, student rollouts over a few of them.
+    """Collects teacher rollouts on all of the solver's times and student rollouts on a few of them.
 
     Args:
-        inference_steps: A student rollout takes one of these numbers of steps.
+        inference_steps: Numbers of steps of a student rollout, of which each collection draws one.
     """
 
     def __init__(self, *args: Any, inference_steps: tuple[int, ...], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.inference_steps = inference_steps
-        self.n = inference_steps[0]
+        self.num_steps = inference_steps[0]
 
     def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:
         if beta[2] > 0:
             drawn = torch.randint(len(self.inference_steps), (1,), generator=self.streams["rollout"], device=self.expert.device)
-            self.n = self.inference_steps[int(drawn)]  # one wait for the device a collection
+            self.num_steps = self.inference_steps[int(drawn)]  # waits for the device, once per collection
         return super().counts(n, beta)
 
     def visited(self, p_expert: float) -> Tensor:
-        return self.grid.times if p_expert >= 1 else lcm_times(self.grid, self.n)
+        return self.grid.times if p_expert >= 1 else lcm_times(self.grid, self.num_steps)
 
 
 class LCM(Algorithm):
@@ -118,21 +120,21 @@ class LCM(Algorithm):
     Config: ClassVar[type[LearnerConfig]] = LCMConfig
     config: LCMConfig
     kernel: ClassVar[Kernel] = "renoise"
-    ema_warm_up: ClassVar[bool] = False  # the average is the target
+    ema_warm_up: ClassVar[bool] = False  # the decay is part of the method, because the average gives the target
 
     def loss(self, batch: Batch) -> Tensor:
-        with torch.no_grad(), self.trainer.accelerator.autocast():  # the student's own is around it, the average has none
+        with torch.no_grad(), self.trainer.accelerator.autocast():  # the trainer sets autocast around the student only
             target = self.ema_student(batch.expert_action, batch.s, batch.c, batch.w)  # f_θ⁻(x̂_s, s, c, w)
             target_x_0 = self.thresholds["target"].project(target.x_0)
-        self.networks["student"].nfe += len(batch)  # the average's forwards are the student's cost
+        self.networks["student"].nfe += len(batch)  # forwards of the average count as the student's
         pred = self.student(batch.x_t, batch.t, batch.c, batch.w)  # f_θ(x_t, t, c, w)
         x_0 = pred.projected(self.thresholds["student"], straight_through=True).x_0
         return self.distance(x_0 - target_x_0).flatten(1).mean(1)  # d(f_θ, f_θ⁻), (b,)
 
     def distance(self, error: Tensor) -> Tensor:
-        """d of each entry."""
+        """d of each entry of the error."""
         h = self.config.huber_h
-        squared = error.square()  # √(e² + h²) − h, written so that nothing cancels as e → 0
+        squared = error.square()  # √(e² + h²) − h = e²/(√(e² + h²) + h), which does not cancel as e → 0
         return squared / ((squared + h**2).sqrt() + h) if self.config.distance == "huber" else squared
 
     def make_student(self, **options: Any) -> NetworkDenoiser:
@@ -140,7 +142,7 @@ class LCM(Algorithm):
         return ConsistencyDenoiser(student.network, student.schedule, student.prediction_type, student.guidance_embedding)
 
     def make_expert_policy(self) -> ExpertPolicy:
-        """One DDIM step of the solver, whose last time is level ᾱ_0 and not the data, where f is the identity all the same."""
+        """Makes the solver: one DDIM step per action. Its last step ends at noise level ᾱ_0, as in LCM's code; f is the identity there."""
         return ExpertPolicy(
             self.expert,
             1,
@@ -149,7 +151,7 @@ class LCM(Algorithm):
             schedule=self.expert.schedule.ending_at_alpha_0(),
         )
 
-    def make_collector(self, student_policy: StudentPolicy, *args: Any, **own: Any) -> Collector:
+    def make_collector(self, student_policy: StudentPolicy, *args: Any, **settings: Any) -> Collector:
         solver = TimeGrid(self.expert.schedule, self.config.solver_steps, "trailing").to(self.expert.device)
         return super().make_collector(student_policy, LCMCollector, solver, inference_steps=self.config.inference_steps)
 

@@ -1,19 +1,19 @@
-"""PPO (Schulman et al. 2017) by stable-baselines3 on the reward `expert_l2`: reinforcement learning, the outside reference.
+"""PPO (Schulman et al. 2017) by stable-baselines3 on the reward `expert_l2`: the reinforcement learning baseline.
 
-The learners are told the expert's action a* at every state. PPO is told how far from it its own action was,
+Imitation learning observes the expert's action a* at every state. PPO observes only how far its own action was from it,
 
     r(x_t, a) = −‖a − a*(x_t)‖² / d ,      a ~ N(μ_θ(x_t, t, s, c), diag σ²) ,      max E Σ r
 
-and has to find out by trying in which direction a* lies: what it takes more than imitation is the price of not asking.
-A step costs the same k teacher forwards as a label. μ_θ is the DDIM step of the student that the learners have too,
+and has to find the direction of a* by trial; how much more it needs than imitation learning says what observing a* is worth.
+A step costs k teacher forwards, as a label does. μ_θ is the DDIM step of a student as the other agents have it,
 
     μ_θ = α_s x̂_θ + σ_s ε̂_θ
 
-A line of metrics sums up a rollout, whatever --log_every. There are no checkpoints: --resume begins again.
+Each line of metrics is about one rollout; --log_every has no effect. There are no checkpoints: --resume starts from the beginning.
 
     python -m ddil_agents.ppo --env gaussian_mixture --num_updates 8000 --out runs/ppo
 
-Needs `pip install 'ddil[sb3]'`; PPO with a network of stable-baselines3's own is three lines, in ddil_env/sb3.py.
+Needs `pip install 'ddil[sb3]'`. The docstring of ddil_env/sb3.py shows PPO with one of stable-baselines3's networks, in three lines.
 """
 
 from __future__ import annotations
@@ -28,12 +28,9 @@ from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.policies import MultiInputActorCriticPolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ddil_agents.agent import Agent
@@ -45,12 +42,13 @@ from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.callbacks import Callback, Stopwatch
 from ddil_agents.training.checkpoint import folder_atomically
 from ddil_agents.training.metrics import RunFiles
+from ddil_agents.training.sb3_policy import StudentActorCritic, StudentFeatures
 from ddil_agents.training.tracking import Tracker
 from ddil_env import DenoisingVectorEnv, Expert, NetworkDenoiser, StudentPolicy, Support
 from ddil_env.sb3 import SB3VecEnv
 from ddil_env.support import Thresholding
 
-MEASURED = ("approx_kl", "clip_fraction", "explained_variance", "value_loss")  # of stable-baselines3's own, in a line of metrics
+SB3_METRICS = ("approx_kl", "clip_fraction", "explained_variance", "value_loss")  # stable-baselines3's, in a line of metrics
 
 
 @dataclass(frozen=True)
@@ -58,33 +56,33 @@ class PPOConfig(AgentConfig):
     """Settings of PPO."""
 
     num_updates: int = 8000
-    """Gradient steps, to the nearest whole rollout: one gives epochs · num_envs · episodes · num_steps / batch_size of them."""
+    """Number of gradient steps, rounded to whole rollouts of epochs · num_envs · episodes · num_steps / batch_size gradient steps."""
     hidden: tuple[int, ...] = (128, 128, 128)
-    """Units of the critic's hidden layers."""
+    """Number of units in each hidden layer of the critic."""
     log_std_init: float = -2.0
-    """log σ at the start, in units of the latent; stable-baselines3's own default is 0."""
+    """Initial log standard deviation of the actions; stable-baselines3's own default is 0."""
     action_bound: float = 4.0
-    """Actions are clipped to ± this."""
+    """Largest absolute value of an action's entries; larger ones are clipped."""
     num_envs: int = 125
-    """Episodes at a time, in one batch."""
+    """Number of environments that step in one batch."""
     episodes: int = 1
-    """Of each environment, in one rollout: PPO learns from num_envs · episodes · num_steps steps at a time."""
+    """Number of episodes of each environment in a rollout, which has num_envs · episodes · num_steps steps."""
     batch_size: int = 125
-    """Steps of the rollout in one gradient step."""
+    """Number of steps of the rollout in a gradient step (minibatch size)."""
     epochs: int = 10
-    """Passes over a rollout."""
+    """Number of passes over a rollout."""
     learning_rate: float = 1e-3
-    """Adam's; falls linearly, rollout by rollout, to reach 0 after the last."""
+    """Initial learning rate of Adam; falls linearly, rollout by rollout, and reaches 0 after the last."""
     gamma: float = 1.0
-    """Discount: 1 counts what an action does to later rewards, 0 the next reward alone."""
+    """Discount factor γ: 1 counts all later rewards in full, 0 only the next."""
     gae_lambda: float = 0.95
-    """Of the advantage's average over n-step estimates."""
+    """λ of generalised advantage estimation."""
     clip_range: float = 0.2
-    """How far from 1 a ratio of probabilities still earns."""
+    """Clipping range ε of the probability ratio."""
     ent_coef: float = 0.0
-    """Bonus on the entropy."""
+    """Weight of the entropy bonus."""
 
-    # What a learner chooses, PPO has one of.
+    # Settings of other agents that are fixed for PPO.
     beta: ClassVar[Beta] = Beta(forward=0.0, student=1.0)
     thresholding: ClassVar[Thresholding] = Thresholding()
     guidance_range: ClassVar[None] = None
@@ -104,7 +102,7 @@ class PPOConfig(AgentConfig):
         if not 0 <= self.ent_coef < math.inf:
             raise ValueError(f"ent_coef={self.ent_coef}: need 0 or more, and finite")
         if not math.isfinite(self.log_std_init):
-            raise ValueError(f"log_std_init={self.log_std_init}: need a finite number; −2 is a spread of 0.14")
+            raise ValueError(f"log_std_init={self.log_std_init}: need a finite number; −2 is a standard deviation of 0.14")
         if any(width < 1 for width in self.hidden):
             raise ValueError(f"hidden={self.hidden}: need at least one unit in every layer")
         if self.batch_size < 2 or self.rollout % self.batch_size:
@@ -114,87 +112,33 @@ class PPOConfig(AgentConfig):
 
     @property
     def rollout(self) -> int:
-        """Environment steps that PPO learns from at a time."""
+        """Number of environment steps in a rollout."""
         return self.num_envs * self.episodes * self.num_steps
 
     @property
     def updates(self) -> int:
-        """Gradient steps on a rollout."""
+        """Number of gradient steps on a rollout."""
         return self.rollout // self.batch_size * self.epochs
-
-
-# The policy, in stable-baselines3's terms
-
-
-class StudentFeatures(BaseFeaturesExtractor):
-    """A student's next latent (b, d), and behind it the state as the students' network has it, for the critic.
-
-    That is x_t, u = t/t_max, sin and cos of 2^i π u for i < 6, and c one-hot.
-    """
-
-    def __init__(self, observation_space: spaces.Dict, student: NetworkDenoiser, t_max: float) -> None:
-        self.size = math.prod(cast(tuple[int, ...], observation_space["x_t"].shape))
-        self.num_ids = int(cast(spaces.Discrete, observation_space["c"]).n) if "c" in observation_space.spaces else 0
-        super().__init__(observation_space, 2 * self.size + 13 + self.num_ids)
-        self.student, self.t_max = student, t_max
-        self.register_buffer("frequencies", torch.pi * 2.0 ** torch.arange(6), persistent=False)
-
-    def forward(self, observations: dict[str, Tensor]) -> Tensor:
-        x_t, t, s = observations["x_t"], observations["t"], observations["s"]  # times (b, 1)
-        one_hot = [observations["c"].flatten(1)] if self.num_ids else []
-        action = self.student.predict(x_t, t[:, 0], one_hot[0].argmax(1) if one_hot else None).latent(s[:, 0])
-        u = t / self.t_max
-        waves = [(u * self.frequencies).sin(), (u * self.frequencies).cos()]
-        return torch.cat([action.flatten(1), x_t.flatten(1), u, *waves, *one_hot], dim=1)
-
-
-class ActionAndCritic(MlpExtractor):
-    """Behind StudentFeatures: to the actor the first d entries, to the critic a network of the others."""
-
-    def __init__(self, features: StudentFeatures, hidden: list[int], activation: type[nn.Module]) -> None:
-        super().__init__(features.features_dim - features.size, {"pi": [], "vf": hidden}, activation)
-        self.latent_dim_pi = features.size
-
-    def forward_actor(self, features: Tensor) -> Tensor:
-        return features[:, : self.latent_dim_pi]
-
-    def forward_critic(self, features: Tensor) -> Tensor:
-        return cast(Tensor, super().forward_critic(features[:, self.latent_dim_pi :]))
-
-
-class StudentActorCritic(MultiInputActorCriticPolicy):
-    """A Gaussian around the student's DDIM step."""
-
-    def _build_mlp_extractor(self) -> None:
-        self.mlp_extractor = ActionAndCritic(self.features_extractor, self.net_arch, self.activation_fn)
-
-    def _build(self, lr_schedule: Any) -> None:
-        super()._build(lr_schedule)
-        self.action_net = nn.Identity()  # the features are the mean already
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
-
-
-# The agent
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's and numpy's global generators, which stable-baselines3 draws from, begin at a 32-bit seed, and then are as they were."""
-    outside = np.random.get_state()
+    """Seeds torch's and numpy's global generators, which stable-baselines3 draws from, and restores both at the end of the block."""
+    state = np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         np.random.seed(seed)
         try:
             yield
         finally:
-            np.random.set_state(outside)
+            np.random.set_state(state)
 
 
 class PPOAgent(Agent):
-    """PPO on one expert; nothing is thresholded, `support` is for a learner's sake.
+    """PPO on the reward `expert_l2`; it thresholds nothing and ignores `support`.
 
     Raises:
-        ValueError: what the expert, the environment or make_student refuse.
+        ValueError: the settings do not fit the expert, the environment or make_student, or there are several processes.
     """
 
     name = "ppo"
@@ -203,10 +147,10 @@ class PPOAgent(Agent):
 
     def __init__(self, expert: Expert | str, config: PPOConfig | None = None, support: Support | None = None) -> None:
         super().__init__(expert, config)
-        if ranks.world() > 1:
-            raise ValueError(f"ppo trains in one process, and here are {ranks.world()}; start it by python -m ddil_agents.ppo")
+        if ranks.world_size() > 1:
+            raise ValueError(f"ppo trains in one process, and here are {ranks.world_size()}; start it with python -m ddil_agents.ppo")
         config, expert = self.config, self.expert
-        self.extend(config.num_updates)
+        self.plan_updates(config.num_updates)
         env = DenoisingVectorEnv(
             expert,
             config.num_envs,
@@ -218,8 +162,8 @@ class PPOAgent(Agent):
             grid=config.grid,
             autoreset_mode="SameStep",
         )
-        batch = SB3VecEnv(env)
-        batch.seed(stream_seed(config.seed, "rollout"))
+        sb3_env = SB3VecEnv(env)
+        sb3_env.seed(stream_seed(config.seed, "rollout"))
         policy = {
             "features_extractor_class": StudentFeatures,
             "features_extractor_kwargs": {"student": self.initial_student(), "t_max": float(expert.schedule.t_max)},
@@ -231,10 +175,9 @@ class PPOAgent(Agent):
         with seeded(stream_seed(config.seed, "weights")):
             self.model = PPO(
                 StudentActorCritic,
-                batch,
-                learning_rate=lambda left: (
-                    config.learning_rate * (left + config.updates / self.total_updates)
-                ),  # left: 1 − k/K after rollout k
+                sb3_env,
+                # stable-baselines3 passes 1 − k/K after rollout k of K
+                learning_rate=lambda remaining: config.learning_rate * (remaining + config.updates / self.total_updates),
                 n_steps=config.num_steps * config.episodes,
                 batch_size=config.batch_size,
                 n_epochs=config.epochs,
@@ -250,21 +193,21 @@ class PPOAgent(Agent):
 
     @property
     def student(self) -> NetworkDenoiser:
-        """The student, whose step is the mean action; unclipped."""
+        """The student, whose DDIM step is the mean action, before clipping."""
         return cast(NetworkDenoiser, self.model.policy.features_extractor.student)
 
     @property
     def ema_student(self) -> NetworkDenoiser:
-        """The student: PPO takes no average."""
+        """The student itself: PPO keeps no average."""
         return self.student
 
     @property
     def student_nfe(self) -> int:
-        """The student's forwards so far: to act, in every epoch, and for the value of the state that a rollout ends at."""
+        """Student forwards so far: for each action, in each epoch, and for the value of the last state of a rollout."""
         c = self.config
         return self.step // c.updates * (c.rollout * (1 + c.epochs) + c.num_envs)
 
-    def extend(self, num_updates: int) -> None:
+    def plan_updates(self, num_updates: int) -> None:
         self.total_updates = self.step + max(1, round(num_updates / self.config.updates)) * self.config.updates
 
     def train(
@@ -277,10 +220,10 @@ class PPOAgent(Agent):
         **options: Any,
     ) -> None:
         if list(callbacks):
-            raise ValueError("callbacks: PPO is trained by stable-baselines3, which has its own; leave them out")
+            raise ValueError("callbacks: PPO is trained by stable-baselines3, which has callbacks of its own; leave them out")
         rollouts = (self.total_updates - self.step) // self.config.updates
         if out is not None:
-            shutil.rmtree(out / "evaluation", ignore_errors=True)  # of a run that is begun again
+            shutil.rmtree(out / "evaluation", ignore_errors=True)  # left by a run that starts again
         bar = tqdm(total=self.total_updates, initial=self.step, desc=self.name, unit="update", disable=not progress)
         clock = Stopwatch()
         files = RunFiles(clock, track)
@@ -289,47 +232,47 @@ class PPOAgent(Agent):
             log = RolloutLog(self, files, clock, bar)
             try:
                 self.model.learn(rollouts * self.config.rollout, log, log_interval=None, reset_num_timesteps=not self.step)
-            except ValueError:  # torch's distributions, where they check, refuse what is not finite
+            except ValueError:  # torch's distributions refuse parameters that are not finite
                 self.check_finite()
                 raise
         self.model.policy.set_training_mode(False)
 
     def check_finite(self) -> None:
-        """Refuses to go on with weights that are not finite.
+        """Checks that all weights are finite.
 
         Raises:
-            FloatingPointError: names the rollout.
+            FloatingPointError: some are not; the message names the rollout.
         """
         if not all(bool(p.isfinite().all()) for p in self.model.policy.parameters()):
             raise FloatingPointError(f"the policy is not finite after rollout {self.step // self.config.updates + 1}; lower learning_rate")
 
     def save(self, directory: str | Path) -> Path:
-        """Writes the student into `directory`/student, as a run has it, and returns that."""
+        """Writes the student to `directory`/student, as a run does, and returns that path."""
         with folder_atomically(Path(directory) / "student") as student:
             self.expert.save_student(self.student, student, self.config.num_steps, self.config.grid)
         return Path(directory) / "student"
 
     def load(self, directory: str | Path) -> Self:
-        """Reads what `save` wrote, into an agent of the same expert and student: it acts as the saved one.
+        """Loads the student that `save` wrote into an agent of the same expert and settings.
 
         Raises:
-            ValueError: the student is absent, damaged, or another.
+            ValueError: the student is absent, damaged, or of another architecture.
         """
-        other = self.expert.load_student(Path(directory) / "student", **self.student_options)
-        self.student.load_state_dict(other.state_dict())
+        saved = self.expert.load_student(Path(directory) / "student", **self.student_options)
+        self.student.load_state_dict(saved.state_dict())
         return self
 
 
 class RolloutLog(BaseCallback):
-    """Writes a line for each rollout and the gradient steps on it.
+    """Writes a line of metrics for each rollout and the gradient steps on it.
 
-    `loss` is −r, the squared distance of the sampled actions from the expert's; `action_std` the σ that they were drawn with, at the end.
+    `loss` is −r, the mean squared distance of the sampled actions to the expert's; `action_std` is σ after the gradient steps.
     """
 
     def __init__(self, agent: PPOAgent, files: RunFiles, clock: Stopwatch, bar: tqdm[Any]) -> None:
         super().__init__()
         self.agent, self.files, self.clock, self.bar = agent, files, clock, bar
-        self.loss: float | None = None  # of the rollout that is being learned from
+        self.loss: float | None = None  # of the rollout that the gradient steps are on
 
     def _on_step(self) -> bool:
         return True
@@ -337,7 +280,7 @@ class RolloutLog(BaseCallback):
     def _on_rollout_end(self) -> None:
         self.loss = -float(self.model.rollout_buffer.rewards.mean())
 
-    def _on_rollout_start(self) -> None:  # stable-baselines3 calls nothing between an update and the next rollout
+    def _on_rollout_start(self) -> None:  # stable-baselines3 has no hook after the gradient steps
         if self.loss is None:
             return
         agent, measured = self.agent, self.model.logger.name_to_value
@@ -351,7 +294,7 @@ class RolloutLog(BaseCallback):
             "timesteps": int(self.model.num_timesteps),
             "loss": self.loss,
             "action_std": std,
-            **{name: x if math.isfinite(x := float(measured[f"train/{name}"])) else None for name in MEASURED},
+            **{name: x if math.isfinite(x := float(measured[f"train/{name}"])) else None for name in SB3_METRICS},
             "teacher_nfe": agent.teacher_nfe,
             "student_nfe": agent.student_nfe,
             "seconds": self.clock.seconds,

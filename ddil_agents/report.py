@@ -12,7 +12,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddil_agents.commands.errors import clear_errors
+from ddil_agents.commands.errors import one_line_errors
 from ddil_agents.commands.load import load_run, make_evaluator
 from ddil_agents.evaluation.pictures import save_pictures
 from ddil_agents.evaluation.results import DIRECTIONS, read_result, table
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="run directories with a result.json")
     parser.add_argument("--out", type=Path, required=True, help="folder for report.md, curves.png and samples.png")
     args = parser.parse_args(argv)
-    with clear_errors(parser):
+    with one_line_errors(parser):
         learners = [load_run(path) for path in args.runs]
         results, metrics, evaluations = {}, {}, {}
         for path in args.runs:

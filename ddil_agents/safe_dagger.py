@@ -1,16 +1,16 @@
-"""DAgger that asks where it seems worth it (after SafeDAgger, Zhang & Cho 2017), within a budget of questions.
+"""DAgger that labels only the states where teacher and student differ most, within a budget (after SafeDAgger, Zhang & Cho 2017).
 
-A label takes k teacher steps. A glance takes one, and tells how far the student's step is from the teacher's:
+A label takes k teacher steps. A cheap check first, the glance, takes one, and estimates the error of the student's step:
 
     d(x_t) = ‖a_θ(x_t) − a¹(x_t)‖²           a¹: the action by a single teacher step over the whole of t → s
 
-Of the forward and the student states of a collection, the fraction `gate` with the largest d, relative to the mean d at their
-time, is labelled in full; the others are forgotten. The teacher's own states are not gated: their labels are its next steps.
-Once `query_budget` forwards of the teacher are spent, glances included, the student trains on what it holds.
+Of the forward and student states of a collection, the fraction `gate` with the largest d, relative to the mean d at the same time, is
+labelled with k steps; the others are dropped. The teacher's states are not gated, because their labels are its next steps.
+Once `query_budget` forwards of the teacher are spent, glances included, the student trains on the states in the buffer.
 
-SafeDAgger trains a network to foresee ‖a − a*‖² > τ and lets the expert drive where it does; here the expert is at hand to be
-asked, a fraction stands for τ, which keeps the cost known, and the student goes on driving, for its own states are the ones wanted.
-A glance errs where one teacher step does: as the student comes to do k steps in one, d tends to that error and not to 0.
+SafeDAgger trains a network to predict whether ‖a − a*‖² > τ and lets the expert act where it is. Here the expert itself is queried, a
+fraction replaces τ, which makes the cost known in advance, and the student keeps acting, because its own states are wanted.
+A glance has the error of a single teacher step: as the student learns to do k steps in one, d tends to that error and not to 0.
 
     python -m ddil_agents.safe_dagger --env digits --gate .25 --query_budget 20000
 """
@@ -34,23 +34,23 @@ from ddil_env import Expert, ExpertPolicy, StudentPolicy, Support
 
 @dataclass(frozen=True)
 class SafeDaggerConfig(DaggerConfig):
-    """Settings of gated DAgger."""
+    """Settings of SafeDAgger: those of DAgger, the gate and the budget."""
 
     gate: float = 0.5
-    """Fraction of the forward and student states that is labelled; 1 asks everywhere, without a glance: DAgger."""
+    """Fraction of the forward and student states that is labelled; 1 labels all of them without a glance, which is DAgger."""
     glance_substeps: int = 1
-    """Teacher steps of a glance: more see better, and cost more."""
+    """Number of teacher steps of a glance; more are more accurate and cost more."""
     query_budget: int | None = None
-    """Forwards of the teacher that each process may spend in each stage, glances included; a collection that would exceed it is left out.
-    null: no end."""
+    """Largest number of teacher forwards per process and stage, glances included; a collection that would exceed it is left out. null: no
+    limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.gate <= 1:
-            raise ValueError(f"gate={self.gate}: need a fraction in (0, 1]; 1 asks everywhere")
+            raise ValueError(f"gate={self.gate}: need a fraction in (0, 1]; 1 labels every state")
         if self.gate < 1 and self.p_expert:
             raise ValueError(
-                f"p_expert={self.p_expert} with gate={self.gate}: an expert that acts has been asked; set p_expert to 0 or gate to 1"
+                f"p_expert={self.p_expert} with gate={self.gate}: where the expert acts it was queried; set p_expert to 0 or gate to 1"
             )
         if self.gate < 1 and not 1 <= self.glance_substeps < self.substeps:
             raise ValueError(
@@ -61,75 +61,75 @@ class SafeDaggerConfig(DaggerConfig):
             raise ValueError(f"gate={self.gate}: the teacher's own states are not gated, and β has no others; set gate to 1")
 
     def for_evaluation(self) -> Self:
-        return replace(super().for_evaluation(), gate=1.0, query_budget=None)  # nothing is asked
+        return replace(super().for_evaluation(), gate=1.0, query_budget=None)  # an evaluation collects nothing
 
 
 class GatedCollector(Collector):
-    """Labels the states where student and teacher differ most at a glance.
+    """Collects as `Collector` does, but labels only the states where student and teacher differ most at a glance.
 
     Args:
-        gate: Fraction of them.
-        glance_substeps: Teacher steps of a glance.
+        gate: Fraction of the states that is labelled.
+        glance_substeps: Number of teacher steps of a glance.
     """
 
     def __init__(self, *args: Any, gate: float, glance_substeps: int, **settings: Any) -> None:
         super().__init__(*args, **settings)
         full = self.expert_policy
-        self.glance = ExpertPolicy(self.expert, glance_substeps, full.guidance_scale, full.project, full.support)
+        self.glance_policy = ExpertPolicy(self.expert, glance_substeps, full.guidance_scale, full.project, full.support)
         self.gate = gate
-        self.gated = False  # whether the states now drawn are glanced at
-        self.left = math.inf  # forwards of the teacher that may still be spent
+        self.is_gated = False  # whether the states of the current source are gated
+        self.budget_left = math.inf  # teacher forwards
 
     def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:
         counts = super().counts(n, beta)
-        return counts if self.price(counts) <= self.left else [0, 0, 0]
+        return counts if self.price(counts) <= self.budget_left else [0, 0, 0]
 
     def price(self, counts: list[int]) -> int:
-        """Forwards of the teacher that so many draws and rollouts take, where they are drawn next."""
+        """Teacher forwards that the next draws and rollouts will take, if there are as many of each source as `counts` says."""
         forward, teacher, student = (count * unit for count, unit in zip(counts, self.states_per_draw(), strict=True))
-        full, glance, led = self.cost(self.expert_policy), self.cost(self.glance), self.led(counts)
+        full, glance, acting = self.cost(self.expert_policy), self.cost(self.glance_policy), self.teacher_steps_before(counts)
         if self.gate == 1:
-            return full * (forward + teacher + student + led)
-        return full * (self.asked(forward) + teacher + self.asked(student) + led) + glance * (forward + student)
+            return full * (forward + teacher + student + acting)
+        return full * (self.num_labelled(forward) + teacher + self.num_labelled(student) + acting) + glance * (forward + student)
 
-    def led(self, counts: list[int]) -> int:
-        """Steps of the teacher's that lead to the states of so many rollouts, and are no label: a look ahead at actors and stops."""
+    def teacher_steps_before(self, counts: list[int]) -> int:
+        """Number of teacher steps that the next rollouts take before their states; draws the actors and stops ahead of time."""
         if self.states_per_rollout == "all":
-            return 0  # there each step is the label of the state before it
+            return 0  # each step is the label of the state before it
         stream, steps, m = self.streams["path"], 0, self.grid.num_steps
-        ahead = stream.get_state()
+        before = stream.get_state()
         for n, p_expert in zip(counts[1:], (1.0, self.p_expert), strict=True):
             if n:
                 acting = self.actors(n, m, p_expert)
                 steps += int((acting & (torch.arange(m) < self.stops(n, m)[:, None])).sum())
-        stream.set_state(ahead)
+        stream.set_state(before)
         return steps
 
-    def asked(self, m: int) -> int:
-        """How many of m states are labelled."""
+    def num_labelled(self, m: int) -> int:
+        """Number of m gated states that are labelled."""
         return math.ceil(self.gate * m)
 
     def forward(self, n: int) -> TensorDict:
-        self.gated = self.gate < 1
-        return self.answered(super().forward(n))
+        self.is_gated = self.gate < 1
+        return self.label_most_different(super().forward(n))
 
     def rollout(self, n: int, p_expert: float) -> TensorDict:
-        self.gated = self.gate < 1 and p_expert < 1
-        return self.answered(super().rollout(n, p_expert))
+        self.is_gated = self.gate < 1 and p_expert < 1
+        return self.label_most_different(super().rollout(n, p_expert))
 
     def label(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None, w: Tensor | None) -> Tensor:
-        return self.glance.act(x_t, t, s, c, w) if self.gated else super().label(x_t, t, s, c, w)
+        return self.glance_policy.act(x_t, t, s, c, w) if self.is_gated else super().label(x_t, t, s, c, w)
 
-    def answered(self, states: TensorDict) -> TensorDict:
-        """Of states that were glanced at, those in most need of a label, with it."""
-        if not self.gated:
+    def label_most_different(self, states: TensorDict) -> TensorDict:
+        """Keeps and labels the states with the largest d; states of a source that is not gated are returned as they are."""
+        if not self.is_gated:
             return states
         x_t, t, s, c, w, glance = (states.get(key, None) for key in ("x_t", "t", "s", "c", "w", "x_s"))
         d = (self.student_policy.act(x_t, t, s, c, w) - glance).square().flatten(1).mean(1)  # (m,)
         _, time = t.unique(return_inverse=True)
-        mean = torch.zeros_like(d).scatter_reduce(0, time, d, "mean", include_self=False)  # of each time, (m,): its first rows
-        most = (d / mean[time].clamp(min=1e-30)).topk(self.asked(len(states))).indices.sort().values
-        states = states[most]
+        mean = torch.zeros_like(d).scatter_reduce(0, time, d, "mean", include_self=False)  # (m,); row i is the mean d at the i-th time
+        largest = (d / mean[time].clamp(min=1e-30)).topk(self.num_labelled(len(states))).indices.sort().values
+        states = states[largest]
         x_t, t, s, c, w = (states.get(key, None) for key in ("x_t", "t", "s", "c", "w"))
         states["x_s"] = self.expert_policy.act(x_t, t, s, c, w)
         states["nfe"] += self.cost(self.expert_policy)
@@ -140,7 +140,7 @@ class SafeDagger(Dagger):
     """DAgger with a gate and a budget.
 
     Raises:
-        ValueError: a budget that does not hold one collection.
+        ValueError: query_budget is too small for one collection.
     """
 
     name = "safe_dagger"
@@ -151,20 +151,20 @@ class SafeDagger(Dagger):
     def __init__(self, expert: Expert | str, config: SafeDaggerConfig | None = None, support: Support | None = None) -> None:
         super().__init__(expert, config, support)
         shares = zip(self.config.beta(0), self.collector.states_per_draw(), strict=True)
-        first = self.collector.price([int(self.collect_size * share / unit + 1e-9) for share, unit in shares]) + self.teacher_nfe
-        if self.config.query_budget is not None and self.config.query_budget < first:
+        needed = self.collector.price([int(self.collect_size * share / unit + 1e-9) for share, unit in shares]) + self.teacher_nfe
+        if self.config.query_budget is not None and self.config.query_budget < needed:
             raise ValueError(
-                f"query_budget={self.config.query_budget}: the first collection, of {self.collect_size} states, takes {first} forwards "
+                f"query_budget={self.config.query_budget}: the first collection, of {self.collect_size} states, takes {needed} forwards "
                 "of the teacher; raise it, or lower collect_size"
             )
 
-    def make_collector(self, student_policy: StudentPolicy, *args: Any, **own: Any) -> Collector:
+    def make_collector(self, student_policy: StudentPolicy, *args: Any, **settings: Any) -> Collector:
         c = self.config
         return super().make_collector(student_policy, GatedCollector, gate=c.gate, glance_substeps=c.glance_substeps)
 
     def collect(self) -> TensorDict:
         if self.config.query_budget is not None:
-            self.collector.left = self.config.query_budget - self.teacher_nfe
+            self.collector.budget_left = self.config.query_budget - self.teacher_nfe
         return super().collect()
 
 

@@ -1,14 +1,14 @@
-"""Scheduled sampling (Bengio et al. 2015): DAgger whose rollouts begin as the expert's and end as the student's own.
+"""Scheduled sampling (Bengio et al. 2015): DAgger with mixed rollouts, in which the expert takes fewer and fewer of the steps.
 
-Each step of a rollout is taken by the expert with probability p, else by the student, and p falls with the progress u of the run:
+The expert takes each step of a rollout with probability p, else the student does; p falls with the progress u = 0 … 1 of the run:
 
     linear            p = max(ε, 1 − u)
     exponential       p = max(ε, e^(−k u))
     inverse_sigmoid   p = max(ε, K/(K + e^(k u))) ,  K = e^(k/2)          the paper's k/(k + e^(i/k)), half-way at u = ½
 
-ε is `p_expert`. In imitation learning this is DAgger's mixture policy π_i = β_i π* + (1 − β_i) π̂_i (Ross et al. 2011), drawn
-anew in every step. What the paper lacks is an expert to ask: its label is the datum's next token, wherever the rollout has gone,
-which has no consistent limit (Huszár 2015). Here the label is the expert's action at the state that was reached.
+ε is `p_expert`. In imitation learning this is DAgger's mixture policy π_i = β_i π* + (1 − β_i) π̂_i (Ross et al. 2011), with the
+actor drawn anew in every step. The paper has no expert: its label is the next token of the training sequence, whatever the rollout has
+generated, and training to such labels is inconsistent (Huszár 2015). Here the label is the expert's action at the state reached.
 
     python -m ddil_agents.scheduled_sampling --env digits --mixing exponential
 """
@@ -31,16 +31,16 @@ Mixing = Literal["constant", "linear", "exponential", "inverse_sigmoid"]
 
 @dataclass(frozen=True)
 class ScheduledSamplingConfig(DaggerConfig):
-    """Settings of scheduled sampling: DAgger's, and how the expert's share of the steps falls."""
+    """Settings of scheduled sampling: those of DAgger and the schedule of the expert's share of the steps."""
 
     beta: Beta = field(default_factory=lambda: Beta(forward=0.0, student=1.0))
-    """Source priors; (0, 0, 1), the paper's, trains on rollouts alone, which begin as the teacher's own. Data-free."""
+    """Probabilities of the sources; (0, 0, 1), as in the paper, trains on mixed rollouts only and needs no data."""
     p_expert: float = 0.0
-    """Probability that the expert acts in a step of a student rollout at the end of the run: the floor that it falls to."""
+    """Probability that the expert takes a step of a student rollout at the end of the run: the floor ε."""
     mixing: Mixing = "linear"
-    """How it falls from 1: linear, exponential, inverse_sigmoid, or constant (the floor from the start, which is DAgger)."""
+    """How that probability falls from 1: linear, exponential, inverse_sigmoid, or constant (p_expert from the start: DAgger)."""
     mixing_rate: float = 10.0
-    """k of exponential and inverse_sigmoid."""
+    """Rate k of the schedules exponential and inverse_sigmoid."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,14 +53,14 @@ class ScheduledSamplingConfig(DaggerConfig):
 
 
 class ScheduledSampling(Dagger):
-    """DAgger with rollouts that are mixed less and less."""
+    """DAgger with mixed rollouts whose share of expert steps falls over the run."""
 
     name = "scheduled_sampling"
     Config: ClassVar[type[LearnerConfig]] = ScheduledSamplingConfig
     config: ScheduledSamplingConfig
 
     def p_expert(self) -> float:
-        """p at the present step."""
+        """p at the current update."""
         u, k = self.step / self.total_updates, self.config.mixing_rate
         falling = {
             "constant": 0.0,

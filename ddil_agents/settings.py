@@ -1,7 +1,7 @@
-"""Settings held against type hints, and what is said of one that does not fit: the setting, its value, and what it takes.
+"""Checks settings against their type hints; an error names the setting, its value, and the values that it accepts.
 
-jsonargparse reads and converts them. Its error messages are for programmers, and change: where it refuses a command line, each
-setting that was given is tried against its own type hint, and the message is made of the hint and the value.
+jsonargparse reads and converts settings. Its error messages are written for programmers and differ between versions. When it refuses a
+command line, each given setting is therefore checked against its own type hint, and the message is made from the hint and the value.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from jsonargparse.typing import PositiveInt
 
 T = TypeVar("T")
 
-ALONE = object()  # the value of a flag that is given none
+NO_VALUE = object()  # stands for the value of a flag without one
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's help is the text below it
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's help is the docstring below it
 
-WORDS = {
+DESCRIPTIONS = {  # of a type, in the singular and in the plural
     bool: ("true or false", "true or false each"),
     int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"),
@@ -37,7 +37,7 @@ WORDS = {
 
 
 def describe(hint: Any, several: bool = False) -> str:
-    """What a setting of that type hint takes, in words: `a whole number`; with `several`, in the plural."""
+    """Describes the values that a type hint accepts, such as `a whole number`; with `several`, in the plural."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(describe(option, several) for option in inner)
@@ -50,16 +50,16 @@ def describe(hint: Any, several: bool = False) -> str:
         return f"a list of {describe(inner[0], True)}"
     if dataclasses.is_dataclass(hint):
         return f"a mapping of {', '.join(field.name for field in dataclasses.fields(hint))}"
-    return WORDS.get(origin or hint, (getattr(hint, "__name__", str(hint)),) * 2)[several]
+    return DESCRIPTIONS.get(origin or hint, (getattr(hint, "__name__", str(hint)),) * 2)[several]
 
 
 def as_text(value: Any) -> str:
-    """A value as a command line has it."""
+    """Formats a value as a command line would give it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether jsonargparse takes the value for a setting of that type hint."""
+def is_accepted(value: Any, hint: Any) -> bool:
+    """Whether jsonargparse accepts the value for a setting of this type hint."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
     try:
@@ -69,11 +69,11 @@ def fits(value: Any, hint: Any) -> bool:
     return True
 
 
-def check(name: str, value: Any, hint: Any) -> None:
-    """Holds a value against its type hint, a mapping of settings one by one.
+def check_setting(name: str, value: Any, hint: Any) -> None:
+    """Checks a value against its type hint; of a mapping for a dataclass, each entry.
 
     Raises:
-        ValueError: names the setting, its value, and what it takes; or an unknown setting, with those that look like it.
+        ValueError: the value does not fit, or the mapping has an unknown setting; the message suggests known settings with similar names.
     """
     nested = dataclass_of(hint)
     if nested is not None and isinstance(value, dict):
@@ -81,66 +81,75 @@ def check(name: str, value: Any, hint: Any) -> None:
         for key, inner in value.items():
             if key not in hints:
                 refuse_unknown(f"{name}.{key}", [f"{name}.{known}" for known in hints])
-            check(f"{name}.{key}", inner, hints[key])
-    elif not fits(value, hint):
+            check_setting(f"{name}.{key}", inner, hints[key])
+    elif not is_accepted(value, hint):
         raise ValueError(f"{name}={as_text(value)}: need {describe(hint)}")
 
 
 def dataclass_of(hint: Any) -> type | None:
-    """The dataclass that a type hint names, alone or beside null."""
+    """The dataclass in a type hint such as `Beta` or `LoRA | None`; None if there is none."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
 def refuse_unknown(name: str, known: list[str], flag: str = "") -> NoReturn:
-    """Raises a ValueError that names an unknown setting, and the known ones that look like it."""
-    close = difflib.get_close_matches(name, known, n=3)
-    meant = f"did you mean {' or '.join(flag + one for one in close)}? --help lists them all" if close else "--help lists them all"
-    raise ValueError(f"unknown {'flag' if flag else 'setting'} {flag}{name}; {meant}")
+    """Raises an error about an unknown setting, with the known settings of similar names.
+
+    Args:
+        name: The unknown setting.
+        known: The names of all settings.
+        flag: `--`, if the setting was given as a flag.
+
+    Raises:
+        ValueError: always.
+    """
+    similar = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(flag + each for each in similar)}? --help lists them all" if similar else "--help lists them all"
+    raise ValueError(f"unknown {'flag' if flag else 'setting'} {flag}{name}; {hint}")
 
 
 def type_hint(action: Action) -> Any:
-    """The type hint of a parser's argument, None where it has none."""
+    """The type hint of a parser's argument, or None."""
     return getattr(action, "_typehint", None)
 
 
-def given_flags(argv: list[str]) -> Iterator[tuple[str, Any]]:
-    """Name and value of each flag: `ALONE` where it has none, a list where several words follow.
+def iter_flags(argv: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yields the name and value of each flag: `NO_VALUE` if no word follows it, a list if several do.
 
     Raises:
-        ValueError: a word that belongs to no flag.
+        ValueError: a word belongs to no flag.
     """
     i = 0
     while i < len(argv):
         if not argv[i].startswith("--"):
             raise ValueError(f"{argv[i]!r} belongs to no flag; settings are given as --name VALUE")
-        name, joined, value = argv[i][2:].partition("=")
+        name, equals, value = argv[i][2:].partition("=")
         i += 1
-        words = [value] if joined else []
-        while not joined and i < len(argv) and not argv[i].startswith("--"):
+        words = [value] if equals else []
+        while not equals and i < len(argv) and not argv[i].startswith("--"):
             words.append(argv[i])
             i += 1
-        read = [_loaded(word) for word in words]
-        yield name, ALONE if not read else read[0] if len(read) == 1 else read
+        values = [_read_yaml_word(word) for word in words]
+        yield name, NO_VALUE if not values else values[0] if len(values) == 1 else values
 
 
 def nested_flags(argv: list[str]) -> dict[str, Any]:
-    """The flags of a command line as a config file holds them: --beta.student 1 is {beta: {student: 1}}."""
+    """Converts flags to the nested mapping of a config file: --beta.student 1 becomes {beta: {student: 1}}."""
     nested: dict[str, Any] = {}
-    for name, value in given_flags(argv):
-        value = True if value is ALONE else value
+    for name, value in iter_flags(argv):
+        value = True if value is NO_VALUE else value
         *outer, last = name.split(".")
-        place = nested
+        group = nested
         for key in outer:
-            place = place.setdefault(key, {})
-            if not isinstance(place, dict):
+            group = group.setdefault(key, {})
+            if not isinstance(group, dict):
                 break
         else:
-            place[last] = place[last] | value if isinstance(value, dict) and isinstance(place.get(last), dict) else value
+            group[last] = group[last] | value if isinstance(value, dict) and isinstance(group.get(last), dict) else value
     return nested
 
 
-def _loaded(word: str) -> Any:
+def _read_yaml_word(word: str) -> Any:
     try:
         return yaml.safe_load(word)
     except yaml.YAMLError:
@@ -148,10 +157,10 @@ def _loaded(word: str) -> Any:
 
 
 def read_arguments(parser: ArgumentParser, argv: list[str]) -> Namespace:
-    """What a command line says; a flag that takes true or false means true if it stands alone.
+    """Parses a command line; a flag for true or false means true without a value.
 
     Raises:
-        ValueError: a setting that does not fit, or an unknown flag, with those that look like it.
+        ValueError: a value does not fit its setting, or a flag is unknown; the message suggests flags with similar names.
     """
     parser.exit_on_error = False
     for action in parser._actions:
@@ -161,18 +170,18 @@ def read_arguments(parser: ArgumentParser, argv: list[str]) -> Namespace:
         return parser.parse_args(argv)
     except ArgumentError as error:
         actions = {action.dest: action for action in parser._actions}
-        for name, value in given_flags(argv):
+        for name, value in iter_flags(argv):
             if name == "config":
                 content = value if isinstance(value, dict) else yaml.safe_load(Path(value).read_text())
                 for key, inner in _leaves(content, actions):
-                    _check_setting(key, inner, actions)
+                    _check_flag(key, inner, actions)
             else:
-                _check_setting(name, value, actions, "--")
-        raise ValueError(str(error)) from error  # one that no single setting is to blame for
+                _check_flag(name, value, actions, "--")
+        raise ValueError(str(error)) from error  # the error is not about a single setting
 
 
 def _leaves(content: dict[str, Any], actions: dict[str, Action], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The settings of a nested mapping by dotted name, as deep as the parser has names of its own."""
+    """Yields the settings of a nested mapping by dotted name, down to the level at which the parser has arguments."""
     for key, value in content.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and any(known.startswith(f"{name}.") for known in actions):
@@ -181,58 +190,63 @@ def _leaves(content: dict[str, Any], actions: dict[str, Action], prefix: str = "
             yield name, value
 
 
-def _check_setting(name: str, value: Any, actions: dict[str, Action], flag: str = "") -> None:
-    """Holds one setting against the parser's argument of that name, or against the mapping that it is a part of."""
+def _check_flag(name: str, value: Any, actions: dict[str, Action], flag: str = "") -> None:
+    """Checks one setting against the parser's argument of this name, or against the dataclass that it is a part of."""
     if name in actions:
         action = actions[name]
         hint = Literal[tuple(action.choices)] if action.choices is not None else type_hint(action)
-        several = isinstance(action.nargs, str) and action.nargs in "+*"
+        takes_several = isinstance(action.nargs, str) and action.nargs in "+*"
         group = [known for known in actions if known.startswith(f"{name}.")]
-        if value is ALONE and hint is not bool and action.nargs != 0:
+        if value is NO_VALUE and hint is not bool and action.nargs != 0:
             raise ValueError(f"{flag}{name} needs a value" + (f": {describe(hint)}" if hint is not None else ""))
         if hint is None and group:
             value = yaml.safe_load(Path(value).read_text()) if isinstance(value, str) and Path(value).is_file() else value
             if not isinstance(value, dict):
                 inner = ", ".join(known.removeprefix(f"{name}.") for known in group)
                 raise ValueError(f"{name}={as_text(value)}: need a mapping of {inner}, or a YAML file of them; or give --{group[0]}")
-            for key, one in value.items():
-                _check_setting(f"{name}.{key}", one, actions)
-        elif hint is not None and value is not ALONE:
-            for one in value if several and isinstance(value, list) else [value]:
-                check(name, one, hint)
+            for key, inner_value in value.items():
+                _check_flag(f"{name}.{key}", inner_value, actions)
+        elif hint is not None and value is not NO_VALUE:
+            for each in value if takes_several and isinstance(value, list) else [value]:
+                check_setting(name, each, hint)
         return
     outer, _, inner = name.partition(".")
     hint = type_hint(actions[outer]) if outer in actions else None
     if get_origin(hint) is dict:
-        return  # what such a mapping may hold, its reader says
+        return  # the code that reads a free mapping checks its keys
     if inner and dataclass_of(hint) is not None:
-        check(outer, {inner: value}, hint)
+        check_setting(outer, {inner: value}, hint)
         return
     refuse_unknown(name, [known for known in actions if known not in ("help", "print_config")], flag)
 
 
-def build(of: type[T], settings: Namespace | dict[str, Any]) -> T:
-    """A dataclass of settings that have been read, with the dataclasses inside.
+def build_dataclass(of: type[T], settings: Namespace | dict[str, Any]) -> T:
+    """Builds a dataclass, and the dataclasses inside it, from parsed settings.
 
     Raises:
-        ValueError: what one of them refuses.
+        ValueError: one of the dataclasses refuses its settings.
     """
-    given, hints = dict(vars(settings) if isinstance(settings, Namespace) else settings), get_type_hints(of)
-    for name in given:
+    values, hints = dict(vars(settings) if isinstance(settings, Namespace) else settings), get_type_hints(of)
+    for name in values:
         nested = dataclass_of(hints[name])
-        if nested is not None and isinstance(given[name], Namespace | dict):
-            given[name] = build(nested, given[name])
-    return of(**given)
+        if nested is not None and isinstance(values[name], Namespace | dict):
+            values[name] = build_dataclass(nested, values[name])
+    return of(**values)
 
 
-def check_types(of: type, method: str, options: dict[str, Any]) -> None:
-    """Holds keyword arguments against the type hints of a method, those that it has.
+def check_arguments(of: type, method: str, options: dict[str, Any]) -> None:
+    """Checks keyword arguments against the type hints of a method.
+
+    Args:
+        of: A class.
+        method: Name of its method.
+        options: Keyword arguments; those without a type hint are not checked.
 
     Raises:
-        ValueError: names the argument, its value, and what it takes.
+        ValueError: a value does not fit its type hint.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_method_arguments(of, method, fail_untyped=False)
     for action in parser._actions:
         if action.dest in options and type_hint(action) is not None:
-            check(action.dest, options[action.dest], type_hint(action))
+            check_setting(action.dest, options[action.dest], type_hint(action))

@@ -239,7 +239,7 @@ def test_the_examples_learner_conforms(monkeypatch: pytest.MonkeyPatch) -> None:
         (Uncounted, "counted .* forwards of the teacher where it ran"),
         (Forgetful, "resumed ended in other weights"),
         (int, "is not a subclass of ddil_agents.Algorithm"),
-        (type("Nameless", (Dagger,), {}), "has no name of its own, by which results tell it from others"),
+        (type("Nameless", (Dagger,), {}), "has no name of its own, by which results identify it"),
     ],
 )
 def test_what_breaks_the_contract_is_named(agent: type[Algorithm], told: str) -> None:

@@ -94,7 +94,7 @@ def cut_in_two(learner: Algorithm, network: str, step: int, times: int) -> Algor
 @pytest.mark.parametrize("run_out", [cpu, cuda])
 def test_a_halved_batch_learns_what_a_batch_of_that_size_would_have(run_out: Callable[[], None]) -> None:
     halved = learn(short_of_memory(dagger(halve_batch_on_oom=True), 4, run_out=run_out))
-    assert halved.gradient_accumulation == 4
+    assert halved.trainer.gradient_accumulation == 4
     assert torch.equal(weights(halved.student), weights(learn(cut_in_two(dagger(), "student", 1, times=2)).student))
     whole = learn(dagger())
     torch.testing.assert_close(weights(halved.student), weights(whole.student), atol=1e-5, rtol=0)
@@ -103,7 +103,7 @@ def test_a_halved_batch_learns_what_a_batch_of_that_size_would_have(run_out: Cal
 
 def test_gradients_of_the_parts_that_still_fitted_are_dropped() -> None:
     halved = learn(short_of_memory(dagger(halve_batch_on_oom=True, gradient_accumulation=2), 4))  # the second half of the first batch
-    assert halved.gradient_accumulation == 4
+    assert halved.trainer.gradient_accumulation == 4
     assert torch.equal(weights(halved.student), weights(learn(dagger(gradient_accumulation=4)).student))
 
 
@@ -112,7 +112,7 @@ def test_dmd2_halves_for_either_network_and_draws_the_same_noise_again(network: 
     options = {"beta": ALL, "on_policy": False, "critic_updates": 2}
     halved = learn(short_of_memory(matching(halve_batch_on_oom=True, **options), 4, network))
     twin = learn(cut_in_two(matching(**options), network, step, times=1))
-    assert halved.gradient_accumulation == 2
+    assert halved.trainer.gradient_accumulation == 2
     for name in ("student", "critic"):
         assert torch.equal(*(weights(each.networks[name]) for each in (halved, twin)))
 
@@ -132,7 +132,7 @@ def test_the_halving_is_told_recorded_and_kept_by_a_resumed_run(tmp_path: Path, 
     )
     assert [row["gradient_accumulation"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, *[4] * 19]
     restored = dagger(halve_batch_on_oom=True).load(tmp_path / "checkpoints" / "step_00000010")
-    assert restored.gradient_accumulation == 4
+    assert restored.trainer.gradient_accumulation == 4
     assert torch.equal(weights(learn(restored, 10).student), weights(halved.student))
 
 
@@ -141,7 +141,9 @@ def test_memory_that_runs_out_is_an_error_that_says_what_to_lower() -> None:
         MemoryError, match=r"gradient of 16 of batch_size=16 .*; lower batch_size, raise gradient_accumulation=1, or set halve"
     ):
         learn(short_of_memory(dagger(), 4))
-    with pytest.raises(MemoryError, match=r"gradient of 1 of batch_size=16 .*; no fewer go; free memory, or make the student smaller"):
+    with pytest.raises(
+        MemoryError, match=r"gradient of 1 of batch_size=16 .*; there is no smaller batch; free memory, or make the student smaller"
+    ):
         learn(short_of_memory(dagger(halve_batch_on_oom=True), 0))
     collecting = dagger()
     collecting.collector.collect = lambda *_: cpu()  # type: ignore[method-assign, assignment, return-value]
@@ -279,7 +281,7 @@ VERSION = r"step_00000020 was written by another version of ddil \({}\); go on w
         (lambda at: (at / "manifest.json").write_text('{"step": 20, "sha'), DAMAGED),
         (lambda at: (at / "manifest.json").write_text("[]"), DAMAGED),
         (lambda at: (at / "manifest.json").write_text("{}"), DAMAGED),
-        (without_a_setting, VERSION.format("halve_batch_on_oom is a setting in one of them alone")),
+        (without_a_setting, VERSION.format("only one of them has the setting halve_batch_on_oom")),
         (lambda at: changed(at, lambda state: state.pop("gradient_accumulation")), VERSION.format(r"KeyError\('gradient_accumulation'\)")),
         (lambda at: changed(at, lambda state: state["trainables"]["student"]["network"].popitem()), VERSION.format("(?s:.*)")),
     ],

@@ -18,7 +18,7 @@ from ddil_agents import DMD2, LCM, Algorithm, BehaviourCloning, Dagger, dagger, 
 from ddil_agents.commands.load import load_run
 from ddil_agents.commands.parse import build_config, expert_and_config, parse
 from ddil_agents.commands.plan import forwards
-from ddil_agents.training.stages import Stage, plan
+from ddil_agents.training.stages import Stage, plan_stages
 from ddil_env import Expert
 from ddil_env.presets import config_dir, preset_names
 
@@ -39,7 +39,7 @@ def run(tiny_folder: Path) -> Any:
         env = ["--env", "digits8"] if name in ("demo", "staged") else ["--env", "sd15", "--env.model", str(tiny_folder)]
         parser, cfg = parse(agent, [*env, *([] if name == "text_to_image" else ["--config", name])])
         expert, config = expert_and_config(agent, parser, cfg)
-        return expert, plan(config)
+        return expert, plan_stages(config)
 
     return read
 
@@ -103,7 +103,7 @@ def test_an_advertised_env_takes_hours_of_one_gpu_and_its_file_says_how_many(env
             hours = work * operations / 35e12 / 3600
             assert hours == pytest.approx(float(said), rel=0.03)
             assert 1 < hours < 12
-            assert (len(plan(config)), config.num_steps, config.mixed_precision) == (1, 4, "bf16")
+            assert (len(plan_stages(config)), config.num_steps, config.mixed_precision) == (1, 4, "bf16")
             assert config.lora is not None
             assert cfg.env.dtype != "float32"
             shares = config.beta.shares

@@ -1,1 +1,1 @@
-"""Command lines and run directories."""
+"""The commands: from a command line to a run directory, and from a run directory to an agent."""

@@ -1,4 +1,4 @@
-"""The rest of a student's model card, once the run is over: recipe, metrics, limits and citation, below how it is called."""
+"""Completes the model card of a run's student with recipe, metrics, limits and citation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ddil_agents.training.checkpoint import write_atomically
 
 
 def complete_card(out: Path, config: Any) -> None:
-    """Adds to the README.md of a finished run's student, where it is a pipeline and has one.
+    """Appends to the README.md of a finished run's student, if it has one; students that are pipelines do.
 
     Args:
-        out: The run's directory, with its result.json.
-        config: An AgentConfig, the run's.
+        out: The run directory, with its result.json.
+        config: The run's AgentConfig.
     """
     path = out / "student" / "README.md"
     if not path.is_file():
@@ -26,9 +26,9 @@ def complete_card(out: Path, config: Any) -> None:
     result, defaults = read_result(out / "result.json"), dataclasses.asdict(type(config)())
     changed = {key: value for key, value in dataclasses.asdict(config).items() if value != defaults[key]}
     if config.init is not None:
-        changed["init"] = Path(config.init).name  # no more of the maker's disk
+        changed["init"] = Path(config.init).name  # without the rest of the path, which is of the local disk
     shares = zip(("forward", "teacher", "student"), config.beta(0), strict=True)
-    rest = REST.format(
+    text = SECTIONS.format(
         **{key: result[key] for key in ("agent", "num_updates", "processes", "teacher_nfe", "student_nfe")},
         batch_size=config.batch_size,
         beta=", ".join(f"{name} {share:.3g}" for name, share in shares),
@@ -38,15 +38,15 @@ def complete_card(out: Path, config: Any) -> None:
         settings=yaml.safe_dump(json.loads(json.dumps(changed)), sort_keys=False, allow_unicode=True) if changed else "# none\n",
         table=table(result),
     )
-    write_atomically(path, path.read_text(encoding="utf-8") + rest)
+    write_atomically(path, path.read_text(encoding="utf-8") + text)
 
 
-REST = """
+SECTIONS = """
 ## Recipe
 
 `{agent}` of ddil {version}: {num_updates:,} gradient steps of {batch_size} states in each of {processes} process(es); sources of the
 states: {beta}. The teacher samples in {teacher_steps} steps. Training took {teacher_nfe:,} forwards of the teacher and {student_nfe:,} of
-the student. Settings that are not the defaults:
+the student. Settings that differ from the defaults:
 
 ```yaml
 {settings}```
@@ -59,9 +59,9 @@ The student is `{student}`. NFE/sample counts forwards of a network, a guided pa
 
 ## Limits
 
-What is measured is said above, and nothing else: few samples give distances that are too large, and numbers of two extractors, or of two
-numbers of samples, do not compare. Other numbers of steps, times and guidance than those of the call above were not trained on. What the
-teacher cannot do, or does wrong, its student does too, its biases among it.
+The table above is all that was measured. Few samples give distances that are too large; results with another extractor or another number
+of samples are not comparable. The student was trained for the number of steps, the times and the guidance of the call above only. It
+inherits the teacher's limits, errors and biases.
 
 ## Citation
 

@@ -1,4 +1,4 @@
-"""Errors as one line that names the value, the rule and the cure."""
+"""Prints errors as one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ddil_agents.devices import out_of_memory, ranks
-from ddil_agents.training.checkpoint import FULL
+from ddil_agents.training.checkpoint import DISK_FULL
 
 
 @contextmanager
-def clear_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """What the user can mend ends in one line and exit status 2, not in a traceback."""
+def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Ends the process with a one-line message and exit status 2 if an error is raised that the user can repair.
+
+    Args:
+        parser: Its `prog` starts the message.
+    """
     where = parser.prog if ranks.is_main() else f"{parser.prog}, rank {ranks.rank()}"
     try:
-        with out_of_memory.named("here", "choose a smaller batch, model or picture, or a device with more"):
+        with out_of_memory.explain("here", "choose a smaller batch, model or picture, or a device with more"):
             yield
     except OSError as error:  # a path that cannot be read or written, a full disk
-        cure = "" if error.errno in FULL else "; choose another path, or mend this one"
+        cure = "" if error.errno in DISK_FULL else "; choose another path, or repair this one"
         print(f"{where}: error: {error}{cure}", file=sys.stderr)
         raise SystemExit(2) from error
     except (ValueError, ArithmeticError, ImportError, MemoryError) as error:  # ImportError: an extra that is not installed

@@ -1,4 +1,4 @@
-"""Publishing a run's student on the Hugging Face hub; what the hub would refuse after the training is asked before it.
+"""Uploads a run's student to the Hugging Face hub; the access is checked before the training.
 
 python -m ddil_agents.dagger --env sd15 --push_to_hub me/sd15-in-4-steps --hub_private true
 """
@@ -14,40 +14,50 @@ from ddil_agents.training.checkpoint import write_atomically
 
 
 def check_push(repo: str) -> None:
-    """Refuses a repository that the student could not be written to.
+    """Checks that a student can be uploaded to a repository.
 
     Raises:
-        ValueError: it is no OWNER/NAME, the hub is not reached, or its answer is that the token is missing, wrong, read-only or another's.
+        ValueError: the name is not OWNER/NAME, the hub cannot be reached, or the token is missing, wrong, read-only or of another owner.
     """
-    start = f"push_to_hub={repo}"
+    given = f"push_to_hub={repo}"
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ValueError(f"{start}: {error}; pass OWNER/NAME") from error
+        raise ValueError(f"{given}: {error}; pass OWNER/NAME") from error
     if "/" not in repo:
-        raise ValueError(f"{start}: pass OWNER/NAME, the user or organisation too")
+        raise ValueError(f"{given}: pass OWNER/NAME, the user or organisation too")
     api = HfApi()
     try:
-        told = api.whoami()
+        account = api.whoami()
     except LocalTokenNotFoundError as error:
-        raise ValueError(f"{start}: there is no token of the hub here; run `hf auth login`, or set HF_TOKEN") from error
-    except Exception as error:  # of requests or httpx, by the hub client's version
+        raise ValueError(f"{given}: there is no token of the hub here; run `hf auth login`, or set HF_TOKEN") from error
+    except Exception as error:  # an error of requests or httpx, depending on the version of huggingface_hub
         raise ValueError(
-            f"{start}: {api.endpoint} did not say who the token is of ({_first_line(error)}); mend the network or the token "
+            f"{given}: {api.endpoint} did not say who the token is of ({_first_line(error)}); check the network and the token "
             f"(`hf auth login`), or leave push_to_hub out and run `{upload_command('RUN/student', repo)}` later"
         ) from error
-    owners = [told["name"], *(each["name"] for each in told.get("orgs", []))]
+    owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
     if repo.split("/")[0] not in owners:
-        raise ValueError(f"{start}: the token is of {owners[0]}, whose repositories are of: {', '.join(owners)}; choose one of them")
-    if told.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise ValueError(f"{start}: the token of {owners[0]} may only read; make one that may write, and run `hf auth login` again")
+        raise ValueError(
+            f"{given}: the token is of {owners[0]}, which may write to the repositories of: {', '.join(owners)}; choose one of these owners"
+        )
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError(f"{given}: the token of {owners[0]} may only read; create one that may write, and run `hf auth login` again")
 
 
 def push(folder: Path, repo: str, private: bool) -> str:
-    """Uploads a student's folder, whose model card then names the repository; returns its address.
+    """Writes the repository's name into the model card of a student and uploads its folder.
+
+    Args:
+        folder: The student's folder.
+        repo: OWNER/NAME.
+        private: Whether a new repository is private.
+
+    Returns:
+        The address of the repository.
 
     Raises:
-        ValueError: the hub did not take it; says how to go on.
+        ValueError: the upload failed; the message has the command that repeats it.
     """
     card, api = folder / "README.md", HfApi()
     if card.is_file():
@@ -57,13 +67,13 @@ def push(folder: Path, repo: str, private: bool) -> str:
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="A student of ddil")
     except Exception as error:
-        why, cure = _first_line(error), upload_command(folder, repo, private)
-        raise ValueError(f"the run is whole, but its student was not uploaded ({why}); upload it by: {cure}") from error
+        reason, command = _first_line(error), upload_command(folder, repo, private)
+        raise ValueError(f"the run is complete, but its student was not uploaded ({reason}); upload it with: {command}") from error
     return f"{api.endpoint}/{repo}"
 
 
 def upload_command(folder: Path | str, repo: str, private: bool = False) -> str:
-    """What uploads the folder from a shell."""
+    """The shell command that uploads a folder."""
     return f"hf upload {repo} {folder} .{' --private' if private else ''}"
 
 

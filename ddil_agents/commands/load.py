@@ -1,4 +1,4 @@
-"""The agent of a run, loaded again."""
+"""Loads the agent of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ddil_agents.commands.parse import expert_and_config, find_agent, parse
 from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.training.checkpoint import checkpoints, read_support
-from ddil_agents.training.stages import Stage, evaluated_as, learners, plan
+from ddil_agents.training.stages import Stage, evaluation_config, iter_learners, plan_stages
 from ddil_env import Expert
 from ddil_env.presets import read_yaml
 
@@ -22,7 +22,7 @@ Checkpoint = Literal["last", "best"] | int
 
 
 def read_run(directory: Path) -> tuple[type[Agent], ArgumentParser, Namespace]:
-    """The agent that a run's config.yaml names, its parser and what it reads, for the device that is here."""
+    """Reads a run's config.yaml: the agent's class, its parser and the parsed settings, with the device of this machine."""
     agent = find_agent(str(read_yaml(directory / "config.yaml").get("agent")))
     parser, cfg = parse(agent, ["--config", str(directory / "config.yaml")])
     if "device" in vars(cfg.env):
@@ -31,17 +31,17 @@ def read_run(directory: Path) -> tuple[type[Agent], ArgumentParser, Namespace]:
 
 
 def load_run(directory: Path, checkpoint: Checkpoint = "last", guidance_scale: float | None = None, **env: Any) -> Agent:
-    """The agent of a run, finished or not, on whatever device is here.
+    """Loads the agent of a run, finished or not, on the device of this machine.
 
     Args:
-        directory: The run's.
-        checkpoint: last, the student that the run has saved at its end or else its newest checkpoint; best, the one that evaluation while
-            training found best; or the step of a checkpoint.
-        guidance_scale: w for the teacher and a student that is conditioned on it; default: the run's own.
-        env: Arguments of the expert that differ from the run's, such as other prompts.
+        directory: The run directory.
+        checkpoint: `last`, the saved student of a finished run or the newest checkpoint of another; `best`, the student that the
+            evaluation while training found best; or the step of a checkpoint.
+        guidance_scale: Guidance scale w of the teacher, and of a student that is conditioned on it; default: the run's.
+        env: Arguments of the expert that replace the run's, such as other prompts.
 
     Raises:
-        ValueError: no run there, no such checkpoint, or damaged files; a guidance that its student was not trained for.
+        ValueError: there is no run or no such checkpoint, its files are damaged, or its student was not trained for this guidance.
     """
     if not (directory / "config.yaml").is_file():
         if (directory.parent / "config.yaml").is_file():
@@ -54,20 +54,20 @@ def load_run(directory: Path, checkpoint: Checkpoint = "last", guidance_scale: f
         raise ValueError(f"{cfg.env.expert}, the expert of {directory}, takes no {', '.join(unknown)}; leave it out")
     vars(cfg.env).update(env)
     expert, config = expert_and_config(agent, parser, cfg)
-    stages = plan(config)
+    stages = plan_stages(config)
     if checkpoint == "best":
-        found = [stage for stage in stages if (directory / stage.directory / "best" / "student").is_dir()]
-        if not found:
-            raise ValueError(f"{directory} has no best student; it is there where training had --evaluate_every")
-        settings, student = evaluated_as(config, found[-1].config), directory / found[-1].directory / "best" / "student"
+        with_best = [stage for stage in stages if (directory / stage.directory / "best" / "student").is_dir()]
+        if not with_best:
+            raise ValueError(f"{directory} has no best student; a run has one if it was trained with --evaluate_every")
+        settings, student = evaluation_config(config, with_best[-1].config), directory / with_best[-1].directory / "best" / "student"
     elif checkpoint == "last" and (directory / "result.json").is_file():
-        settings, student = evaluated_as(config, stages[-1].config), directory / "student"
+        settings, student = evaluation_config(config, stages[-1].config), directory / "student"
     else:
-        return _in_training(agent, expert, stages, directory, checkpoint)
+        return _load_checkpoint(agent, expert, stages, directory, checkpoint)
     if guidance_scale is not None:
         if getattr(settings, "guidance_range", None) is None:
             raise ValueError(
-                f"guidance_scale={guidance_scale:g}: the student of {directory} is not conditioned on it, but has that of its training"
+                f"guidance_scale={guidance_scale:g}: the student of {directory} is not conditioned on it, and has that of its training"
             )
         settings = replace(settings, guidance_scale=guidance_scale)
     learner = agent(expert, settings, read_support(directory)[0])
@@ -75,37 +75,37 @@ def load_run(directory: Path, checkpoint: Checkpoint = "last", guidance_scale: f
     return learner
 
 
-def _in_training(agent: type[Agent], expert: Expert, stages: list[Stage], directory: Path, checkpoint: Checkpoint) -> Agent:
-    """The agent as a checkpoint has it, of the stage that the run is in."""
-    for stage, learner in learners(agent, expert, stages, directory):
-        place = directory / stage.directory
-        if stage is not stages[-1] and (place / "result.json").is_file():
+def _load_checkpoint(agent: type[Agent], expert: Expert, stages: list[Stage], directory: Path, checkpoint: Checkpoint) -> Agent:
+    """Loads the agent of the stage that an unfinished run is in, from a checkpoint."""
+    for stage, learner in iter_learners(agent, expert, stages, directory):
+        stage_directory = directory / stage.directory
+        if stage is not stages[-1] and (stage_directory / "result.json").is_file():
             continue
-        steps = {int(path.name.partition("_")[2]): path for path in checkpoints(place / "checkpoints")}
+        steps = {int(path.name.partition("_")[2]): path for path in checkpoints(stage_directory / "checkpoints")}
         if not steps:
-            raise ValueError(f"{place} has no checkpoint yet; wait for one, or see --checkpoint_every")
+            raise ValueError(f"{stage_directory} has no checkpoint yet; wait for one, or see --checkpoint_every")
         if checkpoint != "last":
             if checkpoint not in steps:
-                raise ValueError(f"{place} has no checkpoint of step {checkpoint}; it has those of {', '.join(map(str, steps))}")
+                raise ValueError(f"{stage_directory} has no checkpoint of step {checkpoint}; it has those of {', '.join(map(str, steps))}")
             learner.load(steps[checkpoint])  # type: ignore[attr-defined]
         return learner
     raise AssertionError("a run has at least one stage")
 
 
 def load(directory: str | Path, checkpoint: Checkpoint = "last") -> Agent:
-    """The agent of a run, finished or not: `load("runs/mine").sample(16)`.
+    """Loads the agent of a run, finished or not: `load("runs/mine").sample(16)`.
 
     Args:
-        directory: The run's.
-        checkpoint: last, the student that the run has saved at its end or else its newest checkpoint; best, the one that evaluation while
-            training found best; or the step of a checkpoint.
+        directory: The run directory.
+        checkpoint: `last`, the saved student of a finished run or the newest checkpoint of another; `best`, the student that the
+            evaluation while training found best; or the step of a checkpoint.
 
     Raises:
-        ValueError: no run there, no such checkpoint, or damaged files.
+        ValueError: there is no run or no such checkpoint, or its files are damaged.
     """
     return load_run(Path(directory), checkpoint)
 
 
 def make_evaluator(learner: Agent, **settings: Any) -> Evaluator:
-    """A judge on the learner's own expert policy and grid."""
+    """Makes an evaluator with the teacher policy and the grid of an agent; `settings` are those of `Evaluation`."""
     return Evaluator(learner.teacher_policy, learner.grid, Evaluation(**settings))

@@ -1,4 +1,4 @@
-"""From a command line to an expert and a config."""
+"""Parses the command line of an agent into an expert and a config."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ddil_agents.commands.help import show_help
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import ranks
 from ddil_agents.evaluation.settings import Evaluation, Validation
-from ddil_agents.settings import build, nested_flags, read_arguments
+from ddil_agents.settings import build_dataclass, nested_flags, read_arguments
 from ddil_agents.states.beta import SHARES, Beta
 from ddil_agents.training.callbacks import Callback
 from ddil_agents.training.tracking import Tracker
@@ -31,17 +31,17 @@ from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, 
 
 
 def agent_names() -> list[str]:
-    """The agents of this package, a file each, and those of packages that are installed."""
-    here = Path(__file__).parent.parent
-    ours = [path.stem for path in sorted(here.glob("*.py")) if f'\n    name = "{path.stem}"\n' in path.read_text()]
+    """Names of the agents of this package, which has a file for each, and of the entry points of installed packages."""
+    package = Path(__file__).parent.parent
+    ours = [path.stem for path in sorted(package.glob("*.py")) if f'\n    name = "{path.stem}"\n' in path.read_text()]
     return ours + sorted(point.name for point in entry_points(group="ddil.agents"))
 
 
 def find_agent(name: str) -> type[Agent]:
-    """An agent by the name of its file here, by its class path, or by the entry point of a package that is installed.
+    """Finds an agent's class by its name in this package, by its class path, or by an entry point of an installed package.
 
     Raises:
-        ValueError: nothing there, or no agent, or it needs a package that is not installed.
+        ValueError: there is no such agent, or it needs a package that is not installed.
     """
     registered = {point.name: point for point in entry_points(group="ddil.agents")}
     module, _, attribute = name.rpartition(".")
@@ -50,9 +50,9 @@ def find_agent(name: str) -> type[Agent]:
         if name in registered:
             found = registered[name].load()
         else:
-            here = vars(importlib.import_module(module or f"ddil_agents.{name}"))
-            of_that_name = [x for x in here.values() if isinstance(x, type) and vars(x).get("name") == name]
-            found = here.get(attribute) if module else next(iter(of_that_name), None)
+            names = vars(importlib.import_module(module or f"ddil_agents.{name}"))
+            agents = [x for x in names.values() if isinstance(x, type) and vars(x).get("name") == name]
+            found = names.get(attribute) if module else next(iter(agents), None)
     except ImportError as error:
         if error.name is not None and error.name not in (module, module.partition(".")[0], f"ddil_agents.{name}"):
             raise ValueError(f"agent {name!r}: {error}; install it, or leave the agent out") from error
@@ -65,7 +65,7 @@ def find_agent(name: str) -> type[Agent]:
 
 
 def identify(agent: type[Agent]) -> str:
-    """What `find_agent` finds an agent by: the name of one of ours, the class path of another, also where its file is the command."""
+    """The name by which `find_agent` finds an agent: its `name` if it is of this package, else its class path, also if run as a script."""
     module = agent.__module__
     if module == "__main__":
         main = sys.modules["__main__"]
@@ -74,24 +74,28 @@ def identify(agent: type[Agent]) -> str:
 
 
 def command_of(agent: str) -> list[str]:
-    """The words of the command that trains an agent of that name, after the interpreter's."""
+    """The arguments of `python` that run the command of an agent."""
     return ["-m", "ddil_agents", agent] if "." in agent or find_spec(f"ddil_agents.{agent}") is None else ["-m", f"ddil_agents.{agent}"]
 
 
-def with_preset(group: str, argv: list[str]) -> list[str]:
-    """The command line with the name of a preset after --config replaced by its file in configs/<group>."""
-    found = list(argv)
+def resolve_presets(group: str, argv: list[str]) -> list[str]:
+    """Replaces the name of a preset after --config by the path of its file in configs/<group>."""
+    resolved = list(argv)
     for i, word in enumerate(argv):
         flag, _, name = word.partition("=")
         if flag == "--config" and name:
-            found[i] = f"--config={find_preset(group, name)}"
+            resolved[i] = f"--config={find_preset(group, name)}"
         elif word == "--config" and i + 1 < len(argv):
-            found[i + 1] = str(find_preset(group, argv[i + 1]))
-    return found
+            resolved[i + 1] = str(find_preset(group, argv[i + 1]))
+    return resolved
 
 
 def take_flag(argv: list[str], flag: str) -> str | None:
-    """Removes `flag VALUE` or `flag=VALUE` from argv and returns the value."""
+    """Removes `flag VALUE` or `flag=VALUE` from argv and returns the value, None without the flag.
+
+    Raises:
+        ValueError: the flag has no value.
+    """
     value, i = None, 0
     while i < len(argv):
         if argv[i] == flag:
@@ -106,11 +110,20 @@ def take_flag(argv: list[str], flag: str) -> str | None:
     return value
 
 
-def own_settings(agent: type[Agent], env: str, config: Path | None, data: bool) -> tuple[list[Path], list[Path]]:
-    """The shipped files whose settings are defaults of this agent on an env preset, and those of --config; the later go over the earlier.
+def preset_files(agent: type[Agent], env: str, config: Path | None, data: bool) -> tuple[list[Path], list[Path]]:
+    """Lists the files with settings for an agent on an env; later files override earlier ones.
 
-    Of both, what differs where the user gives data is in the file of that name in `data/`. An env that has a file in configs/learner, of
-    what fits its model on one GPU, takes its agent's `text_to_image.yaml` too.
+    A file of the same name in `data/` has the settings that differ when the user gives data. An env with a file in configs/learner, which
+    makes its model fit on one GPU, also takes the agent's `text_to_image.yaml`.
+
+    Args:
+        agent: The agent's class.
+        env: Name or file of the env.
+        config: The file of --config, if it is given.
+        data: Whether the user gives data.
+
+    Returns:
+        The files with the defaults, and those of --config.
     """
     folder, fits = config_dir() / agent.name, config_dir() / "learner" / f"{env}.yaml"
     defaults = [folder / f"{env}.yaml"]
@@ -118,7 +131,7 @@ def own_settings(agent: type[Agent], env: str, config: Path | None, data: bool) 
         defaults = [fits, folder / "text_to_image.yaml", *defaults]
     if data:
         defaults += [folder / "data" / path.name for path in defaults if path.parent == folder]
-    if find_preset("env", env).parent != config_dir() / "env":  # a file of the user's own has no settings of ours
+    if find_preset("env", env).parent != config_dir() / "env":  # the user's own file has no defaults of this package
         defaults = []
     defaults, chosen = [path for path in defaults if path.is_file()], [] if config is None else [config]
     if config is not None and data and config.parent == folder and (more := folder / "data" / config.name).is_file():
@@ -127,14 +140,21 @@ def own_settings(agent: type[Agent], env: str, config: Path | None, data: bool) 
 
 
 def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespace]:
-    """The parser for this agent and the env that argv names, and what it reads.
+    """Parses the command line of an agent.
+
+    Args:
+        agent: The agent's class.
+        argv: The command line, without the program.
+
+    Returns:
+        The parser, which depends on agent and env, and the parsed settings.
 
     Raises:
-        ValueError: what is wrong with the command line.
+        ValueError: the command line is wrong.
         SystemExit: after --help and --print_config.
     """
     argv = list(argv)
-    asks_help = bool({"--help", "-h"} & set(argv))
+    wants_help = bool({"--help", "-h"} & set(argv))
     for flag in ("--env", "--config", "--device", "--data", "--env.expert"):
         if sum(word == flag or word.startswith(f"{flag}=") for word in argv) > 1:
             raise ValueError(f"{flag} is given more than once")
@@ -153,11 +173,11 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     chosen = [] if config_path is None else [config_path]
     if env_name is not None:
         has_data = data is not None or in_config.get("data") is not None or "--env.data" in {word.partition("=")[0] for word in argv}
-        defaults, chosen = own_settings(agent, env_name, config_path, has_data)
+        defaults, chosen = preset_files(agent, env_name, config_path, has_data)
         preset = read_env(env_name)
         for path in defaults:
             preset |= read_yaml(path).get("env") or {}
-    elif expert_name is None and "expert" not in in_config and not asks_help:
+    elif expert_name is None and "expert" not in in_config and not wants_help:
         raise ValueError(
             f"which expert? pass --env NAME; presets: {', '.join(preset_names('env'))}. Or a YAML path, or --env.expert my_pkg.MyExpert"
         )
@@ -176,115 +196,137 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     before = [f"--env.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in preset.items() if key != "expert"]
     contents = [read_yaml(path) for path in chosen]
     for path, content in zip(chosen, contents, strict=True):
-        named = isinstance(content.get("env"), str)
-        before.append(f"--config={json.dumps({k: v for k, v in content.items() if k != 'env'}) if named else path}")
-    if asks_help:
+        names_preset = isinstance(content.get("env"), str)  # which --config itself cannot read
+        before.append(f"--config={json.dumps({k: v for k, v in content.items() if k != 'env'}) if names_preset else path}")
+    if wants_help:
         show_help(parser, agent, env_name, [*defaults, *chosen], read_arguments(parser, before))
     after = [*(["--env.device", device] if device is not None else []), *(["--env.data", data] if data is not None else [])]
-    printing = [word for word in argv if word.partition("=")[0] == "--print_config"]
-    argv = [*before, *(word for word in argv if word not in printing), *after]
+    print_config = [word for word in argv if word.partition("=")[0] == "--print_config"]
+    argv = [*before, *(word for word in argv if word not in print_config), *after]
     cfg = read_arguments(parser, argv)
     if "beta.forward" in known:
-        settle_beta(agent, cfg, [*map(read_yaml, defaults), *contents, nested_flags(argv[len(before) :])])
+        resolve_beta(agent, cfg, [*map(read_yaml, defaults), *contents, nested_flags(argv[len(before) :])])
         argv += [f"--beta.{name}={getattr(cfg.beta, name)!r}" for name in SHARES]
         argv += [f"--stages={json.dumps(cfg.stages)}"] if "stages" in known else []
-    if printing:
-        read_arguments(parser, [*argv, *printing])  # which ends the process
+    if print_config:
+        read_arguments(parser, [*argv, *print_config])  # exits
     return parser, cfg
 
 
 def make_parser(agent: type[Agent], expert: str, defaults: list[Path]) -> ArgumentParser:
-    """The parser of an agent's command on an expert of that class."""
+    """Makes the parser of an agent's command.
+
+    Args:
+        agent: The agent's class.
+        expert: Class path of the expert, whose arguments become flags.
+        defaults: YAML files with defaults; later files override earlier ones.
+    """
     parser = ArgumentParser(
         prog=shlex.join(["python", *command_of(identify(agent))]),
         description=sys.modules[agent.__module__].__doc__,
         default_config_files=[str(path) for path in defaults],
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help=f"settings over the defaults: a YAML file, or a preset of configs/{agent.name}")
     parser.add_argument(
-        "--agent", choices=[identify(agent)], default=identify(agent), help="recorded, so that no other agent resumes the run"
+        "--config", action="config", help=f"settings that replace defaults: a YAML file, or a preset of configs/{agent.name}"
     )
-    parser.add_argument("--out", type=str | None, default=None, help="new run directory; null: runs/AGENT-ENV-SEED-TIME")
-    parser.add_argument("--checkpoint_every", type=PositiveInt, default=500, help="gradient steps between checkpoints")
-    parser.add_argument("--log_every", type=PositiveInt, default=10, help="gradient steps that a line of metrics.jsonl sums up")
     parser.add_argument(
-        "--evaluate_every", type=PositiveInt | None, default=None, help="gradient steps between evaluations; null: at the end alone"
+        "--agent",
+        choices=[identify(agent)],
+        default=identify(agent),
+        help="name of the agent; kept in config.yaml, so that no other agent resumes the run",
     )
-    parser.add_argument("--callbacks", type=list[Callback], default=[], help="class paths of your own, called beside the gradient steps")
-    parser.add_argument("--track", type=Tracker, default="none", help="also send the metrics to a live page: trackio or wandb")
-    parser.add_argument("--push_to_hub", type=str | None, default=None, help="OWNER/NAME on the Hugging Face hub, to upload student/ to")
-    parser.add_argument("--hub_private", type=bool, default=False, help="whether that repository is private, if it is made by this run")
+    parser.add_argument("--out", type=str | None, default=None, help="directory to create for the run; null: runs/AGENT-ENV-SEED-TIME")
+    parser.add_argument("--checkpoint_every", type=PositiveInt, default=500, help="number of updates between two checkpoints")
+    parser.add_argument("--log_every", type=PositiveInt, default=10, help="number of updates in a line of metrics.jsonl")
+    parser.add_argument(
+        "--evaluate_every",
+        type=PositiveInt | None,
+        default=None,
+        help="number of updates between two evaluations while training; null: evaluate only at the end",
+    )
+    parser.add_argument("--callbacks", type=list[Callback], default=[], help="your own callbacks, as class paths (training/callbacks.py)")
+    parser.add_argument("--track", type=Tracker, default="none", help="experiment tracker to send the metrics to: trackio or wandb")
+    parser.add_argument(
+        "--push_to_hub", type=str | None, default=None, help="OWNER/NAME of a Hugging Face repository to upload student/ to"
+    )
+    parser.add_argument("--hub_private", type=bool, default=False, help="whether a repository that --push_to_hub creates is private")
     parser.add_class_arguments(agent.Config, None)
     parser.add_class_arguments(Evaluation, "evaluate")
     parser.add_class_arguments(Validation, "validation")
     parser.add_argument(
-        "--env.expert", type=str, default=expert, help="class path or entry point; --env NAME takes it from a preset of configs/env"
+        "--env.expert",
+        type=str,
+        default=expert,
+        help="class path or entry point of the expert; --env NAME takes it from a preset of configs/env",
     )
     parser.add_class_arguments(find_expert(expert), "env", instantiate=False)
     return parser
 
 
-def settle_beta(agent: type[Agent], cfg: Namespace, layers: list[dict[str, Any]]) -> None:
-    """Sets the shares of β in cfg, and in its stages, as they will be used, and says where they differ from those that were given.
+def resolve_beta(agent: type[Agent], cfg: Namespace, layers: list[dict[str, Any]]) -> None:
+    """Sets the shares of β in cfg and its stages so that they sum to 1, and prints them where they differ from what was given.
 
-    A share that is given alone holds, and the others divide the rest in their proportion; of three, the proportion counts.
+    If one or two shares are given, they hold, and the others divide the rest in their proportion; three shares are divided by their sum.
 
     Args:
-        agent: Whose defaults the first layer goes over.
-        cfg: What was read.
-        layers: Nested settings, as they go over one another; each names some shares, or none.
+        agent: The agent's class, which has the defaults.
+        cfg: The parsed settings; changed in place.
+        layers: Nested settings, each of which overrides those before it, with any of the shares.
 
     Raises:
-        ValueError: shares that leave less than nothing, or something to sources that have none.
+        ValueError: the given shares sum to more than 1, or to less while the others have no share to divide the rest by.
     """
     beta: Beta = agent.Config().beta
     for layer in layers:
         beta = beta.with_shares(**_shares(layer.get("beta")))
-    read = [getattr(cfg.beta, name) for name in SHARES]
+    parsed = [getattr(cfg.beta, name) for name in SHARES]
     vars(cfg.beta).update(zip(SHARES, beta.shares, strict=True))
-    if not _close(read, beta.shares):
+    if not _are_close(parsed, beta.shares):
         given = _shares(layers[-1].get("beta")) or _shares(layers[-2].get("beta"))
-        _say(f"{', '.join(f'beta.{name}={share:g}' for name, share in given.items())}: shares sum to 1, so that β is {_told(beta)}")
+        _print_on_main_rank(
+            f"{', '.join(f'beta.{name}={share:g}' for name, share in given.items())}: shares sum to 1, so that β is {_describe_beta(beta)}"
+        )
     for number, stage in enumerate(getattr(cfg, "stages", ()), 1):
         if given := _shares(stage.get("beta")):
             stage["beta"] = stage["beta"] | dict(zip(SHARES, beta.with_shares(**given).shares, strict=True))
-            if not _close([stage["beta"][name] for name in given], list(given.values())):
-                _say(f"stage {number}: shares sum to 1, so that β is {_told(beta.with_shares(**given))}")
+            if not _are_close([stage["beta"][name] for name in given], list(given.values())):
+                _print_on_main_rank(f"stage {number}: shares sum to 1, so that β is {_describe_beta(beta.with_shares(**given))}")
 
 
 def _shares(given: Any) -> dict[str, float]:
-    """The shares in a mapping of β's settings, or in a file of it; of what is no mapping none."""
+    """The shares in a mapping of β's settings or in a YAML file of them; empty for anything else."""
     given = read_yaml(Path(given)) if isinstance(given, str) and Path(given).is_file() else given
     return {name: float(given[name]) for name in SHARES if name in given} if isinstance(given, dict) else {}
 
 
-def _close(a: Sequence[float], b: Sequence[float]) -> bool:
+def _are_close(a: Sequence[float], b: Sequence[float]) -> bool:
     return all(abs(x - y) < 1e-9 for x, y in zip(a, b, strict=True))
 
 
-def _told(beta: Beta) -> str:
+def _describe_beta(beta: Beta) -> str:
     return ", ".join(f"{name} {share:.3g}" for name, share in zip(SHARES, beta.shares, strict=True))
 
 
-def _say(message: str) -> None:
+def _print_on_main_rank(message: str) -> None:
     if ranks.is_main():
         print(message, file=sys.stderr)
 
 
 def expert_and_config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> tuple[Expert, LearnerConfig]:
-    """What a parsed command line describes."""
+    """Builds the expert and the config of a parsed command line."""
     config = build_config(agent, parser, cfg)
     env = dict(vars(cfg.env))
     return make_expert(env.pop("expert"), **env), config
 
 
 def build_config(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> LearnerConfig:
-    return build(agent.Config, {f.name: cfg[f.name] for f in fields(agent.Config)})
+    """Builds the config of a parsed command line."""
+    return build_dataclass(agent.Config, {f.name: cfg[f.name] for f in fields(agent.Config)})
 
 
 def name_of_env(cfg: Namespace) -> str:
-    """The preset that the env is, or else its class's name."""
+    """Name of the preset that the env equals, or else of the expert's class."""
     env = {k: v for k, v in vars(cfg.env).items() if k not in ("device", "dtype")}
     for name in preset_names("env"):
         preset = {k: v for k, v in read_env(name).items() if k != "dtype"}

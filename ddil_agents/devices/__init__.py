@@ -1,1 +1,1 @@
-"""Many processes and little memory: ranks, sharded networks, and what to do where memory ends."""
+"""Hardware: the processes of a distributed run, sharded networks, and errors when memory runs out."""

@@ -20,7 +20,7 @@ from ddil_agents.evaluation.settings import Evaluation, Validation
 from ddil_agents.states.batch import Batch
 from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.callbacks import Callback
-from ddil_agents.training.checkpoint import folder_atomically, write_atomically, writing
+from ddil_agents.training.checkpoint import explain_write_errors, folder_atomically, write_atomically
 from ddil_agents.training.metrics import read_metrics
 from ddil_env import ExpertPolicy
 
@@ -56,12 +56,12 @@ class EvalCallback(Callback):
         self._evaluator: Evaluator | None = None
 
     def on_start(self, agent: Algorithm, out: Path | None) -> None:
-        if sharding.asked():
+        if sharding.is_requested():
             raise ValueError(f"evaluate_every={self.every}: a sharded student cannot be sampled while it trains; leave it out")
         self.out = out
         if out is not None and (out / "eval.jsonl").is_file():
             self.rows = read_metrics(out / "eval.jsonl", agent.step)
-        with ranks.together():
+        with ranks.sync_errors():
             if out is not None and ranks.is_main():
                 out.mkdir(parents=True, exist_ok=True)
                 write_atomically(out / "eval.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -78,7 +78,7 @@ class EvalCallback(Callback):
     def evaluate(self, agent: Algorithm) -> None:
         """Evaluates the student on the main process, sends the result to all processes and to all callbacks."""
         with agent.trainer.clock.paused():
-            row = ranks.from_main(lambda: self._measure(agent))
+            row = ranks.broadcast_from_main(lambda: self._measure(agent))
         self.rows.append(row)
         for callback in agent.trainer.callbacks:
             callback.on_evaluate(agent, row)
@@ -109,7 +109,7 @@ class EvalCallback(Callback):
                         agent.ema_student, folder / "student", config.num_steps, config.grid, agent.kernel, *agent.guidance_input()
                     )
                     (folder / "evaluation.json").write_text(json.dumps(row))
-            with writing(self.out / "eval.jsonl"), (self.out / "eval.jsonl").open("a") as file:
+            with explain_write_errors(self.out / "eval.jsonl"), (self.out / "eval.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         tqdm.write(f"{agent.name}, update {agent.step}: {numbers}{', the best so far' if best else ''}", file=sys.stderr)

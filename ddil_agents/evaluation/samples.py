@@ -182,7 +182,7 @@ class SampleDrawer:
                         continue
                 start = time.monotonic()
                 c = None if self.c is None else self.c[k * b : (k + 1) * b]
-                with out_of_memory.named(f"while evaluating {min(b, self.n)} samples at a time", "lower the evaluation's batch_size"):
+                with out_of_memory.explain(f"while evaluating {min(b, self.n)} samples at a time", "lower the evaluation's batch_size"):
                     actor = cast(DdimPolicy, ProgressPolicy(policy, bar))
                     states = unroll(actor, grid, self.noise(k), c, kernel=kernel, generator=self._generator("steps", k))
                     if states.is_cuda:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Batch:
-    """States of one gradient step, with their labels. b is their number; all are on the expert's device.
+    """The states of one gradient step, with their labels: b states, on the expert's device.
 
     Args:
-        states: (b,) with the keys of `Collector.collect`.
+        states: TensorDict (b,) with the keys that `Collector.collect` lists.
     """
 
     def __init__(self, states: TensorDict) -> None:
@@ -21,24 +21,24 @@ class Batch:
 
     @property
     def x_t(self) -> Tensor:
-        """Latents, (b, *sample_shape)."""
+        """Noisy latents, (b, *sample_shape)."""
         return self.states["x_t"]
 
     @property
     def t(self) -> Tensor:
-        """The times of the latents, (b,) float32."""
+        """Times (noise levels) of the latents, (b,) float32."""
         return self.states["t"]
 
     @property
     def s(self) -> Tensor:
-        """The earlier times that an action goes to, (b,) float32."""
+        """Times that the action leads to, (b,) float32, s < t."""
         return self.states["s"]
 
     @property
     def expert_action(self) -> Tensor:
-        """The label: the latent at s that the expert's own steps from x_t lead to, (b, *sample_shape).
+        """The label: the latent at s that the expert reaches from x_t, (b, *sample_shape).
 
-        It is as noisy as s says, and no estimate of x_0; that is `invert_ddim(schedule, x_t, t, expert_action, s).x_0`.
+        It has the noise level of s. The estimate of x_0 that it implies is `invert_ddim(schedule, x_t, t, expert_action, s).x_0`.
         """
         return self.states["x_s"]
 
@@ -59,7 +59,7 @@ class Batch:
 
     @property
     def generated(self) -> Tensor | None:
-        """What an earlier gradient step of the same update generated from these states, if any, (b, *sample_shape), without gradient."""
+        """Samples that an earlier gradient step of the same update generated from these states, (b, *sample_shape), detached; else None."""
         return self.states.get("generated", None)
 
     @generated.setter

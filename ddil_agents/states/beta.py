@@ -1,13 +1,13 @@
-"""β: the prior with which a training state is drawn from each source, and how it moves over a run.
+"""β: the probability of drawing a training state from each source, and how it changes over a run.
 
     s ~ Σᵢ βᵢ ρᵢ ,   i ∈ {forward, teacher, student}            DDIL §4.1, Alg. 1
 
-The paper is forward-heavy early and shifts toward the student as it gets better, without ever leaving the data
-("Student Selection Prior"). A schedule therefore moves the forward share from 1 down to its floor, `forward`, and
-divides the rest between teacher and student in their given proportion.
+The paper draws mostly forward states early and more of the student's as it improves, and never stops drawing data ("Student
+Selection Prior"). A schedule therefore lowers the forward share from 1 to its floor, `forward`, and divides the rest between teacher
+and student in the proportion of their shares.
 
-The defaults differ by method, as the methods do: `Beta()`, forward alone, is plain distillation; DAgger's is a mixture of all three; that
-of DMD2 is the student's own states. A preset for a teacher without data (configs/dagger/text_to_image.yaml) has no forward share to give.
+Each method has defaults of its own: `Beta()`, only forward states, is plain distillation; DAgger mixes all three sources; DMD2 trains on
+the student's own states. Presets for a teacher without data (configs/dagger/text_to_image.yaml) have a forward share of 0.
 """
 
 from __future__ import annotations
@@ -19,28 +19,46 @@ from typing import Any, Literal, Self, get_args
 Schedule = Literal["constant", "linear", "cosine", "exponential", "dagger", "per_round"]
 SHARES = ("forward", "teacher", "student")
 
+_THE_REST = float("nan")  # the default of `forward`, known by its identity: what teacher and student leave
+
 
 @dataclass(frozen=True)
 class Beta:
-    """Source priors. Shares that do not sum to 1 are divided by their sum, and held so."""
+    """Probabilities of the three sources.
 
-    forward: float = 1.0
-    """Share of forward-diffused data; under a schedule, the floor that it falls to."""
+    Without `forward`, the forward share is what the other two leave: `Beta(student=0.4)` is (0.6, 0, 0.4), `Beta(student=1)` is (0, 0, 1).
+    With it, shares that do not sum to 1 are divided by their sum.
+
+    Raises:
+        ValueError: a share is negative or not finite, teacher and student sum to more than 1 without `forward`, or the schedule's settings
+            do not fit.
+    """
+
+    forward: float = _THE_REST
+    """Share of forward-diffused data; with a schedule, the floor that it falls to."""
     teacher: float = 0.0
     """Share of states on the teacher's own trajectories."""
     student: float = 0.0
     """Share of states on the student's own trajectories."""
     schedule: Schedule = "constant"
     """How the forward share falls from 1 to its floor over the run: linear, cosine, exponential (e^(-decay * 10 * progress)),
-    dagger (decay^round, Ross et al. 2011), per_round (the list), or constant (the floor from the start)."""
+    dagger (decay^round, Ross et al. 2011), per_round (as the list `per_round` says), or constant (at the floor from the start)."""
     decay: float = 0.5
-    """p of `dagger`; rate of `exponential`."""
+    """Base of the schedule `dagger`, rate of the schedule `exponential`."""
     rounds: int = 10
-    """Rounds that `dagger` and `per_round` divide the run into."""
+    """Number of rounds that the schedules `dagger` and `per_round` divide the run into."""
     per_round: tuple[float, ...] = ()
-    """Forward share of each round, for `per_round`; the last one holds on."""
+    """Forward share of each round, for the schedule `per_round`; rounds beyond the list have its last share."""
 
     def __post_init__(self) -> None:
+        if self.forward is _THE_REST:
+            rest = 1.0 - self.teacher - self.student
+            if -math.inf < rest < -1e-9:
+                raise ValueError(
+                    f"Beta(teacher={self.teacher:g}, student={self.student:g}): more than 1 in all; give shares of 1, or all three, "
+                    "which are divided by their sum"
+                )
+            object.__setattr__(self, "forward", 0.0 if abs(rest) < 1e-9 else rest)
         shares = self.shares
         if not all(math.isfinite(b) and b >= 0 for b in shares) or sum(shares) <= 0:
             raise ValueError(f"beta={shares} (forward, teacher, student): need finite shares ≥ 0 that do not sum to 0")
@@ -60,30 +78,30 @@ class Beta:
 
     @property
     def shares(self) -> tuple[float, float, float]:
-        """Of forward, teacher and student."""
+        """The shares of forward, teacher and student."""
         return self.forward, self.teacher, self.student
 
     def with_shares(self, **given: float) -> Self:
-        """These priors with one, two or three shares given; where not all are, the others divide the rest in their present proportion.
+        """Replaces one, two or three shares; those that are not given divide the rest in their present proportion.
 
         Raises:
-            ValueError: shares that leave less than nothing, or something to others that have none.
+            ValueError: the given shares sum to more than 1, or to less while the others have no share to divide the rest by.
         """
         others = {name: share for name, share in zip(SHARES, self.shares, strict=True) if name not in given}
         shares: dict[str, Any] = {**given}
         rest, present = 1 - sum(given.values()), sum(others.values())
         if not others or not all(share >= 0 for share in given.values()):
-            return replace(self, **shares)  # of all three the proportion counts
-        told = ", ".join(f"beta.{name}={share:g}" for name, share in given.items())
+            return replace(self, **shares)  # three shares are divided by their sum; a negative one is refused there
+        names = ", ".join(f"beta.{name}={share:g}" for name, share in given.items())
         if rest < -1e-9:
-            raise ValueError(f"{told}: more than 1 in all; give shares of 1, or all three, of which the proportion counts")
+            raise ValueError(f"{names}: more than 1 in all; give shares of 1, or all three, which are divided by their sum")
         if rest > 1e-9 and not present:
-            raise ValueError(f"{told}: leaves {rest:g} to {' and '.join(others)}, which have no share; give beta.{[*others][-1]} too")
+            raise ValueError(f"{names}: leaves {rest:g} to {' and '.join(others)}, which have no share; give beta.{[*others][-1]} too")
         shares |= {name: max(rest, 0) * share / (present or 1) for name, share in others.items()}
         return replace(self, **shares)
 
     def __call__(self, progress: float) -> tuple[float, float, float]:
-        """β at progress 0 … 1 of the run, summing to 1."""
+        """β at a progress of 0 … 1 through the run: three shares that sum to 1."""
         total = self.forward + self.teacher + self.student
         floor, rest = self.forward / total, self.teacher + self.student
         if rest == 0:

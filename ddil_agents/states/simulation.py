@@ -1,12 +1,13 @@
 """Backward simulation: the states that distribution matching trains on (Yin et al. 2024; DDIL §4.2, "DMD2 + DDIL").
 
-One index j is drawn for each collection; the state x_{t_j} is, by source,
+One index j is drawn for each collection. The state x_{t_j} is reached, by source,
 
-    student:  steps 0 … j−1 of the student, whose x̂_0 is diffused to the next time anew in each
-    teacher:  steps 0 … j−1 of the teacher's DDIM; with p_expert the two alternate within a trajectory
-    forward:  data, diffused to t_j
+    student:  by steps 0 … j−1 of the student; each diffuses the student's x̂_0 to the next time with fresh noise
+    teacher:  by steps 0 … j−1 of the teacher's DDIM sampler
+    forward:  by diffusing data to t_j
 
-and at j = 0 pure noise, whatever the source: that is what the sampler starts from.
+With p_expert > 0 student rollouts are mixed: teacher and student alternate at random. At j = 0 the state is pure noise for every source,
+because the sampler starts from it.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from ddil_agents.states.episodes import visit
 
 
 class BackwardSimulation(Collector):
-    """States at one time t_j of the student's grid a collection, unlabelled: the feedback depends on the critic.
+    """Collects states at one time t_j of the student's grid per collection, without labels: DMD2's loss needs none.
 
     Args:
-        noise_level: Of t_j, if it is fixed.
+        noise_level: The time to unroll to; the grid's nearest time is used. None draws one at random for each collection.
 
     Raises:
-        ValueError: a noise_level beyond the chain.
+        ValueError: noise_level is greater than the last time of the teacher's schedule.
     """
 
-    # j, and how many states each source gives: the work of a collection, for which the ranks would otherwise wait for one another. A
-    # state of the teacher's takes k guided forwards for each of the student's: drawn apart, 64 ranks of configs/dmd2/paper.yaml would
-    # spend two fifths of their time waiting.
+    # All ranks draw the same j and the same number of states per source, so that their collections take equally long. A teacher's step
+    # takes k guided forwards where a student's takes one: with draws of their own, 64 ranks of configs/dmd2/paper.yaml would spend two
+    # fifths of their time waiting for one another.
     shared: ClassVar[tuple[str, ...]] = ("time", "mixture")
 
     def __init__(self, *args: Any, noise_level: float | None, **kwargs: Any) -> None:
@@ -51,7 +52,7 @@ class BackwardSimulation(Collector):
         return super().collect(n, beta, version)
 
     def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:
-        """n states in all, each of source i with probability βᵢ."""
+        """States of each source: n draws with the probabilities β."""
         shares = torch.tensor(beta, dtype=torch.float64)
         source = torch.multinomial(shares, n, replacement=True, generator=self.streams["mixture"])
         return torch.bincount(source, minlength=3).tolist()
@@ -60,7 +61,7 @@ class BackwardSimulation(Collector):
         x_0, c = self.expert.sample_data(n, self.streams["data"])
         eps = torch.randn(x_0.shape, generator=self.streams["noise"], device=x_0.device)
         t = self.grid.times[self.j].expand(n)
-        # At the first step the sampler meets pure noise, and diffused data still hold some signal (√ᾱ_999 = .068 in Stable Diffusion).
+        # The sampler starts from pure noise; data diffused to the first time would hold some signal (√ᾱ_999 = .068 in Stable Diffusion).
         x_t = self.expert.schedule.add_noise(x_0, eps, t) if self.j else eps
         return self._arrived(x_t, c, torch.zeros(n, 0, dtype=torch.bool, device=x_0.device))
 

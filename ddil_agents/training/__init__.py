@@ -1,1 +1,1 @@
-"""How any learner is trained: the loop, its networks and their average, stages, checkpoints, tracking, many processes."""
+"""How an algorithm is trained: the loop, its networks and their average, stages, checkpoints, metrics and callbacks."""

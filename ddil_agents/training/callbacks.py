@@ -1,4 +1,4 @@
-"""Callbacks: what happens beside the gradient steps of a training, each in a class of its own.
+"""Callbacks: code that runs at certain events of a training, such as after an update or a checkpoint.
 
     class StopAtLoss(Callback):
         def __init__(self, loss: float) -> None:
@@ -34,78 +34,78 @@ from ddil_agents.states.batch import Batch
 if TYPE_CHECKING:
     from ddil_agents.algorithm import Algorithm
 
-TIMED_UPDATES = 20  # after which the time that a run takes is known
-LONG = 300.0  # seconds from which on it is said
+TIMED_UPDATES = 20  # the first updates, whose time predicts that of the run
+LONG = 300.0  # seconds; a run that takes longer says so
 
 
 class Callback:
-    """Does nothing; override what you need. Where training runs on several processes, every one of them calls its own.
+    """The base class of callbacks, whose methods do nothing. With several processes, each process calls its own callbacks.
 
-    A callback must not draw from the streams of the agent or from torch's global generator: the run would no longer be the same without it.
+    A callback must not draw from the agent's random streams or from torch's global generator, which would change the run.
     """
 
     def on_start(self, agent: Algorithm, out: Path | None) -> None:
-        """Before the first update, also of a resumed run.
+        """Called before the first update, also of a resumed run.
 
         Args:
-            agent: In training; `agent.step` of `agent.total_updates` updates are done.
+            agent: The agent; `agent.step` of `agent.total_updates` updates are done.
             out: The run directory, if there is one.
         """
 
     def on_collect(self, agent: Algorithm, states: TensorDict) -> None:
-        """After states (n,) were collected and labelled; their keys are those of `Collector.collect`."""
+        """Called after states (n,) were collected and labelled; `Collector.collect` lists their keys."""
 
     def on_update(self, agent: Algorithm, batch: Batch, measured: dict[str, Tensor]) -> bool | None:
-        """After an update; False ends the training here.
+        """Called after an update; returning False ends the training.
 
         Args:
-            agent: In training.
-            batch: The states that the update learned from.
-            measured: On the device: `loss` of each state (b,), `grad_norm`, and those of other networks that took a step.
+            agent: The agent.
+            batch: The states of the update.
+            measured: What `Trainer.update` returns: `loss` of each state (b,), `grad_norm`, and those of other networks that took a step.
         """
 
     def on_log(self, agent: Algorithm, row: dict[str, Any]) -> None:
-        """With every line of metrics.jsonl."""
+        """Called with every line of metrics.jsonl."""
 
     def on_evaluate(self, agent: Algorithm, row: dict[str, Any]) -> None:
-        """With every line of eval.jsonl."""
+        """Called with every line of eval.jsonl."""
 
     def on_checkpoint(self, agent: Algorithm, path: Path) -> None:
-        """After a checkpoint was written to that folder."""
+        """Called after a checkpoint was written to the folder `path`."""
 
     def on_end(self, agent: Algorithm) -> None:
-        """After the last update; not where an error ended the training."""
+        """Called after the last update, unless an error ended the training."""
 
     def close(self) -> None:
-        """At the very end, also after an error."""
+        """Called last, also after an error."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know, in tensors and plain values; kept in checkpoints."""
+        """State for a resumed run, in tensors and plain values; checkpoints keep it."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` returned; called after `on_start`."""
+        """Loads what `state_dict` returned; called after `on_start`."""
 
 
 class ProgressBarCallback(Callback):
-    """A bar of the updates, with the last line of metrics behind it; of a long run also says after 20 updates how long it will take."""
+    """Shows a progress bar with the last line of metrics, and for a long run, after 20 updates, an estimate of its time."""
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
-        self._first, self._began = 0, 0.0
+        self._first_step, self._started_at = 0, 0.0
 
     def on_start(self, agent: Algorithm, out: Path | None) -> None:
-        self._first, self._began = agent.step, time.monotonic()
+        self._first_step, self._started_at = agent.step, time.monotonic()
         self.bar = tqdm(total=agent.total_updates, initial=agent.step, desc=agent.name, unit="update", disable=not ranks.is_main())
 
     def on_update(self, agent: Algorithm, batch: Batch, measured: dict[str, Tensor]) -> bool | None:
         assert self.bar is not None
         self.bar.update()
-        if agent.step == self._first + TIMED_UPDATES and ranks.is_main():
-            each = (time.monotonic() - self._began) / TIMED_UPDATES
-            left = (agent.total_updates - agent.step) * each
-            if left > LONG:
-                tqdm.write(f"{each:.3g} s an update; about {describe_duration(left)} left, and the evaluation", file=sys.stderr)
+        if agent.step == self._first_step + TIMED_UPDATES and ranks.is_main():
+            seconds = (time.monotonic() - self._started_at) / TIMED_UPDATES
+            remaining = (agent.total_updates - agent.step) * seconds
+            if remaining > LONG:
+                tqdm.write(f"{seconds:.3g} s an update; about {describe_duration(remaining)} left, and the evaluation", file=sys.stderr)
         return None
 
     def on_log(self, agent: Algorithm, row: dict[str, Any]) -> None:
@@ -121,16 +121,16 @@ class ProgressBarCallback(Callback):
 
 
 def describe_duration(seconds: float) -> str:
-    """As in `2 h 5 min`."""
+    """Formats a duration, as in `2 h 5 min`."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 class CheckpointCallback(Callback):
-    """Writes `out`/checkpoints at every `every`-th update and at the last.
+    """Writes a checkpoint to `out`/checkpoints after every `every`-th update and after the last.
 
     Args:
-        every: Updates between two checkpoints.
+        every: Number of updates between two checkpoints.
     """
 
     def __init__(self, every: int) -> None:
@@ -147,18 +147,18 @@ class CheckpointCallback(Callback):
 
 
 class Stopwatch:
-    """Seconds of training, without those of what it is paused for."""
+    """Measures the seconds of training, without those of blocks inside `paused`."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._since = time.monotonic()
 
     def start(self, seconds: float = 0.0) -> None:
-        """Goes on from so many seconds."""
+        """Starts the clock at this number of seconds."""
         self.seconds, self._since = seconds, time.monotonic()
 
     def lap(self) -> float:
-        """Seconds since the last lap, which `seconds` then includes."""
+        """Adds the seconds since the last lap to `seconds`, and returns them."""
         now = time.monotonic()
         elapsed, self._since = now - self._since, now
         self.seconds += elapsed
@@ -166,9 +166,9 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, no time passes."""
-        began = time.monotonic()
+        """Does not count the time of the block."""
+        start = time.monotonic()
         try:
             yield
         finally:
-            self._since += time.monotonic() - began
+            self._since += time.monotonic() - start

@@ -1,9 +1,9 @@
 """Exact, atomic checkpoints.
 
-A checkpoint is a folder `step_00000500/` of `state.pt`, read with weights_only, and `manifest.json`, which holds the
-file's SHA-256. It is written beside its place, flushed to the disk and renamed there, so a run that is killed at any moment, or
-finds the disk full, leaves only whole checkpoints; a damaged one is refused by its checksum, and never passed over for an older one.
-Of a run on several processes `state.pt` is the main one's, and each other's own states and streams are in `rank_0001.pt`, … beside it.
+A checkpoint is a folder `step_00000500/` with `state.pt`, which is read with weights_only, and `manifest.json`, which holds the file's
+SHA-256. It is written under another name, flushed to the disk and then renamed, so that a run that is killed at any moment, or finds the
+disk full, leaves only complete checkpoints. A damaged checkpoint is an error; an older one is never loaded in its place.
+With several processes `state.pt` is the main rank's, and the states and random streams of the others are in `rank_0001.pt`, ….
 """
 
 from __future__ import annotations
@@ -29,47 +29,47 @@ from ddil_env.support import Support, support_from_dict, support_to_dict
 if TYPE_CHECKING:
     from ddil_agents.training.trained_agent import TrainedAgent
 
-KEEP = 2  # checkpoints of a run that stay on the disk
-OWN = ("buffer", "collector", "nfe", "random")  # of a learner's state, what differs by process
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a disk, a quota or a limit that is reached
-MAY_DIFFER = {"halve_batch_on_oom"}  # settings that a run may go on without: they are of the machine
+NUM_KEPT = 2  # checkpoints of a run that are kept
+PER_RANK = ("buffer", "collector", "nfe", "random")  # keys of an agent's state whose values differ between processes
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error codes of a full disk, quota or file size limit
+MAY_DIFFER_ON_RESUME = {"halve_batch_on_oom"}  # settings that a resumed run may change: they depend on the machine
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Names the path in an error of the disk, however the library beneath has put it.
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Turns an error of the disk inside the block, in whatever form a library raises it, into one that names the path.
 
     Raises:
-        OSError: so, with the system's number.
+        OSError: writing failed; with the system's error code.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        code = _code(error)
+        code = _errno_of(error)
         if code is None:
             raise
-        cure = "; make room and go on with --resume: what has been saved is whole" if code in FULL else ""
+        cure = "; make room and go on with --resume: what has been saved is whole" if code in DISK_FULL else ""
         raise OSError(code, f"cannot write {path}: {os.strerror(code)}{cure}") from error
 
 
-def _code(error: BaseException | None) -> int | None:
-    """The system's number of an error, or of the one that it hides; safetensors and shutil give it in words."""
+def _errno_of(error: BaseException | None) -> int | None:
+    """The system's error code of an error or of its cause; safetensors and shutil give it only in their message."""
     while error is not None:
-        said = re.search(r"(?:\[Errno |os error )(\d+)", str(error)) if isinstance(error, OSError | SafetensorError) else None
-        if said:
-            return int(said[1])
+        match = re.search(r"(?:\[Errno |os error )(\d+)", str(error)) if isinstance(error, OSError | SafetensorError) else None
+        if match:
+            return int(match[1])
         error = error.__context__
     return None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file in whole or not at all.
+    """Writes a file completely or not at all.
 
     Raises:
-        OSError: not at all; names it.
+        OSError: it was not written; the message names the file.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # two runs may write one file
-    with writing(path):
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # a name per process, because two runs may write the same file
+    with explain_write_errors(path):
         try:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
             _flush(partial)
@@ -81,22 +81,22 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def folder_atomically(final: Path) -> Iterator[Path]:
-    """A folder to fill, which then takes its place in whole, over the one that is there; or not at all.
+    """Yields a folder to fill, which replaces `final` at the end of the block, completely or not at all.
 
     Raises:
-        OSError: not at all; names it.
+        OSError: it was not written; the message names the folder.
     """
     partial = final.with_name(f".{final.name}.partial")
-    with writing(final):
+    with explain_write_errors(final):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
             yield partial
             for path in partial.rglob("*"):
                 _flush(path)
-            _put(partial, final)
+            _move_into_place(partial, final)
         except Exception:
-            shutil.rmtree(partial, ignore_errors=True)  # its room, too
+            shutil.rmtree(partial, ignore_errors=True)  # frees its space
             raise
 
 
@@ -107,36 +107,39 @@ def _flush(path: Path) -> None:
 
 
 def save_checkpoint(agent: TrainedAgent, directory: Path) -> Path:
-    """Writes `directory/step_N` and removes all but the newest two; returns its path. Every rank has to call it.
+    """Writes the checkpoint `directory/step_N` and removes all but the newest two; every rank needs to call it.
+
+    Returns:
+        The checkpoint's path.
 
     Raises:
-        OSError: it cannot be written; those before it remain.
+        OSError: it was not written; earlier checkpoints remain.
     """
     final = directory / f"step_{agent.step:08d}"
     partial = directory / f".{final.name}.partial"
     try:
-        with ranks.together(), writing(partial):
+        with ranks.sync_errors(), explain_write_errors(partial):
             if ranks.is_main():
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        with ranks.together(), writing(final):
+        with ranks.sync_errors(), explain_write_errors(final):
             state = agent.trainer.state_dict()
-            own = partial / _file(ranks.rank())
-            with own.open("wb") as file:  # by its path torch.save would not say why it failed
-                torch.save(state if ranks.is_main() else {key: state[key] for key in OWN}, file)
-            _flush(own)
-            digest = _sha256(own)
-        digests = ranks.gathered(digest)
-        with ranks.together(), writing(final):
+            path = partial / _rank_file(ranks.rank())
+            with path.open("wb") as file:  # with a path instead of a file torch.save would not say why it failed
+                torch.save(state if ranks.is_main() else {key: state[key] for key in PER_RANK}, file)
+            _flush(path)
+            digest = _sha256(path)
+        digests = ranks.all_gather(digest)
+        with ranks.sync_errors(), explain_write_errors(final):
             if ranks.is_main():
                 manifest = {"step": agent.step, "agent": agent.name, "sha256": digest, "config": agent.config_dict()}
                 if len(digests) > 1:
                     manifest["ranks"] = digests[1:]
                 (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
                 _flush(partial / "manifest.json")
-                _put(partial, final)
-                for old in checkpoints(directory)[:-KEEP]:
-                    hidden = directory / f".{old.name}.stale"  # a removal can be cut short, a renaming cannot
+                _move_into_place(partial, final)
+                for old in checkpoints(directory)[:-NUM_KEPT]:
+                    hidden = directory / f".{old.name}.stale"  # a kill can interrupt the removal, but not the renaming
                     os.replace(old, hidden)
                     shutil.rmtree(hidden)
     except Exception:
@@ -146,17 +149,17 @@ def save_checkpoint(agent: TrainedAgent, directory: Path) -> Path:
     return final
 
 
-def _file(rank: int) -> str:
-    """A rank's part of a checkpoint."""
+def _rank_file(rank: int) -> str:
+    """Name of the file with a rank's part of a checkpoint."""
     return f"rank_{rank:04d}.pt" if rank else "state.pt"
 
 
-def _put(partial: Path, final: Path) -> None:
-    """Moves a folder whose files are on the disk to its place."""
+def _move_into_place(partial: Path, final: Path) -> None:
+    """Renames a folder whose files are flushed to its final name."""
     directory = final.parent
     _flush(partial)
     stale = directory / f".{final.name}.stale"
-    if final.exists():  # one is there already; moved aside whole, since a removal can be cut short
+    if final.exists():  # moved aside first, because a kill can interrupt the removal, but not the renaming
         shutil.rmtree(stale, ignore_errors=True)
         os.replace(final, stale)
     os.replace(partial, final)
@@ -170,75 +173,75 @@ def _sha256(path: Path) -> str:
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints in a directory, oldest first."""
+    """Lists the checkpoints in a directory, oldest first."""
     return sorted(directory.glob("step_*"))
 
 
 def load_checkpoint(agent: TrainedAgent, directory: Path) -> None:
-    """Restores the learner from a checkpoint folder, or from the newest in a folder of them. Every rank has to call it.
+    """Loads a checkpoint, or the newest in a folder of checkpoints, into an agent; every rank needs to call it.
 
     Raises:
-        ValueError: none there, a damaged one, or one of another agent, config, version or number of processes.
+        ValueError: there is none, or it is damaged, or of another agent, config, version or number of processes.
     """
-    with ranks.together():
-        path, state = _read(agent, directory)
+    with ranks.sync_errors():
+        path, state = _read_checkpoint(agent, directory)
         try:
             agent.trainer.load_state_dict(state)
-        except (KeyError, TypeError, RuntimeError) as error:  # what it lacks, or has of another shape
-            raise _of_another_version(path, repr(error)) from error
+        except (KeyError, TypeError, RuntimeError) as error:  # a key is missing, or a value has another shape
+            raise _version_error(path, repr(error)) from error
 
 
-def _of_another_version(path: Path, how: str) -> ValueError:
+def _version_error(path: Path, how: str) -> ValueError:
     return ValueError(f"{path} was written by another version of ddil ({how}); go on with that version, or start a new run")
 
 
-def _read(agent: TrainedAgent, directory: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that is taken up, and this rank's state in it."""
+def _read_checkpoint(agent: TrainedAgent, directory: Path) -> tuple[Path, dict[str, Any]]:
+    """Returns the path of the checkpoint to load, and this rank's state in it."""
     found = [directory] if (directory / "manifest.json").is_file() else checkpoints(directory)
     if not found:
         raise ValueError(f"no checkpoint in {directory}")
     path = found[-1]
     cure = f"remove {path} to resume from the one before it" if len(found) > 1 else "start a new run"
-    parts = dict.fromkeys([0, ranks.rank()])  # the main rank's, and what is this one's own over it
+    parts = dict.fromkeys([0, ranks.rank()])  # the main rank's part, and over it this rank's own
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        digests, name, theirs = [manifest["sha256"], *manifest.get("ranks", [])], manifest["agent"], manifest["config"]
-        damaged = [_file(part) for part in parts if part < len(digests) and _sha256(path / _file(part)) != digests[part]]
-        ours = json.loads(json.dumps(agent.config_dict()))
-        strange = sorted(ours.keys() ^ theirs.keys()) if name == agent.name else []
-        different = sorted(key for key in ours.keys() - MAY_DIFFER if ours[key] != theirs.get(key))
+        digests, name, saved_config = [manifest["sha256"], *manifest.get("ranks", [])], manifest["agent"], manifest["config"]
+        damaged = [_rank_file(part) for part in parts if part < len(digests) and _sha256(path / _rank_file(part)) != digests[part]]
+        config = json.loads(json.dumps(agent.config_dict()))
+        unknown = sorted(config.keys() ^ saved_config.keys()) if name == agent.name else []
+        different = sorted(key for key in config.keys() - MAY_DIFFER_ON_RESUME if config[key] != saved_config.get(key))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {cure}") from error
-    if len(digests) != ranks.world():
+    if len(digests) != ranks.world_size():
         raise ValueError(
-            f"{path} is of {len(digests)} processes, each with states and random numbers of its own, and here are {ranks.world()}; "
+            f"{path} is of {len(digests)} processes, each with states and random numbers of its own, and here are {ranks.world_size()}; "
             f"go on with {len(digests)} (torchrun --nproc_per_node), or start a new run"
         )
     if damaged:
         raise ValueError(f"{path}/{damaged[0]} is damaged: its SHA-256 is not the manifest's; {cure}")
-    if strange:
-        raise _of_another_version(path, f"{strange[0]} is a setting in one of them alone")
+    if unknown:
+        raise _version_error(path, f"only one of them has the setting {unknown[0]}")
     if name != agent.name or different:
         raise ValueError(
             f"{path} is of {name} with another config; it differs in: {', '.join(different) or 'the agent'}. "
-            "Load it into a learner built with the same config."
+            "Load it into an agent built with the same config."
         )
     state: dict[str, Any] = {}
     for part in parts:
-        try:  # Ranks of one machine read the main one's part through one mapping.
-            state |= torch.load(path / _file(part), weights_only=True, map_location="cpu", mmap=ranks.world() > 1)
+        try:  # with several ranks on a machine, mmap lets them share the memory of the main rank's part
+            state |= torch.load(path / _rank_file(part), weights_only=True, map_location="cpu", mmap=ranks.world_size() > 1)
         except (pickle.UnpicklingError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path / _file(part)} holds more than tensors and plain values, and is not read; {cure}") from error
+            raise ValueError(f"{path / _rank_file(part)} holds more than tensors and plain values, and is not read; {cure}") from error
     return path, state
 
 
 def write_support(directory: Path, support: Support, teacher_nfe: int) -> None:
-    """Writes support.json: a calibrated support, and the expert forwards that the calibration took."""
+    """Writes support.json: a calibrated support, and the number of teacher forwards of the calibration."""
     write_atomically(directory / "support.json", json.dumps({**support_to_dict(support), "teacher_nfe": teacher_nfe}))
 
 
 def read_support(directory: Path) -> tuple[Support | None, int]:
-    """What `write_support` wrote; None and 0 where there is none.
+    """Reads support.json, a support and its number of teacher forwards; returns None and 0 if there is no such file.
 
     Raises:
         ValueError: the file is damaged.

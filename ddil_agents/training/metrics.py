@@ -1,8 +1,8 @@
-"""A run's numbers: summed up on the device over `log_every` updates, and written a line at a time.
+"""A run's metrics: accumulated on the device over `log_every` updates, then written as one line.
 
-support.json      where estimates are projected, if that was calibrated
-metrics.jsonl     one object a line: the source of truth
+metrics.jsonl     one JSON object per line
 tensorboard/      the same numbers
+support.json      the support that estimates are projected onto, if it was calibrated
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ddil_agents.devices import ranks
 from ddil_agents.states.batch import Batch
 from ddil_agents.states.buffer import SOURCES
 from ddil_agents.training.callbacks import Callback, Stopwatch
-from ddil_agents.training.checkpoint import write_atomically, write_support, writing
-from ddil_agents.training.tracking import Tracker, start
+from ddil_agents.training.checkpoint import explain_write_errors, write_atomically, write_support
+from ddil_agents.training.tracking import Tracker, start_tracker
 from ddil_env.support import Metered
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 
 class RunFiles(Callback):
-    """A run's metrics.jsonl and tensorboard/, and a live page if asked for: a line goes to all of them.
+    """Writes a run's metrics to metrics.jsonl, to tensorboard/ and, if requested, to an experiment tracker.
 
-    After a resume the lines past the checkpoint are dropped: they are about to be written again.
+    A resumed run drops the lines after its checkpoint, because it logs those updates again.
 
     Args:
-        clock: Goes on from the seconds of the last line that stays.
-        track: The live page.
+        clock: The clock of the training; a resumed run sets it to the seconds of the last line that it keeps.
+        track: The experiment tracker, or `none`.
     """
 
     def __init__(self, clock: Stopwatch, track: Tracker = "none") -> None:
@@ -58,17 +58,17 @@ class RunFiles(Callback):
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=agent.step + 1)
-        self._live = start(self.track, out, agent.config_dict())
+        self._live = start_tracker(self.track, out, agent.config_dict())
         self.clock.start(rows[-1]["seconds"] if rows else 0.0)
 
     def on_log(self, agent: Agent, row: dict[str, Any]) -> None:
-        """Writes the line of a step.
+        """Writes a line of metrics.
 
         Raises:
-            OSError: the disk is full; the next resume drops what there is of the line.
+            OSError: the disk is full; a resumed run drops the incomplete line.
         """
         if self.path is not None:
-            with writing(self.path), self.path.open("a") as file:
+            with explain_write_errors(self.path), self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         self._draw(row)
 
@@ -76,11 +76,11 @@ class RunFiles(Callback):
         self._draw({"step": row["step"], "evaluation": {key: value for key, value in row.items() if key not in ("step", "seconds")}})
 
     def _draw(self, row: dict[str, Any]) -> None:
-        """Sends numbers to TensorBoard and to the live page."""
+        """Sends the numbers of a line to TensorBoard and to the tracker."""
         if self.path is None:
             return
         scalars = flatten({key: value for key, value in row.items() if key != "step"})
-        with writing(self.path.with_name("tensorboard")):
+        with explain_write_errors(self.path.with_name("tensorboard")):
             for key, value in scalars.items():
                 self._board.add_scalar(key, value, row["step"])
         if self._live is not None:
@@ -88,17 +88,19 @@ class RunFiles(Callback):
 
     def close(self) -> None:
         if self.path is not None:
-            with writing(self.path.with_name("tensorboard")):
+            with explain_write_errors(self.path.with_name("tensorboard")):
                 self._board.close()
         if self._live is not None:
             self._live.finish()
 
 
 class MetricsCallback(Callback):
-    """Sums up updates on the device, so that no update waits for a number or for another rank; sends a line at a time to all callbacks.
+    """Accumulates the metrics of updates on the device, and sends a line for every `log_every` of them to the `on_log` of all callbacks.
+
+    No update waits for the device or for another rank in between.
 
     Args:
-        log_every: Updates that one line sums up.
+        log_every: Number of updates in a line.
     """
 
     def __init__(self, log_every: int = 10) -> None:
@@ -121,32 +123,34 @@ class MetricsCallback(Callback):
         self.flush(agent)
 
     def add(self, batch: TensorDict, measured: dict[str, Tensor]) -> None:
-        """Keeps one gradient step, on the device: each source's count, and what `update` measured.
+        """Adds an update: the number of states of each source, the sum of the loss over them, and the mean of every other measured value.
 
-        A (b,) loss is kept as each source's sum. A method that trains a network every R-th step alone measures its loss there alone.
+        Args:
+            batch: The states of the update.
+            measured: What `Trainer.update` returned; a network that takes no step in this update has no values in it.
         """
         one_hot = torch.nn.functional.one_hot(batch["source"].long(), len(SOURCES))  # (b, 3)
         kept = {f"drawn/{name}": n for name, n in zip(SOURCES, one_hot.sum(0), strict=True)}
         for name, value in measured.items():
-            if name == "loss":  # no product: inf · 0 would blame every source
+            if name == "loss":  # not a product: inf · 0 is not finite in every source
                 sums = torch.where(one_hot > 0, value[:, None], 0).sum(0)
                 kept |= {f"loss/{source}": x for source, x in zip(SOURCES, sums, strict=True)}
             else:
                 kept[name] = value.mean()
         self._pending.append(kept)
 
-    def check(self, agent: Algorithm) -> list[dict[str, float]]:
-        """The steps since the last line as numbers, over all ranks: the one wait for the device.
+    def check_finite(self, agent: Algorithm) -> list[dict[str, float]]:
+        """Returns the metrics of each update since the last line, summed over the ranks; this waits for the device.
 
         Raises:
-            FloatingPointError: a loss or a gradient is not finite; names the step and the sources.
+            FloatingPointError: a loss or a gradient is not finite; the message names the update and the sources of its states.
         """
         if not self._pending:
             return []
         flat = torch.stack([value.double() for step in self._pending for value in step.values()])
-        values = iter(ranks.total(flat).tolist())
-        steps = [{name: next(values) / (1 if "/" in name else ranks.world()) for name in step} for step in self._pending]
-        scaled = agent.trainer.accelerator.scaler is not None  # fp16's scaler meets infinite gradients and skips those steps
+        values = iter(ranks.sum_over_ranks(flat).tolist())
+        steps = [{name: next(values) / (1 if "/" in name else ranks.world_size()) for name in step} for step in self._pending]
+        scaled = agent.trainer.accelerator.scaler is not None  # with fp16 the scaler skips steps with infinite gradients
         for i, step in enumerate(steps):
             broken = [name for name, x in step.items() if not (math.isfinite(x) or (scaled and name.endswith("grad_norm")))]
             if broken:
@@ -164,13 +168,13 @@ class MetricsCallback(Callback):
         return steps
 
     def flush(self, agent: Algorithm) -> None:
-        """Sends a line for the updates since the last one."""
+        """Sends the line of the updates since the last line to all callbacks."""
         if not self._pending:
             return
-        steps = self.check(agent)
+        steps = self.check_finite(agent)
         self._pending = []
         drawn = {n: sum(int(step[f"drawn/{n}"]) for step in steps) for n in SOURCES}
-        # The loss is that of the steps that measured one; so are the counts beside it.
+        # Loss and counts are over the updates in which the student took a step.
         with_loss = [step for step in steps if f"loss/{SOURCES[0]}" in step]
         sums = {n: sum(step[f"loss/{n}"] for step in with_loss) for n in SOURCES}
         counts = {n: sum(int(step[f"drawn/{n}"]) for step in with_loss) for n in SOURCES}
@@ -179,13 +183,13 @@ class MetricsCallback(Callback):
         elapsed = agent.trainer.clock.lap()
         teacher_nfe, student_nfe = agent.total_nfe()
         nfe, self._nfe_since = teacher_nfe + student_nfe - self._nfe_since, teacher_nfe + student_nfe
-        held = ranks.total(torch.tensor(list(agent.buffer.counts.values()), device=agent.expert.device)).tolist()
+        held = ranks.sum_over_ranks(torch.tensor(list(agent.buffer.counts.values()), device=agent.expert.device)).tolist()
         row = {
             "step": agent.step,
             "loss": sum(sums.values()) / sum(counts.values()) if with_loss else None,
             "loss_by_source": {n: sums[n] / counts[n] if counts[n] else None for n in SOURCES},
             **{name: statistics.fmean(values) for name, values in others.items()},
-            **{f"{name}_max": max(values) for name, values in others.items() if name.endswith("grad_norm")},  # a mean hides one spike
+            **{f"{name}_max": max(values) for name, values in others.items() if name.endswith("grad_norm")},  # a mean hides a spike
             "clipped": {role: x if math.isfinite(x) else None for role, x in clipped.items()},
             "learning_rate": agent.trainer.trainables["student"].last_learning_rate,
             "gradient_accumulation": agent.trainer.gradient_accumulation,
@@ -203,15 +207,15 @@ class MetricsCallback(Callback):
 
 
 def clipped_shares(agent: Algorithm) -> dict[str, Tensor]:
-    """The fraction of entries that thresholding has moved since the last call, by role, over all ranks; NaN where it met none."""
+    """The fraction of entries that thresholding has changed since the last call, by role, over all ranks; NaN if there were no entries."""
     meters = {role: support for role, support in agent.thresholds.items() if isinstance(support, Metered)}
-    counts = [meter.take_counts().to(agent.expert.device) for meter in meters.values()]  # (2,) each; one that met nothing is on the CPU
-    shares = [moved / seen for moved, seen in ranks.total(torch.stack(counts))] if counts else []
+    counts = [meter.take_counts().to(agent.expert.device) for meter in meters.values()]  # (2,) each; on the CPU if there were no entries
+    shares = [changed / seen for changed, seen in ranks.sum_over_ranks(torch.stack(counts))] if counts else []
     return dict(zip(meters, shares, strict=True))
 
 
 def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of a nested mapping, keyed by path: {"beta": {"forward": 1}} → {"beta/forward": 1}."""
+    """Flattens a nested mapping, without entries that are None: {"beta": {"forward": 1}} → {"beta/forward": 1}."""
     flat: dict[str, float] = {}
     for key, value in row.items():
         if isinstance(value, dict):
@@ -222,10 +226,10 @@ def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def read_metrics(path: Path, until: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl up to a step; a last line that a kill cut short is left out.
+    """Reads the lines of a metrics.jsonl up to a step; an incomplete last line, as a killed run leaves it, is left out.
 
     Raises:
-        ValueError: no such file, or a line before the last that is not a row of metrics.
+        ValueError: the file cannot be read, or a line before the last is damaged.
     """
     rows: list[dict[str, Any]] = []
     try:

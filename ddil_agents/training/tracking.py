@@ -1,8 +1,8 @@
-"""A run's numbers on a live page, beside TensorBoard's: trackio or Weights & Biases, whichever the user has installed.
+"""Sends a run's metrics to an experiment tracker, trackio or Weights & Biases, beside TensorBoard.
 
-Both know a run of the project `ddil` by more than its directory's name, which a comparison gives to one run of every budget:
-`tracking_id` in the run directory, drawn at the first start, goes to wandb as its id, and behind the name for both.
-trackio keeps every line it is sent, so those that a resume writes again are there twice.
+Runs are in the project `ddil`. Because several runs of a comparison have directories of the same name, each run draws an id at its first
+start and keeps it in the file `tracking_id` of its directory; the id is appended to the run's name, and is wandb's run id.
+trackio keeps every line that it is sent: after a resume, lines that are logged a second time are there twice.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Tracker = Literal["none", "trackio", "wandb"]
 
 
 def check_tracker(tracker: Tracker) -> None:
-    """Refuses a tracker that is not installed.
+    """Checks that a tracker is installed.
 
     Raises:
-        ValueError: so.
+        ValueError: it is not.
     """
     if tracker != "none":
         try:
@@ -32,18 +32,26 @@ def check_tracker(tracker: Tracker) -> None:
             ) from error
 
 
-def start(tracker: Tracker, out: Path, config: dict[str, Any]) -> Any:
-    """A tracker's run in the project `ddil`, taken up again by a resume of the run directory; None for `none`.
+def start_tracker(tracker: Tracker, out: Path, config: dict[str, Any]) -> Any:
+    """Starts a run of the tracker, or continues that of the same run directory.
+
+    Args:
+        tracker: Which tracker.
+        out: The run directory.
+        config: The run's settings, for the tracker to show.
+
+    Returns:
+        The tracker's run; None for `none`.
 
     Raises:
-        OSError: the directory's `tracking_id` cannot be written.
+        OSError: the file `tracking_id` cannot be written.
     """
     if tracker == "none":
         return None
     path = out / "tracking_id"
     if not path.is_file():
-        write_atomically(path, secrets.token_hex(6))  # of the system's randomness: a seeded run draws the same with and without
+        write_atomically(path, secrets.token_hex(6))  # not from the run's random streams, which a tracker must not change
     key = path.read_text().strip()
-    own = {"id": key} if tracker == "wandb" else {}  # trackio resumes by name
+    run_id = {"id": key} if tracker == "wandb" else {}  # trackio resumes by name
     name = f"{out.resolve().name}-{key}"
-    return importlib.import_module(tracker).init(project="ddil", name=name, config=config, resume="allow", **own)
+    return importlib.import_module(tracker).init(project="ddil", name=name, config=config, resume="allow", **run_id)

@@ -1,4 +1,4 @@
-"""The part of an algorithm that every algorithm shares: its networks as losses and users reach them, and what its trainer does for it."""
+"""The base class of agents that a Trainer trains: access to their networks, saving and loading."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class TrainedAgent(Agent):
     """An agent that a Trainer trains.
 
     Attributes:
-        networks: What learns, by name; the student is one of them. A loss calls them by `wrapped(name)`.
+        networks: The networks in training by name, among them "student". A loss calls them through `wrapped_network(name)`.
         trainer: Takes the gradient steps.
-        thresholds: Where estimates are projected, by role.
-        expert_policy: Labels states.
-        collector: Draws them.
-        buffer: Holds them.
-        collect_size, collect_every: States of a collection, and the updates from one to the next.
+        thresholds: The support that the estimates of each role are projected onto.
+        expert_policy: Labels states and acts in teacher rollouts.
+        collector: Draws and labels states.
+        buffer: Holds labelled states.
+        collect_size, collect_every: Number of states in a collection, and of updates from one collection to the next.
+        ema_warm_up: Whether the decay of the averaged student rises to `config.ema` in the first steps.
     """
 
     config: LearnerConfig
@@ -43,81 +44,81 @@ class TrainedAgent(Agent):
 
     @property
     def student(self) -> NetworkDenoiser:
-        """The student in training, as a loss calls it."""
-        return cast(NetworkDenoiser, self.wrapped("student"))
+        """The student in training, as a loss calls it; `ema_student` is the one to use."""
+        return cast(NetworkDenoiser, self.wrapped_network("student"))
 
     @property
     def ema_student(self) -> NetworkDenoiser:
-        """The averaged student: the one that is evaluated and saved."""
+        """The averaged student, which is evaluated, sampled and saved."""
         return cast(NetworkDenoiser, self.trainer.ema.module)
 
-    def wrapped(self, name: str) -> Any:
-        """A network as a loss calls it: with what averages its gradients over the processes around it, unless it is frozen."""
+    def wrapped_network(self, name: str) -> Any:
+        """A network as a loss calls it: in DistributedDataParallel if there are several processes, unless it is frozen."""
         return self.trainer.trainables[name].network
 
     @property
     def student_nfe(self) -> int:
-        """Student forwards so far, training and rollouts together, with those of networks beside it (LCM's target, DMD2's critic)."""
+        """Student forwards so far, in training and rollouts, and those of networks of its kind (LCM's target, DMD2's critic)."""
         return int(cast(NetworkDenoiser, self.networks["student"]).nfe)
 
     def policy(self, student: NetworkDenoiser, support: Support | None) -> StudentPolicy:
-        """A student of this agent as a policy; one with a guidance embedding gets the guidance that it is evaluated at."""
+        """Makes a policy of a student of this agent; a guidance embedding gets the scale that the student is evaluated at."""
         w = None if self.config.guidance_range is None else self.teacher_policy.guidance_scale
         return StudentPolicy(student, self.expert, support, w, grid=self.grid, kernel=self.kernel)
 
     def update_student_policy(self) -> None:
-        """Makes `student_policy` of the averaged network that there is now."""
+        """Sets `student_policy` to a policy of the current averaged network."""
         self.student_policy = self.policy(self.ema_student, self.support if "student" in self.config.thresholding.roles else None)
 
     def start_from(self, student: NetworkDenoiser) -> None:
-        """Takes another student's weights; a guidance embedding that the other lacks stays at zero.
+        """Copies the weights of another student; a guidance embedding that it lacks stays at zero.
 
         Raises:
-            ValueError: the other is of another architecture.
+            ValueError: the other student has another architecture.
         """
-        own = self.networks["student"]
+        network = self.networks["student"]
         try:
-            missing, strange = own.load_state_dict(sharding.like(student.state_dict(), own.state_dict()), strict=False)
+            missing, unexpected = network.load_state_dict(sharding.shard_state(student.state_dict(), network.state_dict()), strict=False)
         except RuntimeError as error:
             raise ValueError(f"the student cannot start from the last one's weights: {error}") from error
-        embedding = len(missing) == 1 and self.config.guidance_range is not None and not student.guidance_embedding
-        if strange or (missing and not embedding):
-            raise ValueError(f"the student cannot start from the last one's weights: {[*missing, *strange][0]!r} is in one of them alone")
-        self.ema_student.load_state_dict(own.state_dict())
+        only_embedding = len(missing) == 1 and self.config.guidance_range is not None and not student.guidance_embedding
+        if unexpected or (missing and not only_embedding):
+            raise ValueError(f"the student cannot start from the last one's weights: {[*missing, *unexpected][0]!r} is in only one of them")
+        self.ema_student.load_state_dict(network.state_dict())
 
-    def extend(self, num_updates: int) -> None:
-        self.trainer.extend_to(self.step + num_updates)
+    def plan_updates(self, num_updates: int) -> None:
+        self.trainer.set_total_updates(self.step + num_updates)
 
     def train(self, out: Path | None = None, **options: Any) -> None:
         self.trainer.train(out, **options)
 
     def save(self, directory: str | Path) -> Path:
-        """Writes config, student and everything that a resumed run needs into the directory, atomically."""
+        """Writes a checkpoint into the directory, atomically, and returns its path."""
         return save_checkpoint(self, Path(directory))
 
     def load(self, directory: str | Path) -> Self:
-        """Reads what `save` wrote, into an agent of the same config; the next gradient steps are those of the saved one.
+        """Loads a checkpoint that `save` wrote into an agent of the same config, which then trains on exactly as the saved one would.
 
         Sets torch's global generator too, which a student with dropout draws from.
 
         Raises:
-            ValueError: no checkpoint, a damaged one, or one of another config.
+            ValueError: there is no checkpoint, or it is damaged or of another config.
         """
         load_checkpoint(self, Path(directory))
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next updates depend on beside the networks and the trainer, in tensors and plain values."""
+        """The state of buffer, collector and calibration, in tensors and plain values; the trainer adds its own and the networks'."""
         return {"buffer": self.buffer.state_dict(), "collector": self.collector.state_dict(), "support": self._calibration()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` returned.
+        """Loads what `state_dict` returned.
 
         Raises:
-            ValueError: the support was calibrated otherwise.
+            ValueError: the support was calibrated on other samples.
         """
         if state["support"] != self._calibration():
-            raise ValueError("the saved learner's support was calibrated on other samples; pass it as support= (support.json of its run)")
+            raise ValueError("the saved agent's support was calibrated on other samples; pass it as support= (support.json of its run)")
         self.buffer.load_state_dict(state["buffer"])
         self.collector.load_state_dict(state["collector"])
 

@@ -101,8 +101,8 @@ def test_8_bit_momenta_take_what_is_counted() -> None:
     trainable = learner.trainer.trainables["student"]
     codes = ("qmap1", "qmap2")  # one table for all weights
     kept = sum(v.nbytes for each in trainable.optimizer.state.values() for k, v in each.items() if isinstance(v, Tensor) and k not in codes)
-    assert kept == pytest.approx(momenta(list(trainable.bare.parameters()), "adamw8bit"), rel=0.01)
-    assert kept < 0.4 * momenta(list(trainable.bare.parameters()), "adamw")
+    assert kept == pytest.approx(momenta(list(trainable.unwrapped.parameters()), "adamw8bit"), rel=0.01)
+    assert kept < 0.4 * momenta(list(trainable.unwrapped.parameters()), "adamw")
 
 
 def test_vae_and_text_encoder_are_gone_while_students_train(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_scaled_losses_of_two_networks_step_as_unscaled_ones() -> None:
         for _ in range(3):
             learner.trainer.collect()
             learner.trainer.update(learner.draw())
-        found.append({name: trainable.bare.state_dict() for name, trainable in learner.trainer.trainables.items()})
+        found.append({name: trainable.unwrapped.state_dict() for name, trainable in learner.trainer.trainables.items()})
     for name, weights in found[0].items():
         for key, value in weights.items():
             torch.testing.assert_close(value, found[1][name][key], rtol=1e-6, atol=1e-8)

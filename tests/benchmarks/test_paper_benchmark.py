@@ -8,10 +8,10 @@ import pytest
 import torch
 from paper import Stochastic, plan, summary
 
+from ddil_agents.commands.checks import check_command_line
 from ddil_agents.commands.parse import build_config as settings_of
 from ddil_agents.commands.parse import find_agent, parse
-from ddil_agents.commands.run import refuse_early
-from ddil_agents.training.stages import plan as stages_of
+from ddil_agents.training.stages import plan_stages as stages_of
 from ddil_env import ExpertPolicy, GaussianMixtureExpert, TimeGrid
 from ddil_env.support import Box
 
@@ -60,7 +60,7 @@ def test_both_have_two_parts_and_ddil_comes_in_the_second(tmp_path: Path) -> Non
     for run in (run for run in plan(["pd", "lcm"], [0]) if run.variant in ("baseline", "+ DDIL")):
         _, _, module, *arguments = run.command(tmp_path / run.folder)
         agent = find_agent(module.rpartition(".")[2])
-        refuse_early(agent, arguments)  # builds every stage
+        check_command_line(agent, arguments)  # builds every stage
         parser, cfg = parse(agent, arguments)
         stages = [stage.config for stage in stages_of(settings_of(agent, parser, cfg))]
         firsts, seconds = stages[::2], stages[1::2]

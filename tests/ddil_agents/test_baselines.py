@@ -172,8 +172,8 @@ def test_imagine_flash_trains_on_the_students_states_alone_and_without_data() ->
         (GailConfig, {"gradient_penalty": -1.0}, "gradient_penalty=-1.0: need a finite number ≥ 0"),
         (GailConfig, {"paired": False, "beta": Beta(0, 0, 1)}, "paired=false .*give beta.student and beta.teacher a share each"),
         (GailConfig, {"paired": False, "p_expert": 0.5}, "p_expert=0.5 with paired=false"),
-        (GailConfig, {"guidance_range": (1.0, 3.0)}, "guidance_range=.*the discriminator is not told w"),
-        (GailConfig, {"prioritised": True}, "prioritised=true: GAIL's loss says"),
+        (GailConfig, {"guidance_range": (1.0, 3.0)}, "guidance_range=.*the discriminator takes no w"),
+        (GailConfig, {"prioritised": True}, "prioritised=true: GAIL's loss is the discriminator's belief"),
     ],
 )
 def test_a_bad_setting_is_refused_with_its_value_and_the_rule(config: Any, changed: dict[str, Any], message: str) -> None:

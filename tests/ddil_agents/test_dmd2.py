@@ -128,7 +128,7 @@ def test_the_average_moves_with_the_students_steps_alone() -> None:
 def test_accumulated_gradients_give_the_weights_of_the_whole_batch(parts: int) -> None:
     learner, twin = matching(beta=ALL), matching(beta=ALL, gradient_accumulation=parts)
     for each in (learner, twin):  # both networks draw their own τ and ε a part: give every part the same
-        each.diffusion = lambda x, low, high: (torch.full((len(x),), 400.0), torch.zeros_like(x))  # type: ignore[method-assign]
+        each.draw_noise = lambda x, low, high: (torch.full((len(x),), 400.0), torch.zeros_like(x))  # type: ignore[method-assign]
         learn(each)
     torch.testing.assert_close(weights(twin.student), weights(learner.student), atol=1e-5, rtol=0)
     torch.testing.assert_close(weights(critic(twin)), weights(critic(learner)), atol=1e-5, rtol=0)
@@ -255,15 +255,15 @@ def test_every_prediction_type_runs_and_its_critic_learns(schedule: Any, kind: A
 
     def error() -> float:
         """On the same samples, times and noise at every call."""
-        learner.diffusion = lambda x, low, high: stranger_diffusion  # type: ignore[method-assign]
+        learner.draw_noise = lambda x, low, high: stranger_diffusion  # type: ignore[method-assign]
         with torch.no_grad():
             loss = learner.critic_loss(Batch(batch))
-        del learner.diffusion
+        del learner.draw_noise
         return float(loss.mean())
 
     with torch.no_grad():
         batch["generated"] = stranger.generate(Batch(batch))
-    stranger_diffusion = stranger.diffusion(batch["generated"], 1, int(expert.schedule.t_max))
+    stranger_diffusion = stranger.draw_noise(batch["generated"], 1, int(expert.schedule.t_max))
     before = error()
     learn(learner)
     assert torch.isfinite(weights(learner.student)).all()

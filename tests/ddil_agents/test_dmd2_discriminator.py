@@ -119,7 +119,7 @@ def test_the_discriminator_tells_data_from_samples_and_its_gradient_points_to_th
     # The student's loss where critic and teacher agree is the adversarial one alone.
     learner.expert.guided = lambda x_t, t, c, w: network.denoiser(x_t, t, c)  # type: ignore
     learner.generate = lambda batch: x  # type: ignore[method-assign]
-    learner.diffusion = lambda x, low, high: (t, noise)  # type: ignore[method-assign]
+    learner.draw_noise = lambda x, low, high: (t, noise)  # type: ignore[method-assign]
     x = fake.clone().requires_grad_()
     loss = learner.loss(Batch(learner.draw()))
     torch.testing.assert_close(loss.detach(), softplus(-of_fake))

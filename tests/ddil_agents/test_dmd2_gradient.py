@@ -142,13 +142,13 @@ def test_guidance_steers_the_real_score_and_its_normaliser() -> None:
 
 def test_times_of_the_loss_are_whole_inside_the_chain_and_as_wide_as_asked() -> None:
     learner = matching()
-    tau, eps = learner.diffusion(torch.zeros(20000, 3), 20, 980)
+    tau, eps = learner.draw_noise(torch.zeros(20000, 3), 20, 980)
     assert (tau.min(), tau.max()) == (20, 980)
     assert torch.equal(tau, tau.round())
     assert float(tau.mean()) == pytest.approx(500, abs=4 * 277 / math.sqrt(20000))
     assert eps.shape == (20000, 3)
-    tau, _ = learner.diffusion(torch.zeros(20000, 3), 1, 999)
+    tau, _ = learner.draw_noise(torch.zeros(20000, 3), 1, 999)
     assert (tau.min(), tau.max()) == (1, 999)
-    tau, _ = matching(flow()).diffusion(torch.zeros(20000, 3), 1, 1000)
+    tau, _ = matching(flow()).draw_noise(torch.zeros(20000, 3), 1, 1000)
     assert 1 <= tau.min() < 1.5
     assert 999 < tau.max() <= 1000

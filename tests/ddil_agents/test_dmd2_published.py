@@ -122,8 +122,8 @@ def test_without_the_gan_loss_the_critic_is_asked_once_a_step() -> None:
 @pytest.mark.parametrize("kind", ["v", "eps", "x_0"])
 def test_a_clean_sample_can_be_judged(kind: str) -> None:
     learner = matching(gan_weight=1.0, batch_size=8, student={"width": 4, "depth": 1, "prediction_type": kind})
-    diffusion = learner.diffusion
-    learner.diffusion = lambda x, low, high: diffusion(x, low, high if low else 0)  # type: ignore[method-assign]  # all at 0
+    diffusion = learner.draw_noise
+    learner.draw_noise = lambda x, low, high: diffusion(x, low, high if low else 0)  # type: ignore[method-assign]  # all at 0
     learner.learn(progress=False)
     for trainable in learner.trainer.trainables.values():
         assert all(p.isfinite().all() for p in trainable.weights)

@@ -72,11 +72,11 @@ def test_unpaired_gail_asks_nothing_of_the_students_states() -> None:
         asked = (states["source"] == 1) | (learner is paired)
         assert torch.equal(states["nfe"], K * (asked + states["actors"].sum(1)))
     batch = unpaired.draw()
-    of_expert, of_student = unpaired.shares(Batch(batch))
+    of_expert, of_student = unpaired.state_weights(Batch(batch))
     assert torch.equal(of_expert > 0, batch["source"] == 1)
     assert torch.equal(of_student > 0, batch["source"] == 2)
     assert (float(of_expert.mean()), float(of_student.mean())) == pytest.approx((1, 1))
-    assert all(float(share.sum()) == 0 for share in (unpaired.shares(Batch(batch[batch["source"] == 1]))[1],))
+    assert all(float(share.sum()) == 0 for share in (unpaired.state_weights(Batch(batch[batch["source"] == 1]))[1],))
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 7), (1, 8, 8), (2, 1, 4, 4)])

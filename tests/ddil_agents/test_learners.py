@@ -272,7 +272,7 @@ def test_the_average_is_exponential(decay: float) -> None:
 
 def test_the_rate_warms_up_and_falls_to_0() -> None:
     learner = bc(num_updates=10, warmup_updates=3, learning_rate=1.0)
-    rates = [learner.trainer.trainables["student"]._share_of_rate(step) for step in range(11)]
+    rates = [learner.trainer.trainables["student"]._lr_factor(step) for step in range(11)]
     assert rates[:3] == pytest.approx([0.25, 0.5, 0.75])
     assert rates[3:] == pytest.approx([0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
 

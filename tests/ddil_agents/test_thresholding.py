@@ -131,7 +131,7 @@ def test_a_role_that_the_learner_has_not_is_refused(agent: str) -> None:
 
 @each_agent
 def test_a_thresholded_student_of_a_teacher_that_is_not_is_warned_of(agent: str) -> None:
-    with pytest.warns(UserWarning, match="driven outward for ever; add teacher"):
+    with pytest.warns(UserWarning, match="driven outward without end; add teacher"):
         made(agent, thresholding=Thresholding(kind="static", bound=0.1, roles=("student",)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -34,7 +34,7 @@ from ddil_agents import (
 )
 from ddil_agents.commands.load import load_run
 from ddil_agents.devices import sharding
-from ddil_agents.training.stages import learners, plan
+from ddil_agents.training.stages import iter_learners, plan_stages
 from ddil_env import GaussianMixtureExpert, NetworkDenoiser, check_expert, load_expert
 from ddil_env.adapters import LORA_FILE, LoRA, SharedWeight, adapter_layers, add_adapters, merge_adapters
 from ddil_env.policy import StudentPolicy
@@ -209,7 +209,7 @@ def test_a_checkpoint_holds_adapters_alone_and_resumes_exactly(optimizer: str, t
     resumed = DMD2(load_expert("digits8"), config).load(tmp_path)
     resumed.train(progress=False)
     for name, trainable in whole.trainer.trainables.items():
-        assert_same(trainable.bare.state_dict(), resumed.networks[name].state_dict())
+        assert_same(trainable.unwrapped.state_dict(), resumed.networks[name].state_dict())
     assert_same(whole.ema_student.state_dict(), resumed.ema_student.state_dict())
 
 
@@ -234,7 +234,7 @@ def test_stages_go_on_from_adapters_with_adapters_as_the_teacher() -> None:
     stages = ({"num_steps": 2}, {"num_steps": 1, "updates_per_collect": 4})
     config = DaggerConfig(**SMALL, beta=OWN, stages=stages)
     found = []
-    for _, learner in learners(Dagger, expert, plan(config)):
+    for _, learner in iter_learners(Dagger, expert, plan_stages(config)):
         if found:
             assert_same(learner.networks["student"].state_dict(), found[0])
             x_t, t, c = states(expert)
@@ -419,7 +419,7 @@ def test_settings_are_refused_by_name(sd: Any, monkeypatch: pytest.MonkeyPatch) 
         patch.setitem(sys.modules, "bitsandbytes", None)
         with pytest.raises(ImportError, match=r"pip install 'ddil\[8bit\]', or set it to adamw"):
             Dagger(sd, DaggerConfig(**{**SMALL, "lora": None}, beta=OWN, optimizer="adamw8bit"))
-        patch.setattr(sharding, "asked", lambda: True)
+        patch.setattr(sharding, "is_requested", lambda: True)
         for changed in ({}, {"lora": None, "optimizer": "adamw8bit"}):
             with pytest.raises(ValueError, match="set lora to null and optimizer to adamw, or replicate"):
                 Dagger(sd, DaggerConfig(**{**SMALL, **changed}, beta=OWN))
@@ -427,6 +427,6 @@ def test_settings_are_refused_by_name(sd: Any, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_config_of_plain_values_is_one_of_adapters() -> None:
     stages = ({"lora": {"rank": 8, "alpha": 2.0}}, {"lora": {"rank": 8, "target_modules": ["to_q"]}})
-    found = [stage.config.lora for stage in plan(DaggerConfig(beta=OWN, num_steps=2, teacher_steps=2, stages=stages))]
+    found = [stage.config.lora for stage in plan_stages(DaggerConfig(beta=OWN, num_steps=2, teacher_steps=2, stages=stages))]
     assert found == [LoRA(8, 2.0), LoRA(8, None, ("to_q",))]
     assert dataclasses.asdict(DaggerConfig(lora=RANK_4, beta=OWN))["lora"] == {"rank": 4, "alpha": None, "target_modules": None}

@@ -31,7 +31,7 @@ from ddil_agents.commands.plan import print_plan
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.metrics import read_metrics
-from ddil_agents.training.stages import plan
+from ddil_agents.training.stages import plan_stages
 from ddil_env import GaussianMixtureExpert, load_expert, unroll
 from ddil_env.presets import preset_names
 
@@ -115,7 +115,7 @@ def test_a_run_loads_as_a_learner(runs: dict[str, Path]) -> None:
 
 
 def test_a_student_that_is_told_the_guidance_is_judged_at_any_of_its_range(runs: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=r"guidance_scale=2: the student of .* is not conditioned on it, but has that of its training"):
+    with pytest.raises(ValueError, match=r"guidance_scale=2: the student of .* is not conditioned on it, and has that of its training"):
         load_run(runs["dagger"], guidance_scale=2.0)
     bc.main([*ENV, *SMALL, "--guidance_range", "[1, 3]", "--out", "told"])
     learner = load_run(Path("told"), guidance_scale=2.5)
@@ -293,6 +293,45 @@ class TwoMoons(GaussianMixtureExpert):
     def __init__(self, distance: float = 1.0):
         super().__init__([[-distance, 0.0], [distance, 0.0]], 0.3)
 """
+
+
+DATALESS = """
+from helpers import Dataless, MEANS
+
+class Bare(Dataless):
+    def __init__(self) -> None:
+        super().__init__(MEANS, 0.2)
+
+    def make_student(self):
+        raise AssertionError("built")
+"""
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "message"),
+    [
+        (
+            dagger.main,
+            [],
+            "beta.forward=0.5: .* Bare has none; give it data .*`sample_data`.*: --beta.forward 0 --beta.teacher .5 --beta.student .5",
+        ),
+        (bc.main, [], "beta.forward=1: .*: --beta.forward 0 --beta.teacher 1$"),
+        (
+            dagger.main,
+            ["--beta.forward", "0", "--beta.schedule", "linear"],
+            "beta.forward=0, beta.schedule=linear: .* --beta.schedule constant$",
+        ),
+    ],
+    ids=["dagger", "bc", "schedule"],
+)
+def test_an_expert_without_data_is_refused_before_anything_is_built(
+    main: Callable[[list[str]], None], flags: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("bare_expert.py").write_text(DATALESS)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    error = refused(main, ["--env.expert", "bare_expert.Bare", *flags, "--out", "run"], capsys)
+    assert re.search(message, error.strip()), error
+    assert not Path("run").exists()
 
 
 def test_an_expert_of_ones_own_is_found_by_its_class_path() -> None:
@@ -543,7 +582,7 @@ def planned(argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, st
     """The columns of the plan of a run in one stage; the forwards that its result counts under `counted`."""
     dagger.main([*argv, "--out", "run"])
     lines = capsys.readouterr().err.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("dagger, planned"))
+    start = next(i for i, line in enumerate(lines) if line.startswith("dagger, the plan"))
     head, row = (re.split(r" {2,}", line.strip()) for line in lines[start + 1 : start + 3])
     assert "run: a checkpoint every 7 updates" in lines[start + 4]
     return {f"{name} {place}": cell for place, (name, cell) in enumerate(zip(head, row, strict=True))} | {"evaluation": lines[start + 3]}
@@ -568,7 +607,7 @@ def test_a_chains_plan_has_a_line_for_each_stage_and_runs_no_network(
     config = build_config(dagger.Dagger, parser, cfg)
     expert = load_expert("digits8")
     monkeypatch.setattr(expert, "predict", None)
-    print_plan(dagger.Dagger, config, plan(config), expert, Evaluation(), Path("run"), 500)
+    print_plan(dagger.Dagger, config, plan_stages(config), expert, Evaluation(), Path("run"), 500)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 + 1 + 8 + 2
     assert lines[2].split() == ["1", "the", "expert", "32", "→", "8", "150", "32", "1,280", "0", "0", "5,120", "4,800"]

@@ -45,7 +45,7 @@ def test_a_run_evaluates_and_its_best_last_and_older_students_are_loaded(capsys:
     weights = {
         name: torch.cat([p.flatten() for p in agent.ema_student.parameters()]) for name, agent in (("last", last), ("8", checkpoint))
     }
-    assert not torch.equal(weights[0], weights[8])
+    assert not torch.equal(weights["last"], weights["8"])
     with pytest.raises(ValueError, match="has no checkpoint of step 7; it has those of 8, 12"):
         load("run", checkpoint=7)
     for name in ("best", "last", "8"):
@@ -71,7 +71,7 @@ def test_callbacks_of_ones_own_are_named_in_the_config(monkeypatch: pytest.Monke
 
 def test_what_cannot_be_evaluated_while_it_trains_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     dagger.main([*SMALL[:-4], "--out", "plain"])
-    with pytest.raises(ValueError, match="has no best student; it is there where training had --evaluate_every"):
+    with pytest.raises(ValueError, match="has no best student; a run has one if it was trained with --evaluate_every"):
         load("plain", checkpoint="best")
     assert "validation.metrics=['fid']: unknown metric 'fid'" in refused(dagger.main, [*SMALL, "--validation.metrics", "[fid]"], capsys)
     message = refused(ppo.main, ["--env", "gaussian_mixture", "--evaluate_every", "5", "--out", "ppo"], capsys)

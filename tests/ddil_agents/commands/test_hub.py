@@ -150,7 +150,7 @@ def test_an_upload_that_fails_loses_nothing_and_a_resume_goes_on_with_it(hub: Hu
     assert stop.value.code == 2
     said = capsys.readouterr()
     assert re.search(
-        r"the run is whole, but its student was not uploaded \(.*403.*\); upload it by: hf upload me/fast run/student \.", said.err
+        r"the run is complete, but its student was not uploaded \(.*403.*\); upload it with: hf upload me/fast run/student \.", said.err
     )
     assert "dagger@4" in said.out
     assert Path("run/result.json").is_file()
@@ -171,9 +171,9 @@ def test_a_finished_run_is_published_by_its_resume(hub: Hub) -> None:
     [
         ("fast", "right", "write", "push_to_hub=fast: pass OWNER/NAME"),
         ("me/fa st", "right", "write", r"push_to_hub=me/fa st: .*; pass OWNER/NAME"),
-        ("you/fast", "right", "write", r"the token is of me, whose repositories are of: me, lab; choose one of them"),
-        ("me/fast", "wrong", "write", r"did not say who the token is of \(.*\); mend the network or the token \(`hf auth login`\)"),
-        ("me/fast", "right", "read", "the token of me may only read; make one that may write"),
+        ("you/fast", "right", "write", r"the token is of me, which may write to the repositories of: me, lab; choose one of these owners"),
+        ("me/fast", "wrong", "write", r"did not say who the token is of \(.*\); check the network and the token \(`hf auth login`\)"),
+        ("me/fast", "right", "read", "the token of me may only read; create one that may write"),
     ],
 )
 def test_what_the_hub_would_refuse_is_refused_before_training(
@@ -200,5 +200,5 @@ def test_no_token_and_no_network_are_told(hub: Hub, monkeypatch: pytest.MonkeyPa
         ValueError, match=r"127.0.0.1:9 did not say who .* leave push_to_hub out and run `hf upload me/fast RUN/student \.`"
     ):
         check_push("me/fast")
-    with pytest.raises(ValueError, match=r"not uploaded .*; upload it by: hf upload me/fast .* \. --private"):
+    with pytest.raises(ValueError, match=r"not uploaded .*; upload it with: hf upload me/fast .* \. --private"):
         push(tmp_path, "me/fast", private=True)

@@ -127,7 +127,7 @@ def as_rank(rank: int) -> Iterator[None]:
 
 def networks(learner: Algorithm) -> dict[str, Tensor]:
     """All weights: of each network that learns, and of the average."""
-    found = {name: trainable.bare for name, trainable in learner.trainer.trainables.items()} | {"average": learner.ema_student}
+    found = {name: trainable.unwrapped for name, trainable in learner.trainer.trainables.items()} | {"average": learner.ema_student}
     return {name: torch.cat([flat(p.detach()) for p in network.parameters()]) for name, network in found.items()}
 
 
@@ -166,7 +166,7 @@ def learn_all(out: Path, environment: dict[str, str]) -> None:
         learning = sum(sent)
         student = learner.trainer.trainables["student"]
         momenta = [state["exp_avg"] for state in student.optimizer.state_dict()["state"].values()]
-        held = [[local(p).numel() for p in tensors] for tensors in (student.bare.parameters(), momenta)]
+        held = [[local(p).numel() for p in tensors] for tensors in (student.unwrapped.parameters(), momenta)]
         ended[case] = {
             "weights": networks(learner),
             "drawn": drawn,
@@ -223,12 +223,12 @@ def in_one(case: str) -> tuple[Algorithm, list[Algorithm]]:
         of: Any = halves
 
         def diffusion(x: Tensor, *span: float) -> tuple[Tensor, ...]:
-            return tuple(map(torch.cat, zip(*(half.diffusion(x, *span) for half, x in zip(of, x.chunk(2), strict=True)), strict=True)))
+            return tuple(map(torch.cat, zip(*(half.draw_noise(x, *span) for half, x in zip(of, x.chunk(2), strict=True)), strict=True)))
 
         def data(x: Tensor) -> tuple[Tensor, ...]:
-            return tuple(map(torch.cat, zip(*(half.data(x) for half, x in zip(of, x.chunk(2), strict=True)), strict=True)))
+            return tuple(map(torch.cat, zip(*(half.draw_data(x) for half, x in zip(of, x.chunk(2), strict=True)), strict=True)))
 
-        whole.diffusion, whole.data = diffusion, data  # type: ignore[method-assign, assignment]
+        whole.draw_noise, whole.draw_data = diffusion, data  # type: ignore[method-assign, assignment]
     while whole.step < whole.total_updates:
         for half in halves:
             half.step = whole.step
@@ -521,7 +521,7 @@ def test_what_runs_in_one_process_alone_says_so(monkeypatch: pytest.MonkeyPatch)
     pytest.importorskip("stable_baselines3")
     from ddil_agents.ppo import PPOAgent
 
-    monkeypatch.setattr(ranks_module, "world", lambda: 2)
+    monkeypatch.setattr(ranks_module, "world_size", lambda: 2)
     with pytest.raises(ValueError, match=r"ppo trains in one process, and here are 2; start it by python -m ddil_agents\.ppo"):
         PPOAgent(expert())
 
@@ -549,9 +549,9 @@ def test_accelerate_reads_every_config_as_it_is_meant(monkeypatch: pytest.Monkey
     for name, value in prepare_multi_gpu_env(read["fsdp.yaml"]).items():
         if "FSDP" in name:
             monkeypatch.setenv(name, value)
-    assert not sharding.asked()  # one process has nobody to share with
-    monkeypatch.setattr(ranks_module, "world", lambda: 8)
-    assert sharding.asked()
+    assert not sharding.is_requested()  # one process has nobody to share with
+    monkeypatch.setattr(ranks_module, "world_size", lambda: 8)
+    assert sharding.is_requested()
 
 
 @pytest.mark.parametrize(
@@ -560,7 +560,7 @@ def test_accelerate_reads_every_config_as_it_is_meant(monkeypatch: pytest.Monkey
 def test_a_way_of_sharding_that_is_not_supported_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, setting in {**SHARDED, name: value}.items():
         monkeypatch.setenv(key, setting)
-    monkeypatch.setattr(ranks_module, "world", lambda: 2)
+    monkeypatch.setattr(ranks_module, "world_size", lambda: 2)
     with pytest.raises(ValueError, match=rf"{name.lower()}={value}: need .*; start from configs/accelerate/fsdp\.yaml"):
         build("dagger")
 
@@ -573,7 +573,7 @@ def test_a_plug_in_of_accelerate_that_is_not_supported_is_refused(plugin: str, m
 
 
 def test_networks_laid_out_channels_last_can_be_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharding, "asked", lambda: True)
+    monkeypatch.setattr(sharding, "is_requested", lambda: True)
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         network = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

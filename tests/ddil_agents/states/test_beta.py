@@ -95,6 +95,21 @@ def test_shares_are_held_as_they_are_used_and_those_that_sum_to_1_to_the_last_bi
 @pytest.mark.parametrize(
     ("given", "shares"),
     [
+        ({}, (1, 0, 0)),
+        ({"student": 1}, (0, 0, 1)),
+        ({"student": 0.4}, (0.6, 0, 0.4)),
+        ({"teacher": 0.1, "student": 0.4}, (0.5, 0.1, 0.4)),
+        ({"forward": 1, "student": 1}, (0.5, 0, 0.5)),
+    ],
+)
+def test_without_a_forward_share_forward_is_what_the_others_leave(given: dict[str, float], shares: tuple[float, ...]) -> None:
+    assert Beta(**given).shares == pytest.approx(shares)  # type: ignore[arg-type]
+    assert "forward" in given or Beta().with_shares(**given).shares == Beta(**given).shares  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "shares"),
+    [
         ({"student": 1}, (0, 0, 1)),
         ({"student": 0.5}, (5 / 12, 1 / 12, 0.5)),
         ({"forward": 0.5, "student": 0.5}, (0.5, 0, 0.5)),
@@ -131,6 +146,8 @@ def test_forward_alone_is_exactly_1() -> None:
         ({"forward": 0.0}, r"beta=\(0.0, 0.0, 0.0\).*not sum to 0"),
         ({"student": math.nan}, "finite shares"),
         ({"teacher": math.inf}, "finite shares"),
+        ({"forward": math.nan}, "finite shares"),
+        ({"teacher": 0.5, "student": 1}, r"Beta\(teacher=0.5, student=1\): more than 1 in all; give shares of 1, or all three"),
         ({"schedule": "linaer", "student": 1.0}, "unknown beta.schedule 'linaer'; choose one of: constant, linear, cosine"),
         ({"schedule": "linear"}, "nowhere to move the forward share: give teacher or student"),
         ({"decay": 0.0}, "beta.decay=0.0: need 0 < decay ≤ 1"),

@@ -76,7 +76,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_load_refuses_another_config_and_names_what_differs(saved: Path) -> None:
-    with pytest.raises(ValueError, match=r"differs in: batch_size, learning_rate\. Load it into a learner built with the same config"):
+    with pytest.raises(ValueError, match=r"differs in: batch_size, learning_rate\. Load it into an agent built with the same config"):
         dagger(batch_size=8, learning_rate=1.0).load(saved)
 
 

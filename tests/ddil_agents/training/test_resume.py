@@ -26,7 +26,7 @@ from kills import ARGV, after, before, die, is_checkpoint, outcome, patch
 from safetensors.torch import load_file
 
 from ddil_agents.training.checkpoint import checkpoints
-from ddil_agents.training.metrics import read_metrics
+from ddil_agents.training.metrics import RunFiles, read_metrics
 from ddil_agents.training.trainer import Trainer
 
 ROOM = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -40,9 +40,10 @@ def half_written(original: Callable[..., Any], state: Any, file: Any) -> None:
     die()
 
 
-def cut_line(original: Callable[..., Any], log: Any) -> None:
-    original(log)
-    os.truncate(log.path, os.path.getsize(log.path) - 40)
+def cut_line(original: Callable[..., Any], metrics: Any, agent: Any) -> None:
+    original(metrics, agent)
+    path = next(callback.path for callback in agent.trainer.callbacks if isinstance(callback, RunFiles))
+    os.truncate(path, os.path.getsize(path) - 40)
     die()
 
 
@@ -69,9 +70,9 @@ def full(most: int) -> Callable[..., Any]:
     return instead
 
 
-def full_in_a_line(original: Callable[..., Any], log: Any, row: dict[str, Any]) -> None:
-    fill_the_disk(log.path.stat().st_size + 40)
-    original(log, row)
+def full_in_a_line(original: Callable[..., Any], files: Any, agent: Any, row: dict[str, Any]) -> None:
+    fill_the_disk(files.path.stat().st_size + 40)
+    original(files, agent, row)
 
 
 def short_of_memory(most: int, since: int) -> None:
@@ -99,7 +100,7 @@ def named(name: str) -> Callable[[Any, Any], bool]:
 
 def fatal(moment: str) -> None:
     """Arranges for this process to be killed at that moment."""
-    from ddil_agents.commands import run as runner
+    from ddil_agents.commands import save_and_evaluate as evaluation
     from ddil_agents.evaluation.evaluator import Evaluator
     from ddil_agents.states.collect import Collector
     from ddil_agents.training import checkpoint, metrics
@@ -125,12 +126,14 @@ def fatal(moment: str) -> None:
         "the fifth batch of an evaluation": lambda: patch(Evaluator, "_measure_batch", 5, before),
         "before the result of an evaluation": lambda: patch(checkpoint.os, "replace", 1, before, named("scores.json")),
         "the writing of the result": lambda: patch(checkpoint.os, "replace", 1, before, named("result.json")),
-        "the drawing of the samples": lambda: patch(runner, "save_pictures", 1, before),
+        "the drawing of the samples": lambda: patch(evaluation, "save_pictures", 1, before),
         "before the student takes its place": lambda: patch(checkpoint.os, "replace", 1, before, named("student")),
         "a checkpoint, the disk full": lambda: patch(torch, "save", 2, full(40_000)),
         "a line of metrics, the disk full": lambda: patch(metrics.RunFiles, "on_log", 5, full_in_a_line),
         "the student, the disk full": lambda: patch(Expert, "save_student", 1, full(2000)),
-        "the result, the disk full": lambda: patch(runner, "write_atomically", 1, full(1000), lambda path, _: path.name == "result.json"),
+        "the result, the disk full": lambda: patch(
+            evaluation, "write_atomically", 1, full(1000), lambda path, _: path.name == "result.json"
+        ),
         "memory short": lambda: short_of_memory(8, since=0),
         "memory short after 10 steps": lambda: short_of_memory(8, since=10),
         "the writing of the config": lambda: patch(checkpoint.os, "replace", 1, before, named("config.yaml")),

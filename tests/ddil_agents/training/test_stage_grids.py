@@ -11,7 +11,7 @@ from helpers import corners
 from torch import Tensor
 
 from ddil_agents import BCConfig, BehaviourCloning, Dagger, DaggerConfig, SafeDagger, SafeDaggerConfig, bc
-from ddil_agents.training.stages import learners, plan
+from ddil_agents.training.stages import iter_learners, plan_stages
 from ddil_env import ExpertPolicy, NoiseSchedule, TimeGrid, unroll
 from ddil_env.experts.distilled import Distilled
 from ddil_env.time_grid import substep_times
@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {
 def asked_of_students(agent: Any, config: Any) -> list[tuple[set[float], set[float]]]:
     """Trains a chain; of each stage whose teacher is a student, the times that this was trained on, and those it is asked at."""
     found, trained = [], set[float]()
-    for stage, learner in learners(agent, corners(), plan(config)):
+    for stage, learner in iter_learners(agent, corners(), plan_stages(config)):
         asked: set[float] = set()
         if isinstance(learner.expert, Distilled):
             learner.expert.student.register_forward_pre_hook(lambda module, args, asked=asked: asked.update(args[1].tolist()))
@@ -66,7 +66,7 @@ def test_a_glance_of_fewer_steps_is_at_times_of_that_grid_too() -> None:
 
 
 def test_a_label_is_the_students_own_steps_bit_for_bit() -> None:
-    chain = learners(BehaviourCloning, corners(), plan(BCConfig(**stages(8, 4))))
+    chain = iter_learners(BehaviourCloning, corners(), plan_stages(BCConfig(**stages(8, 4))))
     (_, first), (_, second) = chain
     assert isinstance(second.expert, Distilled)
     x_T = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
@@ -96,9 +96,9 @@ def test_times_that_the_teacher_was_not_trained_on_are_refused_before_any_traini
         ({**SMALL, "teacher_steps": 8, "stages": ({"num_steps": 8}, {"num_steps": 4, "grid": "trailing"})}, "t = 499 is not among the 8"),
     ):
         with pytest.raises(ValueError, match=message):
-            next(learners(BehaviourCloning, corners(), plan(BCConfig(**settings))))
+            next(iter_learners(BehaviourCloning, corners(), plan_stages(BCConfig(**settings))))
     other = {**SMALL, "teacher_steps": 16, "grid": "dmd2", "stages": ({"num_steps": 16}, {"num_steps": 8, "expert": "original"})}
-    next(learners(BehaviourCloning, corners(), plan(BCConfig(**other))))  # which knows all times
+    next(iter_learners(BehaviourCloning, corners(), plan_stages(BCConfig(**other))))  # which knows all times
 
 
 def test_the_command_refuses_such_stages_in_one_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ddil_agents import DMD2, Algorithm, BCConfig, BehaviourCloning, Dagger, DaggerConfig, DMD2Config
 from ddil_agents.evaluation.metrics.distances import sliced_wasserstein
 from ddil_agents.states.batch import Batch
-from ddil_agents.training.stages import Stage, better_weights, evaluated_as, learners, plan
+from ddil_agents.training.stages import Stage, better_weights, evaluation_config, iter_learners, plan_stages
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, invert_ddim, unroll
 from ddil_env.experts.digits import Digits
 from ddil_env.experts.distilled import Distilled
@@ -42,7 +42,7 @@ def cloning(*stages: dict[str, Any], **changed: Any) -> BCConfig:
 
 
 def chain(expert: Expert, config: BCConfig) -> Iterator[tuple[Stage, Algorithm]]:
-    return learners(BehaviourCloning, expert, plan(config))
+    return iter_learners(BehaviourCloning, expert, plan_stages(config))
 
 
 # The plan
@@ -50,11 +50,11 @@ def chain(expert: Expert, config: BCConfig) -> Iterator[tuple[Stage, Algorithm]]
 
 def test_without_stages_there_is_one_whose_teacher_is_the_original() -> None:
     config = cloning(num_steps=2)
-    assert plan(config) == [Stage(config, "original", ".")]
+    assert plan_stages(config) == [Stage(config, "original", ".")]
 
 
 def test_teacher_steps_are_by_default_those_of_the_teacher() -> None:
-    stages = plan(
+    stages = plan_stages(
         cloning(
             {"num_steps": 16},
             {"num_steps": 8},
@@ -75,15 +75,15 @@ def test_teacher_steps_are_by_default_those_of_the_teacher() -> None:
 
 
 def test_a_student_that_teaches_has_no_more_steps_than_its_own() -> None:
-    told = "stage 2 of 2: teacher_steps=16: its teacher is a student of 8 steps, which it was trained on alone; leave it out, or choose"
+    told = "stage 2 of 2: teacher_steps=16: its teacher is a student of 8 steps, trained at their times only; leave it out, or choose"
     with pytest.raises(ValueError, match=told):
-        plan(cloning({"num_steps": 8}, {"num_steps": 4, "teacher_steps": 16}, teacher_steps=32))
+        plan_stages(cloning({"num_steps": 8}, {"num_steps": 4, "teacher_steps": 16}, teacher_steps=32))
 
 
 def test_a_stage_changes_what_it_names_and_keeps_the_rest() -> None:
     base = DaggerConfig(**SMALL, learning_rate=3e-3, thresholding=Thresholding(kind="static", bound=2.0))
     changes = {"num_steps": 4, "beta": {"student": 0.8}, "thresholding": {"roles": ["student", "teacher"]}, "weighting": "snr_plus_one"}
-    first, second = plan(DaggerConfig(**{**vars(base), "stages": ({"num_steps": 8}, changes)}))
+    first, second = plan_stages(DaggerConfig(**{**vars(base), "stages": ({"num_steps": 8}, changes)}))
     assert (first.config.beta.forward, first.config.beta.teacher, first.config.beta.student) == (0.5, 0.1, 0.4)
     assert second.config.beta.shares == pytest.approx((0.5 / 1.4, 0.1 / 1.4, 0.8 / 1.4))
     assert second.config.thresholding == Thresholding(kind="static", bound=2.0, roles=("student", "teacher"))
@@ -95,22 +95,22 @@ def test_a_stage_changes_what_it_names_and_keeps_the_rest() -> None:
 
 
 def test_values_are_read_as_in_a_yaml_file() -> None:
-    (stage,) = plan(cloning({"learning_rate": "3e-3", "guidance_range": [1, 4], "adam_betas": [0.5, 0.9], "student": {"width": 32}}))
+    (stage,) = plan_stages(cloning({"learning_rate": "3e-3", "guidance_range": [1, 4], "adam_betas": [0.5, 0.9], "student": {"width": 32}}))
     assert (stage.config.learning_rate, stage.config.guidance_range, stage.config.adam_betas) == (3e-3, (1.0, 4.0), (0.5, 0.9))
     assert stage.config.student == {"width": 32}
 
 
 def test_every_stage_has_a_seed_of_its_own_unless_it_names_one() -> None:
-    stages = plan(cloning({}, {}, {"seed": 5}, {}, seed=1))
-    other = plan(cloning({}, {}, {"seed": 5}, {}, seed=2))
+    stages = plan_stages(cloning({}, {}, {"seed": 5}, {}, seed=1))
+    other = plan_stages(cloning({}, {}, {"seed": 5}, {}, seed=2))
     assert stages[2].config.seed == other[2].config.seed == 5
     assert len({stage.config.seed for stage in [*stages, *other]}) == 7
-    assert [stage.config.seed for stage in plan(cloning({}, {}, {"seed": 5}, {}, seed=1))] == [stage.config.seed for stage in stages]
+    assert [stage.config.seed for stage in plan_stages(cloning({}, {}, {"seed": 5}, {}, seed=1))] == [stage.config.seed for stage in stages]
 
 
 def test_guidance_is_absorbed_by_a_student_that_is_not_told() -> None:
     def guidance(*stages: dict[str, Any]) -> list[tuple[Any, Any]]:
-        return [(stage.config.guidance_scale, stage.config.guidance_range) for stage in plan(cloning(*stages, guidance_scale=3.0))]
+        return [(stage.config.guidance_scale, stage.config.guidance_range) for stage in plan_stages(cloning(*stages, guidance_scale=3.0))]
 
     none, told = (None, None), (3.0, (1.0, 4.0))
     ranged = {"guidance_range": [1.0, 4.0]}
@@ -122,7 +122,7 @@ def test_guidance_is_absorbed_by_a_student_that_is_not_told() -> None:
 @pytest.mark.parametrize("changes", [{"guidance_scale": 2.0}, {"guidance_range": [1.0, 4.0]}])
 def test_guidance_of_a_stage_whose_teacher_has_it_built_in_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"stage 2 of 2: .*guidance"):
-        plan(cloning({}, changes, guidance_scale=3.0))
+        plan_stages(cloning({}, changes, guidance_scale=3.0))
 
 
 @pytest.mark.parametrize(
@@ -146,19 +146,19 @@ def test_guidance_of_a_stage_whose_teacher_has_it_built_in_is_refused(changes: d
 )
 def test_a_wrong_stage_is_refused_by_its_number(stages: tuple[dict[str, Any], ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan(cloning(*stages))
+        plan_stages(cloning(*stages))
 
 
 @pytest.mark.parametrize(("num_steps", "steps"), [(8, 32), (4, 32), (3, 3), (1, 32)])
 def test_a_student_is_judged_against_the_original_teacher_in_the_runs_own_steps(num_steps: int, steps: int) -> None:
     config = cloning({"num_steps": num_steps, "teacher_steps": num_steps}, teacher_steps=32, guidance_scale=2.0)
-    against = evaluated_as(config, plan(config)[0].config)
+    against = evaluation_config(config, plan_stages(config)[0].config)
     assert (against.num_steps, against.teacher_steps, against.guidance_scale) == (num_steps, steps, 2.0)
 
 
 def test_a_stage_with_guidance_of_its_own_can_be_judged() -> None:
     config = cloning({"guidance_range": [2.0, 14.0], "guidance_scale": 5.0}, guidance_scale=1.5)
-    evaluated_as(config, plan(config)[0].config)
+    evaluation_config(config, plan_stages(config)[0].config)
 
 
 # What a student starts from and learns from
@@ -255,7 +255,7 @@ def test_a_student_of_another_architecture_is_refused() -> None:
 
 def test_a_critic_starts_as_the_students_twin_in_every_stage() -> None:
     config = DMD2Config(**SMALL, critic_updates=2, stages=({"num_steps": 4}, {"num_steps": 4}))
-    for _, learner in learners(DMD2, corners(), plan(config)):
+    for _, learner in iter_learners(DMD2, corners(), plan_stages(config)):
         assert torch.equal(weights(learner.networks["critic"]), weights(learner.student))
         learn(learner)
 
@@ -387,30 +387,30 @@ def test_progressive_distillation_in_stages_brings_one_step_near_the_teachers_ei
 def test_guidance_of_the_whole_run_is_not_dropped_for_a_student_teacher() -> None:
     config = BCConfig(guidance_range=(1.0, 4.0), stages=({"num_steps": 8, "guidance_range": None}, {"num_steps": 4}))
     with pytest.raises(ValueError, match=r"stage 2 of 2: .*one guidance built in"):
-        plan(config)
+        plan_stages(config)
 
 
 def test_a_learner_by_itself_refuses_stages() -> None:
-    with pytest.raises(ValueError, match="a learner trains one stage"):
+    with pytest.raises(ValueError, match="an agent trains one stage"):
         Dagger("digits8", DaggerConfig(stages=({"num_steps": 4},)))
 
 
 def test_a_few_step_student_is_no_score_for_dmd2() -> None:
     with pytest.raises(ValueError, match="stage 2 of 2: expert='last': choose one of original, same"):
-        plan(DMD2Config(stages=({"num_steps": 4}, {"num_steps": 2, "expert": "last"})))
+        plan_stages(DMD2Config(stages=({"num_steps": 4}, {"num_steps": 2, "expert": "last"})))
 
 
 @pytest.mark.parametrize("beta", [3, None])
 def test_a_nested_setting_that_is_no_mapping_is_refused(beta: object) -> None:
     with pytest.raises(ValueError, match=r"stage 1 of 1: beta=.*need a mapping of forward, teacher, student"):
-        plan(BCConfig(stages=({"num_steps": 4, "beta": beta},)))
+        plan_stages(BCConfig(stages=({"num_steps": 4, "beta": beta},)))
 
 
 def test_precision_is_the_whole_runs() -> None:
     with pytest.raises(ValueError, match="stage 1 of 1: mixed_precision cannot be set for one stage"):
-        plan(BCConfig(stages=({"num_steps": 4, "mixed_precision": "bf16"},)))
+        plan_stages(BCConfig(stages=({"num_steps": 4, "mixed_precision": "bf16"},)))
 
 
 def test_a_student_is_judged_without_the_run_that_it_started_from() -> None:
     config = BCConfig(init="long/gone")
-    assert evaluated_as(config, plan(config)[0].config).init is None
+    assert evaluation_config(config, plan_stages(config)[0].config).init is None

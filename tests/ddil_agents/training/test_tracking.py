@@ -9,7 +9,7 @@ import pytest
 
 from ddil_agents import bc, ppo
 from ddil_agents.training.metrics import flatten
-from ddil_agents.training.tracking import Tracker, start
+from ddil_agents.training.tracking import Tracker, start_tracker
 
 FLAGS = ["--env", "gaussian_mixture", "--num_updates", "20", "--batch_size", "8", "--collect_size", "16", "--evaluate.n", "20"]
 
@@ -53,7 +53,7 @@ def test_a_run_is_known_by_its_directory_wherever_it_lies_and_by_no_other(tracke
 
     def known(out: Path) -> tuple[str, str | None]:
         out.mkdir(parents=True, exist_ok=True)
-        start(tracker, out, {})
+        start_tracker(tracker, out, {})
         return page.told["name"], page.told.get("id")
 
     name, key = known(tmp_path / "budget_1" / "bc-s0")
@@ -66,7 +66,7 @@ def test_a_run_is_known_by_its_directory_wherever_it_lies_and_by_no_other(tracke
 
 
 def test_a_run_without_a_tracker_keeps_no_id(tmp_path: Path) -> None:
-    assert start("none", tmp_path, {}) is None
+    assert start_tracker("none", tmp_path, {}) is None
     assert not any(tmp_path.iterdir())
 
 

@@ -25,8 +25,8 @@ from tiny_pipelines import write_tiny_ddpm, write_tiny_dit, write_tiny_sd3, writ
 from tiny_sd import write_tiny_sd
 
 from ddil_agents import dagger
+from ddil_agents.commands.checks import check_command_line
 from ddil_agents.commands.parse import find_agent, parse
-from ddil_agents.commands.run import refuse_early
 from ddil_agents.training.metrics import read_metrics
 from ddil_env import NoDataError, check_expert, load_expert
 from ddil_env.data.pairs import Pairs
@@ -430,7 +430,7 @@ def test_data_are_an_expert_of_an_env_file(folders: dict[str, Path], coco: Path,
     env |= {"data_cache": str(coco.parent / "sd15.pairs"), "held_out": 0.4}
     (tmp_path / "mine.yaml").write_text(json.dumps(env))
     assert load_expert(str(tmp_path / "mine.yaml")).num_conditions == 30
-    made, _, _ = refuse_early(dagger.Dagger, ["--env", str(tmp_path / "mine.yaml"), *sizes()])  # as compare does
+    made, _, _ = check_command_line(dagger.Dagger, ["--env", str(tmp_path / "mine.yaml"), *sizes()])  # as compare does
     assert made.num_conditions == 30
 
 
@@ -444,7 +444,7 @@ def test_data_is_a_flag_of_experts_that_take_some(
     assert "--data is given more than once" in refused([*env, str(coco), "--data", "x"], capsys)
     out = tmp_path / "run"
     assert "'/nowhere' is no source" in refused([*env, "/nowhere", "--out", str(out)], capsys)
-    assert "3 held-out samples to judge against; the metrics need 10" in refused([*env, str(coco), *sizes(0.1), "--out", str(out)], capsys)
+    assert "3 held-out samples to compare with; the metrics need 10" in refused([*env, str(coco), *sizes(0.1), "--out", str(out)], capsys)
     assert not out.exists()
 
 
@@ -516,5 +516,5 @@ def test_every_preset_for_data_differs_from_one_without(path: Path, folders: dic
     argv = ["--env", env, "--env.model", str(model), "--data", str(coco), "--env.held_out", ".4"]
     argv += [] if path.stem == "text_to_image" else ["--config", path.stem]
     argv += ["--env.data_cache", str(coco.parent / f"{path.parts[-3]}-{path.stem}.pairs"), "--mixed_precision", "no"]
-    teacher, _, _ = refuse_early(agent, [*argv, "--evaluate.n", "12", "--thresholding.samples", "8"])
+    teacher, _, _ = check_command_line(agent, [*argv, "--evaluate.n", "12", "--thresholding.samples", "8"])
     assert teacher.num_conditions == 30

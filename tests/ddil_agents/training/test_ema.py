@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from ddil_agents.training.average import Average
+from ddil_agents.training.ema import EMAModel
 
 
 @pytest.mark.parametrize("warm_up", [True, False])
 def test_weights_are_averaged_and_statistics_are_the_latest(warm_up: bool) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    average, expected = Average(network, 0.3, warm_up), None
+    average, expected = EMAModel(network, 0.3, warm_up), None
     for n in range(6):
         with torch.no_grad():
             for p in network.parameters():
@@ -33,7 +33,7 @@ def test_weights_are_averaged_and_statistics_are_the_latest(warm_up: bool) -> No
 @pytest.mark.parametrize(("warm_up", "least", "most"), [(True, 0, 0.01), (False, 0.47, 0.48)])
 def test_after_75_steps_the_warmed_up_average_has_forgotten_its_first_weights(warm_up: bool, least: float, most: float) -> None:
     network = nn.Linear(1, 1, bias=False)
-    average = Average(network, 0.99, warm_up)
+    average = EMAModel(network, 0.99, warm_up)
     for n in range(75):
         nn.init.constant_(network.weight, float(n == 0))  # so that the average is the share of the first weights
         average.update_parameters(network)
