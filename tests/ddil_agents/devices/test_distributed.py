@@ -234,8 +234,8 @@ def in_one(case: str) -> tuple[Algorithm, list[Algorithm]]:
             half.step = whole.step
             half.networks["student"].load_state_dict(whole.networks["student"].state_dict())
             if whole.step % whole.collect_every == 0:
-                half.collect()
-        parts = zip(*(half.parts(half.draw()) for half in halves), strict=True)
+                half.trainer.collect()
+        parts = zip(*(half.trainer.split_batch(half.draw()) for half in halves), strict=True)
         whole.trainer.update(torch.cat([part for pair in parts for part in pair]))
     return whole, halves
 
@@ -522,7 +522,7 @@ def test_what_runs_in_one_process_alone_says_so(monkeypatch: pytest.MonkeyPatch)
     from ddil_agents.ppo import PPOAgent
 
     monkeypatch.setattr(ranks_module, "world_size", lambda: 2)
-    with pytest.raises(ValueError, match=r"ppo trains in one process, and here are 2; start it by python -m ddil_agents\.ppo"):
+    with pytest.raises(ValueError, match=r"ppo trains in one process, and here are 2; start it with python -m ddil_agents\.ppo"):
         PPOAgent(expert())
 
 
