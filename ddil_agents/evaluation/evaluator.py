@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ddil_agents.evaluation.cache import read_or_compute
+from ddil_agents.evaluation.episodes import EpisodeEvaluator
 from ddil_agents.evaluation.metrics.distances import split_half
 from ddil_agents.evaluation.metrics.diversity import LPIPS, pairwise_distance
 from ddil_agents.evaluation.metrics.features import Features
@@ -141,6 +142,7 @@ class Evaluator(SampleDrawer):
                 noise, 0 for the expert; the MMD² leaves out the pairs that share their noise.
             diversity: mean distance between two visited latents, per entry.
             nfe_per_sample, seconds: cost of sampling.
+            return, success, length, error_own, …: of episodes, where the expert has a world (episodes.py).
         """
         samples = self._draw(policy, grid or self.grid, kernel, name)
         path, m = samples.path, min(self.settings.n_action, len(samples.path))
@@ -221,7 +223,14 @@ class Evaluator(SampleDrawer):
         }
         if self.settings.lpips:
             result["lpips"] = self.lpips_diversity(policy, grid, kernel, name)
-        return result
+        return result if self._episodes is None else result | self._episodes.evaluate(policy, kernel, grid)
+
+    @cached_property
+    def _episodes(self) -> EpisodeEvaluator | None:
+        """Runs episodes, of an expert that has a world."""
+        if self.expert.make_world(1) is None:
+            return None
+        return EpisodeEvaluator(self.expert_policy, self.grid, self.settings.n_episodes, self.settings.seed)
 
     def describe(self) -> dict[str, Any]:
         """How this evaluator measures, as a result records it: results that differ in it are not compared."""

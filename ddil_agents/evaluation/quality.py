@@ -95,6 +95,6 @@ def frechet_between_halves(features: Features, c: Tensor | None, half: int) -> f
         c: Its classes, (n,), or None.
         half: Samples in each half.
     """
-    order = torch.arange(len(features)) if c is None else c.argsort(stable=True)
+    order = torch.arange(len(features)) if c is None or c.is_floating_point() else c.argsort(stable=True)
     even, odd = (features[order[k : 2 * half : 2]] for k in (0, 1))
     return frechet_distance(even, odd)

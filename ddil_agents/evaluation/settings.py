@@ -41,6 +41,8 @@ class Evaluation:
     """Trajectories that are compared step by step."""
     n_action: int = 200
     """Trajectories, of those, on whose states the expert's actions are computed, for the action errors."""
+    n_episodes: int = 50
+    """Episodes of each model, of an expert that has a world."""
     also_steps: tuple[int, ...] = ()
     """More numbers of steps at which samples of the student and of the teacher are evaluated."""
     batch_size: int = 500
@@ -68,7 +70,7 @@ class Evaluation:
             raise ValueError(f"n={self.n}: the metrics need at least 10 samples")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: need a whole number from 0 to 2^63 − 1")
-        for name in ("n_action", "batch_size"):
+        for name in ("n_action", "n_episodes", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
         if self.n_paths < 2:
