@@ -36,8 +36,9 @@ def run(tiny_folder: Path) -> Any:
     """The expert and the stages of a preset; those of Stable Diffusion on a tiny pipeline."""
 
     def read(agent: type[Algorithm], name: str) -> tuple[Expert, list[Stage]]:
-        env = ["--env", "digits8"] if name in ("demo", "staged") else ["--env", "sd15", "--env.model", str(tiny_folder)]
-        parser, cfg = parse(agent, [*env, *([] if name == "text_to_image" else ["--config", name])])
+        envs = {"demo": ["digits8"], "staged": ["digits8"], "lunar_lander": ["lunar_lander"]}
+        env = ["--env", *envs.get(name, ["sd15", "--env.model", str(tiny_folder)])]
+        parser, cfg = parse(agent, [*env, *([] if name in ("text_to_image", "lunar_lander") else ["--config", name])])
         expert, config = expert_and_config(agent, parser, cfg)
         return expert, plan_stages(config)
 

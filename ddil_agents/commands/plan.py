@@ -158,6 +158,11 @@ def print_plan(
     widths = [max(map(len, column)) for column in used]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in zip(*used, strict=True)]
     print(f"{agent.name}, the plan (numbers of states and forwards are estimates):", *lines, sep="\n  ", file=sys.stderr)
+    if (world := expert.make_world(1)) is not None and isinstance(config, LearnerConfig):
+        rollouts = (
+            f"each collection also runs {config.num_worlds} episodes of up to {world.num_frames:,} samples for each source of rollouts"
+        )
+        print(f"  in a world: {rollouts}; their forwards come on top", file=sys.stderr)
     print(f"  then {describe_evaluation(agent, config, stages, evaluation)}", file=sys.stderr)
     print(f"  {out}: a checkpoint every {checkpoint_every:,} updates", file=sys.stderr)
 
