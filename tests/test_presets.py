@@ -61,7 +61,7 @@ def test_every_agent_has_the_papers_run_and_a_small_one() -> None:
         assert {"demo", "paper", "text_to_image"} <= set(preset_names(agent.name))
         for name in preset_names(agent.name):
             text = (config_dir() / agent.name / f"{name}.yaml").read_text()
-            if name not in ("demo", "text_to_image"):
+            if name not in ("demo", "text_to_image", "lunar_lander"):  # which the paper does not have
                 assert "DDIL §" in text, f"{agent.name}/{name} names no section of the paper"
 
 
