@@ -3,9 +3,10 @@
 The learners are trained on both devices from the same seeds. For one seed a GPU's generator draws other numbers than a CPU's, and most
 streams of a run live on the device, so that here all of them are drawn on the CPU and copied (`HostDraws`). What is left is rounding.
 
-Tolerances, in float32. One loss: 1e-4, relative, of the first update's mean, and 1e-2 in TF32, whose products keep 10 bits, 5e-4. Over 20
-updates weights that differ by rounding come apart, the faster since Adam's first steps take the sign of a gradient however small it is:
-losses 2e-2, and 0.2 of the way that the weights have gone; in TF32 ten times as much in the losses, and the way is told alone.
+Tolerances, relative. On a CPU, other convolution kernels (oneDNN's against torch's own) move the first loss by 1e-6, the losses of 20
+updates by 6e-6 and the weights by 2e-4 of the way that they have gone. A GPU's kernels are less alike, and are given 100 times as much. For
+TF32, whose products keep 10 bits, convolutions and matrix products were rounded so on a CPU, which moved them by 2e-4, 8e-3 and 3e-2; they
+are given ten times as much in the losses, and three times in the weights.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ LEARNERS: dict[type[Algorithm], dict[str, Any]] = {
 }
 SHORT = {"num_updates": 20, "num_steps": 4, "teacher_steps": 8, "batch_size": 32, "collect_size": 32, "updates_per_collect": 4}
 SHORT |= {"learning_rate": 1e-4, "warmup_updates": 5}
-LIMITS = {False: {"first loss": 1e-4, "losses": 2e-2, "weights": 0.2}, True: {"first loss": 1e-2, "losses": 0.2}}  # by whether in TF32
+LIMITS = {  # by whether in TF32
+    False: {"first loss": 1e-4, "losses": 6e-4, "weights": 2e-2},
+    True: {"first loss": 2e-3, "losses": 8e-2, "weights": 0.1},
+}
 
 
 class HostDraws(TorchFunctionMode):
@@ -243,9 +247,9 @@ def correctness(part: Part) -> None:
             check_labels_and_buffer(part, name, *experts)
     with part.attempt("pytest -m gpu"):
         run_marked_tests(part)
-    few = (Dagger, LCM, DMD2)
+    few = (Dagger, DMD2) if part.dry else (Dagger, LCM, DMD2)
     for name, (expert, reference) in both.items():
-        for agent in LEARNERS if name == presets[0] else few:
+        for agent in few if part.dry or name != presets[0] else LEARNERS:
             if part.on_gpu:
                 with part.attempt(f"waits, {agent.name}, {name}"):
                     count_waits(part, agent, name, expert)

@@ -161,7 +161,7 @@ def profiles(part: Part) -> None:
     """Part g."""
     model = "tiny" if part.dry else "sd15-architecture"
     case = throughput.Case(model, part.device, "float32" if part.dry else "bfloat16", 2 if part.dry else BATCH, False)
-    for name in ("rollout", "lcm", "dmd2"):
+    for name in ("rollout", "lcm") if part.dry else ("rollout", "lcm", "dmd2"):
         with part.attempt(name):
             ways = {"rollout": throughput.rollout, "lcm": throughput.lcm, "dmd2": throughput.dmd2}[name](case)[0]
             ours, theirs = {
