@@ -5,8 +5,8 @@ streams of a run live on the device, so that here all of them are drawn on the C
 
 Tolerances, relative. On a CPU, other convolution kernels (oneDNN's against torch's own) move the first loss by 1e-6, the losses of 20
 updates by 6e-6 and the weights by 2e-4 of the way that they have gone. A GPU's kernels are less alike, and are given 100 times as much. For
-TF32, whose products keep 10 bits, convolutions and matrix products were rounded so on a CPU, which moved them by 2e-4, 8e-3 and 3e-2; they
-are given ten times as much in the losses, and three times in the weights.
+TF32, whose products keep 10 bits, convolutions and matrix products were rounded so on a CPU, which moved them by 2e-4, 5e-2 and 4e-2; they
+are given ten times as much in the first loss, and four times later.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ SHORT = {"num_updates": 20, "num_steps": 4, "teacher_steps": 8, "batch_size": 32
 SHORT |= {"learning_rate": 1e-4, "warmup_updates": 5}
 LIMITS = {  # by whether in TF32
     False: {"first loss": 1e-4, "losses": 6e-4, "weights": 2e-2},
-    True: {"first loss": 2e-3, "losses": 8e-2, "weights": 0.1},
+    True: {"first loss": 2e-3, "losses": 0.2, "weights": 0.16},
 }
 
 
@@ -224,7 +224,8 @@ def run_marked_tests(part: Part) -> None:
     """`pytest -m gpu` in a process of its own, on the files that have such tests: others need packages that may not be here."""
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     log = part.report.out / "a_pytest.xml"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={log}", *files]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={log}"]
+    command += ["--continue-on-collection-errors", *files]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": paths, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -87,7 +87,7 @@ def largest_batch(part: Part, expert: Expert, setting: Setting, least: int, most
     while batch_size <= most:
         try:
             used = peak(expert, batch_size, setting)
-        except MemoryError:
+        except (MemoryError, torch.OutOfMemoryError):
             if not fits or batch_size < 2 * fits:
                 break
             batch_size = fits + fits // 2
@@ -119,11 +119,11 @@ def memory(part: Part) -> None:
                 beside = {} if part.dry else {"counted_gb": counted[name][column] / 1e9, "ratio": found / counted[name][column]}
                 part.add(told, batch=batch_size, peak_gb=found / 1e9, **beside)
     lean = Setting(LoRA(rank), expert.network.core.dtype, not part.dry, checkpointing=True)
+    with part.attempt("SDXL with LoRA"):
+        large = sdxl_expert(part.device, dtype, tiny=part.dry)
+        for n in (1,) if part.dry else (1, 4, BATCH):
+            part.add(f"SDXL, LoRA {rank}, checkpointing", batch=n, peak_gb=peak(large, n, lean) / 1e9)
+            free_memory()
+        del large
     with part.attempt("the largest batch"):
         largest_batch(part, expert, lean, batch_size, batch_size if part.dry else 512)
-    del expert
-    with part.attempt("SDXL with LoRA"):
-        expert = sdxl_expert(part.device, dtype, tiny=part.dry)
-        for n in (1,) if part.dry else (1, 4, BATCH):
-            part.add(f"SDXL, LoRA {rank}, checkpointing", batch=n, peak_gb=peak(expert, n, lean) / 1e9)
-            free_memory()
