@@ -28,8 +28,8 @@ def rows(table: Tensor, t: Tensor) -> Tensor:
     return table.gather(-1, t).reshape(-1, 1, 1, 1)
 
 
-def adamw(network: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+def adamw(network: nn.Module, learning_rate: float = LEARNING_RATE) -> torch.optim.AdamW:
+    return torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
 
 
 class ConsistencyScript:
@@ -38,10 +38,19 @@ class ConsistencyScript:
     Args:
         teacher, student: The student has a guidance embedding.
         dtype: Of autocast; float32 for none.
+        learning_rate: AdamW's.
+        guidance: Between which w is drawn, without the 1.
     """
 
-    def __init__(self, teacher: UNet2DConditionModel, student: UNet2DConditionModel, dtype: torch.dtype) -> None:
-        self.teacher, self.student, self.dtype = teacher, student, dtype
+    def __init__(
+        self,
+        teacher: UNet2DConditionModel,
+        student: UNet2DConditionModel,
+        dtype: torch.dtype,
+        learning_rate: float = LEARNING_RATE,
+        guidance: tuple[float, float] = (5.0, 15.0),
+    ) -> None:
+        self.teacher, self.student, self.dtype, self.guidance = teacher, student, dtype, guidance
         self.target = copy.deepcopy(student).requires_grad_(False)
         self.noise = DDPMScheduler(**NOISE)
         device = teacher.device
@@ -49,7 +58,7 @@ class ConsistencyScript:
         self.alpha, self.sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         self.times = torch.arange(1, 51, device=device) * 20 - 1
         self.alpha_bar_next = torch.cat([alpha_bar[:1], alpha_bar[self.times[:-1]]])
-        self.optimizer = adamw(student)
+        self.optimizer = adamw(student, learning_rate)
         self.rate = get_scheduler("constant", self.optimizer)
         self.autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
 
@@ -64,7 +73,8 @@ class ConsistencyScript:
     def step(self, x_0: Tensor, text: Tensor, null: Tensor) -> tuple[float, Tensor]:
         index = torch.randint(50, (len(x_0),), device=x_0.device)
         noisy = self.noise.add_noise(x_0, torch.randn_like(x_0), self.times[index])
-        w = 5.0 + 10.0 * torch.rand(len(x_0))
+        low, high = self.guidance
+        w = low + (high - low) * torch.rand(len(x_0))
         return self.descend(self.loss(noisy, index, w, text, null))
 
     def loss(self, x: Tensor, index: Tensor, w: Tensor, text: Tensor, null: Tensor) -> Tensor:

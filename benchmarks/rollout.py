@@ -165,7 +165,8 @@ def sd_expert(name: str, device: str, dtype: str) -> Any:
         model = str(write_tiny_sd(Path(folder)))
         expert = load_expert("sd15", model=model, prompts=list("abcdefgh"), guidance_scale=GUIDANCE, dtype=dtype, device=device)
     config = UNETS[name]
-    unet = UNet2DConditionModel(**config).to(device, getattr(torch, dtype)).eval().requires_grad_(False)
+    with torch.device(device):  # a large one takes long to draw on a CPU
+        unet = UNet2DConditionModel(**config).to(getattr(torch, dtype)).eval().requires_grad_(False)
     table = torch.randn(9, 77, config["cross_attention_dim"], device=device, dtype=unet.dtype)
     expert.network = PromptedUNet(unet, Embeddings({"text": table}))
     expert.sample_shape = (4, config["sample_size"], config["sample_size"])

@@ -274,8 +274,14 @@ def columns(part: str, times: dict[str, list[float]]) -> dict[str, tuple[list[fl
     return {name: (times[name], times["theirs"], times["limit"]) for name in ("unroll", "env")}
 
 
-def measure(part: str, case: Case, rounds: int) -> list[dict[str, Any]]:
+def measure(part: str, case: Case, rounds: int, proof: str | None = None) -> list[dict[str, Any]]:
     """The lines of one part.
+
+    Args:
+        part: Of PARTS.
+        case: What is timed.
+        rounds: Timed rounds.
+        proof: The model that shows that both sides do the same, in float32; default: the case's own.
 
     Raises:
         AssertionError: the two sides do not do the same.
@@ -286,7 +292,7 @@ def measure(part: str, case: Case, rounds: int) -> list[dict[str, Any]]:
     else:
         both = {"rollout": rollout, "lcm": lcm, "dmd2": dmd2}[part]
         # In float32, since bfloat16 would hide much; [1:] lets go of the networks before the timed ones are made.
-        difference, drift = both(Case(case.model, case.device, "float32", case.batch_size, compiled=False))[1:]
+        difference, drift = both(Case(proof or case.model, case.device, "float32", case.batch_size, compiled=False))[1:]
         gc.collect()
         torch.cuda.empty_cache()
         if not (difference <= TOLERANCE[0] and drift <= TOLERANCE[1]):

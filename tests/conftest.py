@@ -1,14 +1,24 @@
-"""Tests run on the CPU, whose numbers they assert; `CUDA_VISIBLE_DEVICES=0 pytest -k gpu` runs those that need a GPU."""
+"""Tests run on the CPU, whose numbers they assert; `pytest -m gpu` runs those that need a GPU."""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-
 import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides the GPUs, unless their tests are asked for; torch looks for them when it first needs one."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU: pytest -m gpu on a machine that has one"))
 
 
 @pytest.fixture

@@ -377,7 +377,7 @@ def test_reading_a_folder_of_pictures_goes_on_where_it_was_killed(tmp_path: Path
     assert torch.equal(again.real_features.values, make_evaluator(expert, **settings).real_features.values)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_pictures_of_an_expert_on_the_gpu_are_evaluated(colour):
     evaluator = make_evaluator(load_expert("digits8", device="cuda"), n=20, n_paths=10, batch_size=8, extractor="colour")
     row = evaluator.evaluate_baselines()["teacher@4"]

@@ -400,7 +400,7 @@ def test_an_absent_device_is_refused() -> None:
         SourceBuffer(5, device="cuda:99")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_it_works_on_a_gpu() -> None:
     buffer = SourceBuffer(50, device="cuda", prioritised=True)
     buffer.extend(states([0, 1, 2] * 20))  # from the CPU
