@@ -43,7 +43,7 @@ from gpu_speed import profiles, rollouts, steps, synchronize
 from transformers.utils.logging import disable_progress_bar
 
 from ddil_agents import Dagger
-from ddil_agents.comparison.results import own_row
+from ddil_agents.comparison.results import student_row
 from ddil_agents.evaluation.provenance import provenance
 from ddil_agents.evaluation.results import read_result
 from ddil_env import load_expert
@@ -119,7 +119,7 @@ def training(part: Part, folder: Path) -> None:
                 process.wait()
     for path in sorted(folder.glob("runs/updates/*/result.json")):
         result = read_result(path)
-        row = own_row(result)
+        row = student_row(result)
         scores = {key: row[key] for key in ("frechet", "frechet_to_expert", "recall", "train_seconds") if row.get(key) is not None}
         part.add(path.parent.name, **scores, updates_per_s=result["num_updates"] / row["train_seconds"])
     log_tail = (folder / "compare.log").read_text(errors="replace").splitlines()[-20:]
