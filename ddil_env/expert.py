@@ -175,6 +175,15 @@ class Expert(ABC):
             c: Condition ids, (b,) int64; None is no condition.
         """
 
+    def identity(self) -> dict[str, Any]:
+        """What the labels depend on, in plain values: a run resumes only on an expert of the same identity."""
+        return {
+            "expert": f"{type(self).__module__}.{type(self).__qualname__}",
+            "sample_shape": list(self.sample_shape),
+            "conditions": self.num_conditions if self.condition_shape is None else list(self.condition_shape),
+            "guidance_scale": self.guidance_scale,
+        }
+
     @property
     def conditional(self) -> bool:
         """Whether it takes a condition c."""

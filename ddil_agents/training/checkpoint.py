@@ -133,6 +133,7 @@ def save_checkpoint(agent: TrainedAgent, directory: Path) -> Path:
         with ranks.sync_errors(), explain_write_errors(final):
             if ranks.is_main():
                 manifest = {"step": agent.step, "agent": agent.name, "sha256": digest, "config": agent.config_dict()}
+                manifest["expert"] = agent.expert.identity()
                 if len(digests) > 1:
                     manifest["ranks"] = digests[1:]
                 (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -225,6 +226,13 @@ def _read_checkpoint(agent: TrainedAgent, directory: Path) -> tuple[Path, dict[s
         raise ValueError(
             f"{path} is of {name} with another config; it differs in: {', '.join(different) or 'the agent'}. "
             "Load it into an agent built with the same config."
+        )
+    saved_expert, expert = manifest.get("expert"), json.loads(json.dumps(agent.expert.identity()))
+    if saved_expert is not None and saved_expert != expert:
+        key = next(key for key in expert.keys() | saved_expert.keys() if expert.get(key) != saved_expert.get(key))
+        raise ValueError(
+            f"{path} was trained on another expert: its {key} is {saved_expert.get(key)!r}, here {expert.get(key)!r}; labels of both would "
+            "be mixed: restore the run's env settings, model and data, or start a new run"
         )
     state: dict[str, Any] = {}
     for part in parts:

@@ -8,9 +8,12 @@ texts, if any, are embedded. `PipelineExpert` makes students, writes them as pip
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
+import json
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from ddil_env.adapters import LoRA, add_adapters
 from ddil_env.data.cache import Embed
 from ddil_env.data.pairs import Pairs
+from ddil_env.data.shards import read_manifest
 from ddil_env.data.sources import Source, read_pairs
 from ddil_env.errors import BROKEN_LATENTS, check_choice, check_finite
 from ddil_env.expert import Expert, NetworkDenoiser
@@ -154,6 +158,15 @@ class PipelineExpert(Expert):
         height, width = self.picture_size
         kind = f"{self.files.pipeline.__name__} {height}x{width} {str(self.dtype).removeprefix('torch.')}"
         return f"{kind} {self.files.sha256(names)[:16]}"
+
+    @cached_property
+    def _weights_digest(self) -> str:
+        return self.files.sha256([self.denoiser])[:16]
+
+    def identity(self) -> dict[str, Any]:
+        stretches = "" if self.pairs is None else json.dumps(read_manifest(self.pairs.folder).get("stretches"))
+        data = None if self.pairs is None else hashlib.sha256(stretches.encode()).hexdigest()[:16]
+        return super().identity() | {"model": self.fingerprint(), "denoiser": self._weights_digest, "data": data}
 
     def open_pairs(self, own: OwnData, embed: Embed, read: Callable[[str, str | None], Source] = read_pairs) -> Pairs:
         """Opens the user's data as latents, in float32 or float16, and embeddings; caches them first if that has not been done.

@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers import bc, dagger, learn, same, weights
 
-from ddil_agents import Algorithm, Beta
+from ddil_agents import Algorithm, Beta, Dagger, DaggerConfig
 from ddil_agents.training.checkpoint import checkpoints
+from ddil_env import GaussianMixtureExpert
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 
@@ -129,3 +130,14 @@ def test_load_refuses_a_directory_without_checkpoints(tmp_path: Path, name: str)
 def test_a_manifest_says_what_was_saved(saved: Path) -> None:
     manifest = json.loads((saved / "step_00000018" / "manifest.json").read_text())
     assert (manifest["step"], manifest["agent"], manifest["config"]["batch_size"]) == (18, "dagger", 16)
+
+
+def test_a_checkpoint_of_another_expert_is_refused(tmp_path: Path) -> None:
+    def make(w: float) -> Dagger:
+        expert = GaussianMixtureExpert([[-0.8, 0.0], [0.8, 0.0]], 0.25, labels=[0, 1], guidance_scale=w)
+        return Dagger(expert, DaggerConfig(num_updates=1, batch_size=4, collect_size=8, student={"width": 8, "depth": 1}))
+
+    make(2.0).train(tmp_path, progress=False)
+    make(2.0).load(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match=r"was trained on another expert: its guidance_scale is 2.0, here 3.0; .*restore the run's env"):
+        make(3.0).load(tmp_path / "checkpoints")
