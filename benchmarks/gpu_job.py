@@ -11,8 +11,9 @@ Both start from the same pipeline's folder and the same folder of pictures with 
     ours, reused    with LCM's own default, that a label serves about four times
 
 The clock starts before a model is read; our cache is counted. Not counted is the judging: the Fréchet distance, to held-out pictures, of
-samples in 4 steps by the averaged weights at some steps. `to_same_frechet` is the time at which a side first reaches the distance that
-both reach; between two judged steps it is interpolated. On a CPU the clock is the processor's time, with the pictures read in this process.
+samples in one step, where training shows most, by the averaged weights after some updates. `to_same_frechet` is the time at which a side
+first reaches the distance that both reach; between two judged updates it is interpolated. On a CPU the clock is the processor's time, with
+the pictures read in this process.
 """
 
 from __future__ import annotations
@@ -21,13 +22,11 @@ import argparse
 import json
 import math
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,52 +34,25 @@ from typing import Any
 import numpy as np
 import torch
 from buffer import keep_freed_memory
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from gpu_job_files import COLOURED_DIGITS, Job, write_pictures, write_pipeline
+from gpu_report import cell
 from peers import ConsistencyScript
 from PIL import Image
 from throughput import PRECISION
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from ddil_agents import LCM, Algorithm, Batch, Beta, Callback, LCMConfig
 from ddil_agents.evaluation.metrics.extractors import load_extractor
 from ddil_agents.evaluation.metrics.frechet import frechet_distance
 from ddil_agents.evaluation.provenance import provenance
 from ddil_env import load_expert
-from ddil_env.experts.coloured_digits import captions, draw_pictures
 
 TARGET = 2.0
 REUSE = 4  # gradient steps that a label serves, in LCM's defaults
 State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What both sides do.
-
-    Attributes:
-        pictures: In the folder.
-        side: Of a picture, in pixels.
-        guidance_range: Between which w is drawn, with the 1.
-        judged: Updates after which the averaged weights are judged; none where there is nothing to judge by.
-        n: Samples of a judging.
-    """
-
-    name: str
-    pictures: int
-    side: int
-    batch_size: int
-    updates: int
-    learning_rate: float
-    guidance_range: tuple[float, float]
-    judged: tuple[int, ...] = ()
-    n: int = 504
-
-
-COLOURED_DIGITS = Job("coloured digits", 4096, 32, 32, 300, 3e-4, (1, 5), (10, 20, 40, 80, 150, 300))
-SD15 = Job("Stable Diffusion 1.5's sizes, random weights", 256, 512, 8, 30, 1e-5, (6, 16))
-TINY = replace(COLOURED_DIGITS, pictures=12, batch_size=4, updates=2, judged=(1, 2), n=16)
 
 
 class Clock:
@@ -118,61 +90,6 @@ class Outcome:
 
 def kept(unet: torch.nn.Module) -> State:
     return {name: value.detach().float().cpu().clone() for name, value in unet.state_dict().items()}
-
-
-# The files that both start from.
-
-
-def write_pictures(job: Job, folder: Path) -> Path:
-    """A folder of pictures, each beside a text file of its caption."""
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    if job.side == 32:
-        pixels, c = draw_pictures(job.pictures, "train", False, generator)
-        texts = [captions()[i] for i in c.tolist()]
-    else:  # smooth, as a photograph is beside noise: the cost of a JPEG goes with its detail
-        coarse = torch.rand(job.pictures, 3, 16, 16, generator=generator) * 2 - 1
-        pixels = torch.nn.functional.interpolate(coarse, size=(job.side, job.side), mode="bicubic").clamp(-1, 1)
-        texts = [f"picture number {i}, of many colours" for i in range(job.pictures)]
-    for i, (picture, text) in enumerate(zip(pixels, texts, strict=True)):
-        array = ((picture.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
-        Image.fromarray(array).save(folder / f"{i:05d}.{'png' if job.side == 32 else 'jpg'}")
-        (folder / f"{i:05d}.txt").write_text(text)
-    return folder
-
-
-def write_pipeline(job: Job, folder: Path, device: str, dtype: torch.dtype) -> Path:
-    """The pipeline's folder: the shipped one, or Stable Diffusion 1.5's architecture with random weights."""
-    if job.side == 32:
-        return Path(str(files("ddil_env") / "experts" / "weights" / "coloured_digits"))
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
-    from tiny_sd import write_tokenizer
-
-    write_tokenizer(folder / "tokenizer")
-    settings = folder / "tokenizer" / "tokenizer_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "model_max_length": 77}))
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    torch.manual_seed(0)
-    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    with torch.device(device):
-        parts = {
-            "unet": UNet2DConditionModel(sample_size=64, attention_head_dim=8, cross_attention_dim=768),
-            "vae": AutoencoderKL(
-                block_out_channels=(128, 256, 512, 512),
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                layers_per_block=2,
-                sample_size=512,
-            ),
-            "text_encoder": CLIPTextModel(text),
-        }
-    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler = PNDMScheduler(**noise, skip_prk_steps=True, steps_offset=1)
-    others = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    StableDiffusionPipeline(
-        **{name: part.to(dtype) for name, part in parts.items()}, tokenizer=tokenizer, scheduler=scheduler, **others
-    ).save_pretrained(folder)
-    return folder
 
 
 # Their side.
@@ -297,11 +214,11 @@ def ours(job: Job, pipeline: Path, pictures: Path, device: str, dtype: torch.dty
 
 
 class Judge:
-    """The Fréchet distance of coloured digits, sampled in 4 steps, to held-out pictures."""
+    """The Fréchet distance of coloured digits, sampled in one step, to held-out pictures."""
 
     def __init__(self, job: Job, device: str) -> None:
         self.expert = load_expert("coloured_digits", device=device)
-        self.learner = LCM(self.expert, LCMConfig(num_steps=4, guidance_range=job.guidance_range))
+        self.learner = LCM(self.expert, LCMConfig(num_steps=1, guidance_range=job.guidance_range))
         self.extractor = load_extractor(self.expert.extractor)
         real, self.c = self.expert.reference_data(job.n, held_out=True)
         self.real = self.features(real)
@@ -381,8 +298,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--updates", type=int, help="default: 300")
     parser.add_argument("--out", type=Path, help="also write OUT.json and OUT.md")
     args = parser.parse_args(argv)
-    from gpu_report import cell
-
     keep_freed_memory()
     job = COLOURED_DIGITS
     if args.updates is not None:

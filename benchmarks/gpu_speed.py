@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gpu_job
+import gpu_job_files
 import throughput
 import torch
 from gpu_report import Part, free_memory
@@ -132,7 +133,7 @@ def steps(part: Part) -> None:
                     part.add(f"{row['name']}{', ours compiled' if compiled else ''}", **{key: row[key] for key in kept}, target=target)
                 del case
         if not compiled:
-            jobs = [gpu_job.TINY] if part.dry else [gpu_job.SD15, gpu_job.COLOURED_DIGITS]
+            jobs = [gpu_job_files.TINY] if part.dry else [gpu_job_files.SD15, gpu_job_files.COLOURED_DIGITS]
             for job in jobs:
                 with part.attempt(f"the whole job, {job.name}"):
                     for row in gpu_job.compare(job, part.device, part.report.out / "job"):

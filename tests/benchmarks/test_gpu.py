@@ -14,6 +14,7 @@ import gpu_job
 import pytest
 import torch
 from gpu_checks import HostDraws, Recorder, settings
+from gpu_job_files import TINY
 from gpu_report import Part, Report, cell
 from helpers import mixture
 
@@ -105,7 +106,7 @@ def test_a_gpus_generators_can_draw_as_the_cpus_of_their_seeds() -> None:
 
 def test_the_script_reads_and_encodes_what_our_cache_holds(tmp_path: Path) -> None:
     """Both from one folder of pictures and one pipeline: its crop of a picture of that size is the picture."""
-    job = gpu_job.TINY
+    job = TINY
     pictures = gpu_job.write_pictures(job, tmp_path / "pictures")
     pipeline = gpu_job.write_pipeline(job, tmp_path / "pipeline", "cpu", torch.float32)
     script, loaded = gpu_job.Script(job, pipeline, "cpu", torch.float32), gpu_job.ScriptPictures(pictures, job.side)
@@ -128,7 +129,7 @@ def test_the_time_to_a_distance_is_read_between_two_judged_updates() -> None:
 def test_the_ratios_of_the_whole_job_are_the_scripts_time_over_ours() -> None:
     outcomes = {name: gpu_job.Outcome(1.0, total, []) for name, total in (("script", 13.0), ("ours, fresh", 7.0))}
     courses = {"script": [(2.0, 9.0), (12.0, 4.0)], "ours, fresh": [(2.0, 6.0), (6.0, 3.0)]}
-    row = gpu_job.rows(gpu_job.TINY, outcomes, courses)[1]
+    row = gpu_job.rows(TINY, outcomes, courses)[1]
     assert (row["ratio"], row["ratio_of_updates"], row["same_frechet"]) == (13 / 7, 2.0, 4.0)
     assert row["ratio_to_same_frechet"] == 12.0 / (2 + 4 * 2 / 3)
 
