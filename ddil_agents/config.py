@@ -159,8 +159,8 @@ class LearnerConfig(AgentConfig):
             raise ValueError(f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one {unit}; raise collect_size{cure}")
         if self.guidance_range is not None:
             lowest, highest = self.guidance_range
-            if not -math.inf < lowest < highest < math.inf:
-                raise ValueError(f"guidance_range={self.guidance_range}: need two different, finite numbers, the lower first")
+            if not 1 <= lowest < highest < math.inf:
+                raise ValueError(f"guidance_range={self.guidance_range}: need two different, finite numbers from 1 on, the lower first")
             if self.guidance_scale is not None and not lowest <= self.guidance_scale <= highest:
                 raise ValueError(
                     f"guidance_scale={self.guidance_scale} lies outside guidance_range={self.guidance_range}; choose one inside, or null"

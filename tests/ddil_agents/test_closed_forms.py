@@ -326,7 +326,8 @@ def test_guidance_w_is_1_plus_the_omega_of_papers_on_both_estimates(kind: Kind, 
     scales = torch.tensor([0.0, 0.5, 1.0, 2.0, 7.5, 15.0], dtype=torch.float64)
     for w in [*scales.tolist(), *(scales[i : i + b] for i in range(7 - b)), None]:
         pred = expert.guided(x_t, t, c, w)
-        each = w[:, None] if isinstance(w, Tensor) else 2.0 if w is None else w
+        each = torch.as_tensor(2.0 if w is None else w, dtype=torch.float64).clamp(min=1)  # 1 or less is no guidance
+        each = each[:, None] if each.ndim else each
         omega = each - 1
         for guided, conditional, null in ((pred.x_0, cond.x_0, uncond.x_0), (pred.eps, cond.eps, uncond.eps)):
             torch.testing.assert_close(guided, null + each * (conditional - null), **EXACT)

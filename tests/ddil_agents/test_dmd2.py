@@ -324,8 +324,11 @@ def test_a_2_step_student_that_starts_elsewhere_comes_to_the_data() -> None:
         ({"critic_learning_rate": 0.0}, "critic_learning_rate=0.0: need a positive, finite number"),
         ({"critic_learning_rate": math.inf}, "critic_learning_rate=inf: need a positive, finite number"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0: need a positive, finite number"),
-        ({"guidance_range": (1.0, 3.0)}, r"guidance_range=\(1.0, 3.0\): DMD2 matches one distribution; set guidance_scale"),
-        ({"prioritised": True}, "prioritised=true: DMD2's loss says how large a step is"),
+        (
+            {"guidance_range": (1.0, 3.0)},
+            r"guidance_range=\(1.0, 3.0\): DMD2 matches one distribution; leave it null, and set guidance_scale",
+        ),
+        ({"prioritised": True}, "prioritised=true: DMD2's loss measures the size of a step"),
         ({"states_per_rollout": "all"}, "states_per_rollout=all: DMD2's backward simulation ends in one state; leave it at 1"),
         ({"batch_size": 9, "gradient_accumulation": 2}, "batch_size=9 does not divide into gradient_accumulation=2 parts"),
     ],

@@ -400,7 +400,7 @@ def test_with_a_guidance_range_each_state_has_its_scale_and_both_networks_are_to
     w = states["w"]
     assert 1 <= float(w.min()) < 1.5
     assert 4.5 < float(w.max()) <= 5
-    own, times = states[states["source"] == 2], INFERENCE[collector(learner).n]
+    own, times = states[states["source"] == 2], INFERENCE[collector(learner).num_steps]
     assert len(student.told) == len(times) - 1
     for told, t in zip(student.told, times, strict=False):  # in each step, the scales of the states that lie beyond it
         assert torch.equal(told.sort().values, own["w"][own["t"] < t].sort().values)

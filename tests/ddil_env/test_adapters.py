@@ -178,7 +178,7 @@ def test_a_gan_loss_reaches_a_lora_student_through_a_lora_critic_that_stays() ->
     before = weights_of(critic)
     learner.trainer.collect()
     with learner.trainer.trainables["critic"].frozen():
-        learner.trainer.trainables["student"].accumulate(learner.loss, learner.trainer.split(learner.draw()))
+        learner.trainer.trainables["student"].accumulate(learner.loss, learner.trainer.split_batch(learner.draw()))
     gradients = [p.grad for name, p in learner.networks["student"].named_parameters() if "lora_B" in name]
     assert all(g is not None and g.abs().sum() > 0 for g in gradients)
     assert all(p.grad is None for p in critic.parameters())
@@ -219,7 +219,7 @@ def test_checkpointing_and_accumulation_change_memory_and_not_the_gradient(sd: A
         given = {"gradient_accumulation": parts, "student": {"gradient_checkpointing": checkpointing}, "lora": lora, "learning_rate": 1e-3}
         learner = Dagger(sd, DaggerConfig(**{**SMALL, **given}, beta=OWN))
         learner.trainer.collect()
-        learner.trainer.trainables["student"].accumulate(learner.loss, learner.trainer.split(learner.draw()))
+        learner.trainer.trainables["student"].accumulate(learner.loss, learner.trainer.split_batch(learner.draw()))
         found.append((lora, [p.grad for p in learner.networks["student"].parameters()]))
     for lora in (None, RANK_4):
         first, *others = [gradient for of, gradient in found if of == lora]
@@ -421,7 +421,7 @@ def test_settings_are_refused_by_name(sd: Any, monkeypatch: pytest.MonkeyPatch) 
             Dagger(sd, DaggerConfig(**{**SMALL, "lora": None}, beta=OWN, optimizer="adamw8bit"))
         patch.setattr(sharding, "is_requested", lambda: True)
         for changed in ({}, {"lora": None, "optimizer": "adamw8bit"}):
-            with pytest.raises(ValueError, match="set lora to null and optimizer to adamw, or replicate"):
+            with pytest.raises(ValueError, match="set lora to null and optimizer to adamw, or do not shard"):
                 Dagger(sd, DaggerConfig(**{**SMALL, **changed}, beta=OWN))
 
 

@@ -382,7 +382,20 @@ def test_a_learners_command_ends_in_a_pipeline(
     run = tmp_path / "run"
     env = ["--env", family, "--env.model", str(folders[family]), "--env.dtype", "float32"]
     env += ["--env.prompts", json.dumps(WORDS)] if options(family) else []
-    sizes = ["--num_updates", "2", "--batch_size", "4", "--num_steps", "2", "--teacher_steps", "4", "--mixed_precision", "no"]
+    sizes = [
+        "--num_updates",
+        "2",
+        "--batch_size",
+        "4",
+        "--gradient_accumulation",
+        "1",
+        "--num_steps",
+        "2",
+        "--teacher_steps",
+        "4",
+        "--mixed_precision",
+        "no",
+    ]
     if agent != "dmd2":
         sizes += ["--collect_size", "200" if agent == "lcm" else "16"]
     judged = ["--evaluate.n", "10", "--evaluate.n_paths", "4", "--evaluate.n_action", "2", "--thresholding.kind", "expert"]
