@@ -326,7 +326,7 @@ def test_a_2_step_student_that_starts_elsewhere_comes_to_the_data() -> None:
         ({"learning_rate": -1.0}, "learning_rate=-1.0: need a positive, finite number"),
         (
             {"guidance_range": (1.0, 3.0)},
-            r"guidance_range=\(1.0, 3.0\): DMD2 matches one distribution; leave it null, and set guidance_scale",
+            r"guidance_range=\(1.0, 3.0\): DMD2 matches one distribution; leave it null",
         ),
         ({"prioritised": True}, "prioritised=true: DMD2's loss measures the size of a step"),
         ({"states_per_rollout": "all"}, "states_per_rollout=all: DMD2's backward simulation ends in one state; leave it at 1"),
