@@ -39,7 +39,7 @@ class Job:
     n: int = 504
 
 
-COLOURED_DIGITS = Job("coloured digits", 2048, 32, 32, 300, 3e-4, (1, 5), (10, 20, 40, 80, 150, 300))
+COLOURED_DIGITS = Job("coloured digits", 2048, 32, 32, 300, 5e-5, (1, 5), (20, 40, 80, 150, 300))
 SD15 = Job("Stable Diffusion 1.5's sizes, random weights", 256, 512, 8, 30, 1e-5, (6, 16))
 TINY = replace(COLOURED_DIGITS, pictures=12, batch_size=4, updates=2, judged=(1, 2), n=16)
 

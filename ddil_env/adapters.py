@@ -144,7 +144,7 @@ def _metadata(network: nn.Module, prefix: str) -> str:
     """The adapters' settings as diffusers writes them into a file's metadata."""
     layers = adapter_layers(network)
     layer = next(iter(layers.values()))
-    # Earlier releases of diffusers refuse a file without rank_pattern, even an empty one.
+    # Some releases of diffusers refuse a file without rank_pattern, even an empty one.
     config = {"r": layer.r[NAME], "lora_alpha": layer.lora_alpha[NAME], "target_modules": list(layers), "rank_pattern": {}}
     return json.dumps({f"{prefix}.{key}": value for key, value in config.items()})
 
