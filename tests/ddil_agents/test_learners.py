@@ -321,6 +321,10 @@ class PoisonedFrom(GaussianMixtureExpert):
         super().__init__(CORNERS, 0.25)
         self.poisoned_from = nfe
 
+    def identity(self) -> dict[str, Any]:
+        """As the healthy one, for which its checkpoints are."""
+        return GaussianMixtureExpert(CORNERS, 0.25).identity()
+
     def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         pred = super().predict(x_t, t, c)
         return pred if self.nfe <= self.poisoned_from else dataclasses.replace(pred, x_0=pred.x_0 * torch.nan)
