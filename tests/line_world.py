@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ddil_env import Expert, NetworkDenoiser, NoiseSchedule, Prediction
+from ddil_env.mlp import TimeConditionedMLP
 from ddil_env.worlds import World
-from ddil_env.worlds.network import ConditionedMLP
 
 GAIN, SPREAD = -0.5, 0.05
 
@@ -58,7 +58,8 @@ class Steersman(Expert):
         return GAIN * c + SPREAD * torch.randn(n, 2, generator=generator), c
 
     def make_student(self, *, width: int = 16, depth: int = 2) -> NetworkDenoiser:
-        return NetworkDenoiser(ConditionedMLP((2,), (2,), self.schedule.t_max, width, depth), self.schedule, "v")
+        network = TimeConditionedMLP((2,), 0, self.schedule.t_max, width, depth, condition_shape=self.condition_shape)
+        return NetworkDenoiser(network, self.schedule, "v")
 
     def make_world(self, num_worlds: int, **options: Any) -> Line:
         return Line(num_worlds, **{"num_frames": self.num_frames, "wall": self.wall, **options})

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ddil_env.expert import Expert, NetworkDenoiser
+from ddil_env.mlp import TimeConditionedMLP, last_activation
 from ddil_env.prediction import Prediction, PredictionType
 from ddil_env.schedule import NoiseSchedule
 from ddil_env.weights import read_tensors
-from ddil_env.worlds.network import ConditionedMLP
 from ddil_env.worlds.world import World
 
 NUM_TRAIN_STEPS = 100  # of the noise schedule, as in Chi et al. 2023
@@ -21,7 +21,8 @@ NUM_TRAIN_STEPS = 100  # of the noise schedule, as in Chi et al. 2023
 def policy_network(sample_shape: tuple[int, ...], condition_shape: tuple[int, ...], width: int, depth: int) -> NetworkDenoiser:
     """An untrained policy in v, on the cosine schedule of 100 steps."""
     schedule = NoiseSchedule("cosine", num_train_steps=NUM_TRAIN_STEPS)
-    return NetworkDenoiser(ConditionedMLP(sample_shape, condition_shape, schedule.t_max, width, depth), schedule, "v")
+    network = TimeConditionedMLP(sample_shape, 0, schedule.t_max, width, depth, condition_shape=condition_shape)
+    return NetworkDenoiser(network, schedule, "v")
 
 
 class DiffusionPolicy(Expert):
@@ -92,13 +93,11 @@ class DiffusionPolicy(Expert):
             raise ValueError(f"width={width}, depth={depth}: a student has at least one hidden layer of at least one unit")
         kind = prediction_type or "v"
         self.schedule.check_prediction_type(kind)
-        network = ConditionedMLP(self.sample_shape, self.condition_shape or (), self.schedule.t_max, w, d)
+        network = TimeConditionedMLP(self.sample_shape, 0, self.schedule.t_max, w, d, condition_shape=self.condition_shape)
         if (w, d, kind) == (self.width, self.depth, "v"):
             network.load_state_dict(self.teacher.network.state_dict())
         return NetworkDenoiser(network.to(self.device), self.schedule, kind)
 
     def critic_features(self, student: NetworkDenoiser) -> nn.Module:
         """The last activation, whose output is (b, width)."""
-        layers = student.network.layers
-        assert isinstance(layers, nn.Sequential)
-        return layers[-2]
+        return last_activation(student)

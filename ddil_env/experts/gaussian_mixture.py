@@ -12,51 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ddil_env.expert import Expert, NetworkDenoiser
-from ddil_env.guidance import guidance_features, zero_projection
+from ddil_env.mlp import TimeConditionedMLP, last_activation
 from ddil_env.prediction import Prediction, PredictionType
 from ddil_env.schedule import Kind, NoiseSchedule
-
-
-class TimeConditionedMLP(nn.Module):
-    """A student for samples of few numbers: (x_t, features of t, one-hot c) → output of x_t's shape.
-
-    With a guidance embedding the projected features of w are added before the first activation.
-    """
-
-    def __init__(
-        self, sample_shape: tuple[int, ...], num_conditions: int, t_max: float, width: int, depth: int, guidance_embedding: bool = False
-    ) -> None:
-        super().__init__()
-        self.frequencies: Tensor
-        self.register_buffer("frequencies", torch.pi * 2.0 ** torch.arange(6), persistent=False)
-        self.t_max = t_max
-        d = math.prod(sample_shape)
-        self.num_ids = num_conditions + 1 if num_conditions else 0  # the last is the null condition
-        widths = [d + 13 + self.num_ids, *[width] * depth]
-        hidden = [layer for n, m in pairwise(widths) for layer in (nn.Linear(n, m), nn.SiLU())]
-        self.layers = nn.Sequential(*hidden, nn.Linear(widths[-1], d))
-        self.cond_proj = zero_projection(width) if guidance_embedding else None  # last: the layers' weights are the same without it
-
-    def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None, w: Tensor | None = None) -> Tensor:
-        u = (t / self.t_max)[:, None]  # (b, 1)
-        features = [x_t.flatten(1), u, (u * self.frequencies).sin(), (u * self.frequencies).cos()]
-        if self.num_ids:
-            c = torch.full_like(t, self.num_ids - 1, dtype=torch.int64) if c is None else c
-            features.append(nn.functional.one_hot(c, self.num_ids).to(x_t.dtype))
-        first, *rest = self.layers
-        hidden = first(torch.cat(features, dim=1))  # (b, width)
-        if self.cond_proj is not None and w is not None:
-            hidden = hidden + self.cond_proj(guidance_features(w))
-        for layer in rest:
-            hidden = layer(hidden)
-        return hidden.reshape(x_t.shape)  # (b, d) → (b, *sample_shape)
 
 
 class GaussianMixtureExpert(Expert):
@@ -177,12 +141,7 @@ class GaussianMixtureExpert(Expert):
 
     def critic_features(self, student: NetworkDenoiser) -> nn.Module:
         """The last activation, whose output is (b, width)."""
-        if not isinstance(student.network, TimeConditionedMLP):
-            raise ValueError(
-                f"cannot take features of a {type(student.network).__name__}; a student of {type(self).__name__} is a TimeConditionedMLP; "
-                "make one with make_student()"
-            )
-        return student.network.layers[-2]
+        return last_activation(student)
 
     def decode(self, x_0: Tensor) -> Tensor | None:
         """Draws each sample as a dot on a 64 × 64 map of the plane; None unless the mixture has two dimensions."""
