@@ -156,7 +156,12 @@ class Agent(ABC):
         return samples
 
     def _check_condition(self, c: Tensor | Sequence[int] | int, n: int) -> Tensor:
-        """Returns condition ids as (n,) on the device, after checking them."""
+        """Returns n conditions on the device, after checking them: ids (n,), or tensors (n, *condition_shape)."""
+        if (shape := self.expert.condition_shape) is not None:
+            values = torch.as_tensor(c, dtype=torch.float32, device=self.expert.device)
+            if tuple(values.shape) not in (shape, (n, *shape)) or not bool(values.isfinite().all()):
+                raise ValueError(f"c of shape {tuple(values.shape)}: need finite conditions, {(n, *shape)}, or {shape} for all")
+            return values.expand(n, *shape)
         ids, num_conditions = torch.as_tensor(c, device=self.expert.device), self.expert.num_conditions
         if not num_conditions:
             raise ValueError(f"c={ids.tolist()}: this expert is unconditional; leave c out")

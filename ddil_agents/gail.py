@@ -85,7 +85,7 @@ class Discriminator(nn.Module):
     """Scores how much a transition looks like the expert's: convolutions over (x_t, action), conditioned on t and c; for vectors an MLP.
 
     Args:
-        expert: Its sample_shape, num_conditions and schedule set the sizes.
+        expert: Its sample_shape, conditions and schedule set the sizes.
         width: Number of channels of the hidden layers.
     """
 
@@ -98,7 +98,8 @@ class Discriminator(nn.Module):
         self.t_max, self.nfe = expert.schedule.t_max, 0
         self.first = conv(2 * channels, width, kernel, padding=pad)
         self.time = nn.Linear(13, width)
-        self.condition = nn.Embedding(expert.num_conditions + 1, width)
+        shape = expert.condition_shape
+        self.condition = nn.Embedding(expert.num_conditions + 1, width) if shape is None else nn.Linear(math.prod(shape), width)
         halving = [layer for _ in range(2) for layer in (nn.SiLU(), conv(width, width, kernel, stride=2, padding=pad))]
         self.rest = nn.Sequential(*halving, nn.SiLU(), conv(width, 1, 1))
 
@@ -106,7 +107,8 @@ class Discriminator(nn.Module):
         self.nfe += len(x_t)
         u = (t / self.t_max)[:, None]
         embedding = self.time(torch.cat([u, (u * self.frequencies).sin(), (u * self.frequencies).cos()], dim=1))
-        embedding = embedding + self.condition(torch.zeros_like(t, dtype=torch.int64) if c is None else c)  # (b, width)
+        c = torch.zeros_like(t, dtype=torch.int64) if c is None else c.flatten(1) if c.is_floating_point() else c
+        embedding = embedding + self.condition(c)  # (b, width)
         transition = torch.cat([x_t, action], dim=1)  # (b, 2 channels, *axes)
         hidden = self.first(transition[..., None] if transition.ndim == 2 else transition)
         return self.rest(hidden + embedding.reshape(*embedding.shape, *(1,) * (hidden.ndim - 2))).flatten(1).mean(1)

@@ -150,6 +150,11 @@ class PPOAgent(Agent):
         if ranks.world_size() > 1:
             raise ValueError(f"ppo trains in one process, and here are {ranks.world_size()}; start it with python -m ddil_agents.ppo")
         config, expert = self.config, self.expert
+        if expert.condition_shape is not None:
+            raise ValueError(
+                f"ppo learns from episodes of num_steps={config.num_steps} steps and condition ids, and {type(expert).__name__} has "
+                "condition tensors or a world; choose another agent, such as dagger"
+            )
         self.plan_updates(config.num_updates)
         env = DenoisingVectorEnv(
             expert,

@@ -140,7 +140,7 @@ class SafeDagger(Dagger):
     """DAgger with a gate and a budget.
 
     Raises:
-        ValueError: query_budget is too small for one collection.
+        ValueError: query_budget is too small for one collection, or cannot be kept in a world.
     """
 
     name = "safe_dagger"
@@ -150,6 +150,12 @@ class SafeDagger(Dagger):
 
     def __init__(self, expert: Expert | str, config: SafeDaggerConfig | None = None, support: Support | None = None) -> None:
         super().__init__(expert, config, support)
+        teacher_acts = any(self.config.beta(i / 100)[1] > 0 for i in range(101)) or self.config.p_expert > 0
+        if self.config.query_budget is not None and self.collector.world is not None and teacher_acts:
+            raise ValueError(
+                f"query_budget={self.config.query_budget}: in a world the teacher acts for as long as episodes last, which is not known "
+                "beforehand; set beta.teacher and p_expert to 0, or query_budget to null"
+            )
         shares = zip(self.config.beta(0), self.collector.states_per_draw(), strict=True)
         needed = self.collector.price([int(self.collect_size * share / unit + 1e-9) for share, unit in shares]) + self.teacher_nfe
         if self.config.query_budget is not None and self.config.query_budget < needed:

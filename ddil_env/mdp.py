@@ -123,10 +123,11 @@ class DenoisingMDP:
         Args:
             x_t: Latents, (b, *sample_shape).
             t: Times, (b,); they need not lie on the grid.
-            c: Condition ids, (b,), or None.
+            c: Condition ids (b,), condition tensors (b, *condition_shape), or None.
 
         Raises:
-            ValueError: t outside (0, t_max], t between the whole numbers of a discrete schedule, or a condition id that does not exist.
+            ValueError: the MDP has a world, t is outside (0, t_max] or between the whole numbers of a discrete schedule, or a condition id
+                does not exist.
         """
         if self.world is not None:
             raise ValueError("cannot start at a chosen state in a world, which sets the condition itself; reset without one")
@@ -134,8 +135,10 @@ class DenoisingMDP:
             raise ValueError(f"cannot start at t={t.tolist()[:4]}: need 0 < t ≤ {self.expert.schedule.t_max}")
         if self.expert.schedule.discrete and not bool((t == t.round()).all()):
             raise ValueError(f"cannot start at t={t.tolist()[:4]}: a {self.expert.schedule.kind} schedule has whole times only; round t")
-        if c is not None and not self.expert.num_conditions:
+        if c is not None and not self.expert.conditional:
             raise ValueError(f"cannot start with c={c.tolist()[:4]}: this expert is unconditional; leave c out")
+        if self.expert.condition_shape is not None:
+            return State(x_t, t, self.grid.previous(t), c)
         last = self.expert.num_conditions - (self.expert.null_condition is None)
         if c is not None and not bool(((c >= 0) & (c <= last)).all()):
             raise ValueError(f"cannot start with c={c.tolist()[:4]}: condition ids are 0 … {last}")

@@ -158,7 +158,8 @@ def print_plan(
     widths = [max(map(len, column)) for column in used]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in zip(*used, strict=True)]
     print(f"{agent.name}, the plan (numbers of states and forwards are estimates):", *lines, sep="\n  ", file=sys.stderr)
-    if (world := expert.make_world(1)) is not None and isinstance(config, LearnerConfig):
+    rolls_out = any(sum(mean_beta(stage.config)[1:]) > 0 for stage in stages) if isinstance(config, LearnerConfig) else False
+    if rolls_out and (world := expert.make_world(1)) is not None:
         rollouts = (
             f"each collection also runs {config.num_worlds} episodes of up to {world.num_frames:,} samples for each source of rollouts"
         )

@@ -21,6 +21,7 @@ from ddil_env.expert import Expert, NetworkDenoiser
 from ddil_env.guidance import Told, no_guidance_below_1
 from ddil_env.prediction import Prediction
 from ddil_env.time_grid import TimeGrid
+from ddil_env.worlds.world import World
 
 
 class Distilled(Expert):
@@ -50,6 +51,7 @@ class Distilled(Expert):
             origin.schedule,
             origin.sample_shape,
             num_conditions=origin.num_conditions,
+            condition_shape=origin.condition_shape,
             guidance_scale=guidance_scale,
             support=origin.support,
             device=origin.device,
@@ -97,6 +99,9 @@ class Distilled(Expert):
         i, j = ((self.grid.times[:, None] > u).sum(0) for u in (t, s))  # t = grid.times[i], s = grid.times[j]; (b,) each
         index = i + (j - i) * torch.arange(1, k, device=t.device)[:, None] // k
         return torch.cat([t[None], self.grid.times[index], s[None]])
+
+    def make_world(self, num_worlds: int, **options: Any) -> World | None:
+        return self.origin.make_world(num_worlds, **options)
 
     def sample_condition(self, n: int, generator: torch.Generator | None = None) -> Tensor | None:
         return self.origin.sample_condition(n, generator)

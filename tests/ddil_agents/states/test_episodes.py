@@ -8,7 +8,11 @@ import torch
 from line_world import GAIN, Steersman
 
 from ddil_agents import DMD2, Beta, Dagger, DaggerConfig, DMD2Config
+from ddil_agents.commands.parse import find_agent
 from ddil_agents.evaluation.episodes import EpisodeEvaluator
+from ddil_agents.ppo import PPOAgent, PPOConfig
+from ddil_agents.safe_dagger import SafeDagger, SafeDaggerConfig
+from ddil_agents.training.stages import iter_learners, plan_stages
 from ddil_env import unroll
 
 SMALL: dict[str, Any] = {
@@ -100,3 +104,42 @@ def test_a_student_learns_to_steer() -> None:
 def test_all_states_of_a_rollout_are_refused_in_a_world() -> None:
     with pytest.raises(ValueError, match="states_per_rollout=all: in a world each denoising of an episode gives one state; use 1"):
         dagger(states_per_rollout="all")
+
+
+WORLDLY = ("bc", "dagger", "dart", "lcm", "dmd2", "scheduled_sampling", "safe_dagger", "aggrevate", "gail")
+
+
+@pytest.mark.parametrize("name", WORLDLY)
+def test_every_learner_trains_and_samples_in_a_world(name: str) -> None:
+    agent = find_agent(name)
+    learner = agent(Steersman(), agent.Config(**{**SMALL, "num_updates": 4})).learn(progress=False)
+    assert learner.sample(3).shape == (3, 2)
+    assert (learner.collector.world_steps > 0) == (sum(learner.config.beta(0)[1:]) > 0)  # type: ignore[attr-defined]
+
+
+def test_samples_are_drawn_under_conditions_of_ones_own() -> None:
+    learner = dagger()
+    assert learner.sample(3, c=torch.zeros(3, 2)).shape == (3, 2)
+    assert torch.equal(learner.sample(3, c=[0.5, 1.0]), learner.sample(3, c=torch.tensor([[0.5, 1.0]] * 3)))
+    with pytest.raises(ValueError, match=r"c of shape \(3, 5\): need finite conditions, \(3, 2\), or \(2,\) for all"):
+        learner.sample(3, c=torch.zeros(3, 5))
+
+
+def test_a_student_that_teaches_the_next_stage_keeps_the_world() -> None:
+    config = DaggerConfig(**{**SMALL, "num_updates": 4, "stages": ({"num_steps": 2}, {"num_steps": 1})})
+    steps = []
+    for _, learner in iter_learners(Dagger, Steersman(), plan_stages(config)):
+        learner.train(None, progress=False)
+        steps.append(learner.collector.world_steps)  # type: ignore[attr-defined]
+    assert len(steps) == 2
+    assert min(steps) > 0
+
+
+def test_what_a_world_does_not_allow_is_refused() -> None:
+    with pytest.raises(ValueError, match="ppo learns from episodes of num_steps=2 steps and condition ids, and Steersman has"):
+        PPOAgent(Steersman(), PPOConfig(num_steps=2, teacher_steps=4))
+    with pytest.raises(ValueError, match="query_budget=9999: in a world the teacher acts for as long as episodes last"):
+        SafeDagger(Steersman(), SafeDaggerConfig(**{**SMALL, "query_budget": 9999}))
+    config = SafeDaggerConfig(**{**SMALL, "query_budget": 100, "beta": Beta(0, 0, 1)})
+    learner = SafeDagger(Steersman(), config).learn(progress=False)
+    assert 0 < learner.teacher_nfe <= 100
