@@ -16,6 +16,7 @@ and `check_expert(MyExpert())` proves that it conforms.
 from __future__ import annotations
 
 import functools
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -182,7 +183,18 @@ class Expert(ABC):
             "sample_shape": list(self.sample_shape),
             "conditions": self.num_conditions if self.condition_shape is None else list(self.condition_shape),
             "guidance_scale": self.guidance_scale,
+            "weights": self.weights_digest,
         }
+
+    @functools.cached_property
+    def weights_digest(self) -> str | None:
+        """A digest of the weights of its networks, which are fixed; None if it has none."""
+        digest, modules = hashlib.sha256(), {name: value for name, value in vars(self).items() if isinstance(value, nn.Module)}
+        for name, module in sorted(modules.items()):
+            for key, value in module.state_dict().items():
+                digest.update(f"{name}.{key} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16] if modules else None
 
     @property
     def conditional(self) -> bool:

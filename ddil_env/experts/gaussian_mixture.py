@@ -10,8 +10,10 @@ The sums are over x_t − α μ_k and in float64, so that no digits cancel as σ
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,6 +84,10 @@ class GaussianMixtureExpert(Expert):
         if label is not None:
             rows[:-1][label[None] != torch.arange(num_classes)[:, None]] = -torch.inf
         self._class_log_weights = rows.log_softmax(1)
+
+    def identity(self) -> dict[str, Any]:
+        parameters = {"means": self.means.tolist(), "stds": self.stds.tolist(), "weights": self._class_log_weights.tolist()}
+        return super().identity() | {"mixture": hashlib.sha256(repr(parameters).encode()).hexdigest()[:16]}
 
     def _components(self, x_t: Tensor, t: Tensor, c: Tensor | None) -> tuple[Tensor, ...]:
         """log r_k unnormalised (b, k), x_t − α μ_k (b, k, d), v_k (b, k), α and σ (b, 1), all float64."""

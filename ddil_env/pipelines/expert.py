@@ -160,13 +160,13 @@ class PipelineExpert(Expert):
         return f"{kind} {self.files.sha256(names)[:16]}"
 
     @cached_property
-    def _weights_digest(self) -> str:
-        return self.files.sha256([self.denoiser])[:16]
+    def weights_digest(self) -> str:
+        return self.files.sha256([self.denoiser])[:16]  # of the files, which is cheaper than of what was loaded
 
     def identity(self) -> dict[str, Any]:
         stretches = "" if self.pairs is None else json.dumps(read_manifest(self.pairs.folder).get("stretches"))
         data = None if self.pairs is None else hashlib.sha256(stretches.encode()).hexdigest()[:16]
-        return super().identity() | {"model": self.fingerprint(), "denoiser": self._weights_digest, "data": data}
+        return super().identity() | {"model": self.fingerprint(), "data": data}
 
     def open_pairs(self, own: OwnData, embed: Embed, read: Callable[[str, str | None], Source] = read_pairs) -> Pairs:
         """Opens the user's data as latents, in float32 or float16, and embeddings; caches them first if that has not been done.

@@ -13,6 +13,7 @@ from helpers import bc, dagger, learn, same, weights
 from ddil_agents import Algorithm, Beta, Dagger, DaggerConfig
 from ddil_agents.training.checkpoint import checkpoints
 from ddil_env import GaussianMixtureExpert
+from ddil_env.experts.digits import Digits
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 
@@ -133,11 +134,20 @@ def test_a_manifest_says_what_was_saved(saved: Path) -> None:
 
 
 def test_a_checkpoint_of_another_expert_is_refused(tmp_path: Path) -> None:
-    def make(w: float) -> Dagger:
-        expert = GaussianMixtureExpert([[-0.8, 0.0], [0.8, 0.0]], 0.25, labels=[0, 1], guidance_scale=w)
+    def make(w: float = 2.0, std: float = 0.25) -> Dagger:
+        expert = GaussianMixtureExpert([[-0.8, 0.0], [0.8, 0.0]], std, labels=[0, 1], guidance_scale=w)
         return Dagger(expert, DaggerConfig(num_updates=1, batch_size=4, collect_size=8, student={"width": 8, "depth": 1}))
 
-    make(2.0).train(tmp_path, progress=False)
-    make(2.0).load(tmp_path / "checkpoints")
+    make().train(tmp_path, progress=False)
+    make().load(tmp_path / "checkpoints")
     with pytest.raises(ValueError, match=r"was trained on another expert: its guidance_scale is 2.0, here 3.0; .*restore the run's env"):
-        make(3.0).load(tmp_path / "checkpoints")
+        make(w=3.0).load(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="was trained on another expert: its mixture is "):
+        make(std=0.3).load(tmp_path / "checkpoints")
+
+
+def test_an_experts_identity_holds_its_weights() -> None:
+    one, same, other = (Digits("digits8") for _ in range(3))
+    with torch.no_grad():
+        next(other.network.parameters())[0].add_(1e-3)
+    assert one.identity() == same.identity() != other.identity()
