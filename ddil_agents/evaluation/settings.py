@@ -92,7 +92,7 @@ class Validation:
 
     n: int = 256
     """Samples of the averaged student at each evaluation; they are compared with as many of the teacher, which are drawn once."""
-    metrics: tuple[str, ...] = ("frechet_to_expert", "action_mse_own", "recall")
+    metrics: tuple[str, ...] = ("frechet_to_expert", "action_mse_own")
     """Metrics of result.json that eval.jsonl records; the first decides which student is the best."""
     patience: int | None = None
     """Evaluations without a better student after which training ends; null: it never ends early."""

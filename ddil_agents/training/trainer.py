@@ -161,7 +161,7 @@ class Trainer:
             batch = algorithm.draw()  # s ~ Σᵢ βᵢ ρᵢ, DDIL Alg. 1
             measured = self.update(batch)  # L_Distill, DDIL Eq. 2
             self.metrics.add(batch, measured)
-            if algorithm.config.prioritised:
+            if algorithm.config.prioritised and "loss" in measured:  # the student may take its step in every k-th update only
                 self.metrics.check_finite(algorithm)  # this error names the update and the sources, the buffer's would not
                 algorithm.buffer.update_priority(batch["index"], measured["loss"])
             for callback in self.callbacks:

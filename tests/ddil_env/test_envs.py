@@ -419,11 +419,15 @@ def test_bad_vector_arguments_are_refused(options: dict[str, Any], message: str)
         DenoisingVectorEnv(mixture(), **options)
 
 
-def test_bad_torchrl_arguments_are_refused() -> None:
+def test_bad_torchrl_arguments_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"batch_size=\[3, 0\]: every axis needs at least one environment"):
         DenoisingEnv(mixture(), batch_size=[3, 0])
     with pytest.raises(ValueError, match="device 'meta' is not to be had"):
         DenoisingEnv(mixture(), device="meta")
+    with monkeypatch.context() as patch:  # as where there is a GPU, and the expert is not on it
+        patch.setattr("ddil_env.denoising_env.check_device", torch.device)
+        with pytest.raises(ValueError, match="device='cuda', but the expert is on 'cpu'; build the expert with device='cuda'"):
+            DenoisingEnv(mixture(), device="cuda")
     with pytest.raises(ValueError, match="device 'cuda:99' is not to be had"):
         DenoisingEnv(mixture(), device="cuda:99")
 

@@ -36,7 +36,7 @@ def test_a_run_evaluates_and_its_best_last_and_older_students_are_loaded(capsys:
     dagger.main([*SMALL, "--out", "run"])
     rows = read_metrics(Path("run/eval.jsonl"))
     assert [row["step"] for row in rows] == [0, 6, 12]
-    assert rows[0].keys() == {"step", "frechet_to_expert", "action_mse_own", "recall", "best", "seconds"}
+    assert rows[0].keys() == {"step", "frechet_to_expert", "action_mse_own", "best", "seconds"}
     assert "dagger, update 6: frechet_to_expert" in capsys.readouterr().err
     best = json.loads(Path("run/best/evaluation.json").read_text())
     assert best == min(rows, key=lambda row: row["frechet_to_expert"])
