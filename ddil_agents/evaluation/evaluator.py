@@ -235,6 +235,8 @@ class Evaluator(SampleDrawer):
     def describe(self) -> dict[str, Any]:
         """How this evaluator measures, as a result records it: results that differ in it are not compared."""
         s, described = self.settings, self._base_settings()
+        if self._episodes is not None:
+            described["n_episodes"] = s.n_episodes
         if s.protocol is not None:
             described["protocol"] = s.protocol
         if self.extractor.of_pictures or s.scores or s.lpips:

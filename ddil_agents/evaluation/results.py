@@ -62,7 +62,8 @@ def describe_measurement(settings: dict[str, Any], provenance: dict[str, Any]) -
     seed = f", evaluation seed {settings['seed']}" if "seed" in settings else ""
     reference = settings.get("reference")
     data = f", against {settings['n_reference']} {reference.replace('_', '-')} data" if reference and "images" not in settings else ""
-    how = f"n = {settings['n']}{seed}{data}, features of {settings['extractor']}, guidance {settings['guidance_scale']:g}"
+    episodes = f", {settings['n_episodes']} episodes" if "n_episodes" in settings else ""
+    how = f"n = {settings['n']}{episodes}{seed}{data}, features of {settings['extractor']}, guidance {settings['guidance_scale']:g}"
     return f"{how}; {provenance['hardware']}, torch {provenance['torch']}, {provenance['date']}"
 
 

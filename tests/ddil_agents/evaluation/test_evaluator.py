@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import make_evaluator
+from line_world import Steersman
 from PIL import Image
 
 from ddil_agents.evaluation import provenance, quality, samples
@@ -14,7 +15,7 @@ from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.metrics.distances import mmd2, split_half
 from ddil_agents.evaluation.metrics.frechet import frechet_distance
 from ddil_agents.evaluation.metrics.precision_recall import precision_recall_density_coverage
-from ddil_agents.evaluation.results import table
+from ddil_agents.evaluation.results import describe_measurement, table
 from ddil_agents.evaluation.settings import Evaluation, extractor_for
 from ddil_agents.evaluation.shift import kernel_bandwidth
 from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, load_expert, unroll
@@ -467,3 +468,16 @@ def test_a_policy_with_an_act_of_its_own_is_not_cached(tmp_path: Path):
         assert row["endpoint_rmse"] == pytest.approx(b, rel=1e-4)
     scaled = [evaluator.evaluate(ScaledEpsilon(evaluator.few_step_expert, scale), name="scaled")["endpoint_rmse"] for scale in (1.01, 1.5)]
     assert scaled[1] > 2 * scaled[0]
+
+
+def test_a_world_adds_what_episodes_earn() -> None:
+    expert = Steersman()
+    evaluator = Evaluator(ExpertPolicy(expert, 2), TimeGrid(expert.schedule, 2), Evaluation(n=20, n_episodes=6))
+    rows = evaluator.evaluate_baselines()
+    assert set(rows) == {"teacher@4", "teacher@2"}
+    assert all(row["success"] == 1 and row["length"] == 6 and -3 < row["return"] < 0 for row in rows.values())
+    assert rows["teacher@2"]["error_ratio"] > 0
+    assert evaluator.describe()["n_episodes"] == 6
+    settings = evaluator.describe()
+    assert "20, 6 episodes, " in describe_measurement(settings, {"hardware": "a CPU", "torch": "2", "date": "today"})
+    assert "n_episodes" not in make_evaluator(mixture(), n=20).describe()
