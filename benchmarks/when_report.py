@@ -177,8 +177,6 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     shown = {cell: {arm: own[PRIMARY] for arm, own in arms.items() if arm != "start"} for cell, arms in found.items()}
     arms = list(dict.fromkeys(arm for own in shown.values() for arm in own))
-    if not arms:  # of one seed there is no interval to draw
-        return
     figure = Figure(figsize=(10, 0.5 * len(shown) + 1.5), layout="constrained")
     axis = figure.subplots()
     for i, arm in enumerate(arms):
@@ -208,7 +206,8 @@ def write_report(records: Records, cells: list[Cell], out: Path) -> None:
     about = {key: sorted({str(record[key]) for record in records.values()}) for key in ("date", "hardware", "torch")}
     everything = {"complete": whole, "contrasts": over, "contrasts_error_own": second, "cells": found, "lost": lost, **about}
     write_atomically(out, json.dumps(everything, indent=1))
-    draw(found["average"], out.with_suffix(".png"))
+    if whole:  # intervals of a few seeds would fill the picture and say nothing
+        draw(found["average"], out.with_suffix(".png"))
     parts = ["# When does DDIL help?"]
     if not whole:
         parts.append("**Interim**: not all of the runs that the tests rest on have been made, so that no p is told.")

@@ -95,6 +95,7 @@ def test_eight_comparisons_are_corrected_once_all_their_runs_are_there(records, 
     when_report.write_report(records, cells, tmp_path / "interim.json")
     assert "p_holm" not in (tmp_path / "interim.json").read_text()
     assert "**Interim**" in (tmp_path / "interim.md").read_text()
+    assert not (tmp_path / "interim.png").exists()
 
 
 def test_a_threshold_is_crossed_with_its_own_baseline(records):
