@@ -87,6 +87,7 @@ def test_eight_comparisons_are_corrected_once_all_their_runs_are_there(records, 
     seconds = {cell.name: list(cell.arms)[1] for cell in cells if cell.name in when_report.FAMILY}
     tested = [told["cells"]["average"][name][arm]["frechet_to_expert"] for name, arm in seconds.items()]
     assert told["complete"]
+    assert (tmp_path / "when.png").is_file()
     assert len(tested) == 8
     assert [e["p_holm"] for e in tested] == pytest.approx(holm([e["p"] for e in tested]))
     assert "p_holm" not in told["cells"]["average"]["w 1, 4 steps"]["student"]["frechet_to_expert"]
@@ -117,7 +118,6 @@ def test_runs_that_are_lost_are_named_and_leave_with_their_partner(records, tmp_
     assert told["cells"]["average"]["LCM, w 3, 4 steps"]["half"]["recall"]["seeds"] == 15
     assert "endpoint_rmse" not in told["cells"]["average"]["LCM, w 3, 4 steps"]["half"]  # fresh noise: x_T names no sample
     assert "- ! LCM, w 3, 4 steps, half, seed 401" in (tmp_path / "when.md").read_text()
-    assert (tmp_path / "when.png").is_file()
 
 
 def test_the_cells_are_those_that_were_written_down():
