@@ -3,8 +3,9 @@
 import logging
 
 from ddil_env.check import check_expert
+from ddil_env.denoiser import Denoiser, NetworkDenoiser
 from ddil_env.denoising_env import DenoisingEnv
-from ddil_env.expert import Denoiser, Expert, NetworkDenoiser, NoDataError
+from ddil_env.expert import Expert, NoDataError
 from ddil_env.experts.gaussian_mixture import GaussianMixtureExpert
 from ddil_env.gym_env import DenoisingGymEnv, register_envs
 from ddil_env.mdp import DenoisingMDP

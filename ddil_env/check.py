@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddil_env.expert import Denoiser, Expert, NetworkDenoiser, NoDataError
+from ddil_env.denoiser import Denoiser, NetworkDenoiser
+from ddil_env.expert import Expert, NoDataError
 from ddil_env.prediction import Prediction
 from ddil_env.schedule import NoiseSchedule
 from ddil_env.time_grid import TimeGrid

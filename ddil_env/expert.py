@@ -1,4 +1,4 @@
-"""The interface of a diffusion model: the `Denoiser` protocol and the `Expert` base class.
+"""The interface of a diffusion model: the `Expert` base class.
 
 A new diffusion model is one subclass in one file:
 
@@ -21,11 +21,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ddil_env.denoiser import NetworkDenoiser
 from ddil_env.device import check_device
 from ddil_env.errors import NoDataError
 from ddil_env.guidance import Told, no_guidance_below_1
@@ -37,59 +38,7 @@ from ddil_env.time_grid import TimeGrid, substep_times
 if TYPE_CHECKING:
     from ddil_env.worlds.world import World
 
-__all__ = ["Denoiser", "Expert", "NetworkDenoiser", "NoDataError", "check_device"]
-
-Predict = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Prediction]  # (x_t, t, c, w); w None: the denoiser's own scale
-
-
-class Denoiser(Protocol):
-    """Anything that estimates the clean sample from a noisy latent: an expert, a student, a critic.
-
-    `predict(x_t, t, c)` estimates the clean sample and the noise at x_t (b, *sample_shape), t (b,), for condition ids c, (b,) int64 or
-    None. A denoiser with a guidance embedding takes the guidance scales w (b,) as the fourth argument. `nfe` counts its forwards,
-    one for each sample.
-    """
-
-    nfe: int
-
-    @property
-    def predict(self) -> Callable[..., Prediction]: ...
-
-
-class NetworkDenoiser(nn.Module):
-    """A trainable denoiser: a network and the schedule by which its output is read. Every student and critic is one.
-
-    Args:
-        network: Maps (x_t, t, c), or (x_t, t, c, w) with a guidance embedding, to an output of x_t's shape.
-        schedule: The schedule that t refers to.
-        prediction_type: What the output means.
-        guidance_embedding: Whether the network takes the guidance scale w (b,) as an input (Meng et al. 2023, §3.1).
-
-    Raises:
-        ValueError: a prediction type that the schedule does not support; when called, w missing or not expected.
-    """
-
-    def __init__(
-        self, network: nn.Module, schedule: NoiseSchedule, prediction_type: PredictionType, guidance_embedding: bool = False
-    ) -> None:
-        super().__init__()
-        schedule.check_prediction_type(prediction_type)
-        self.network = network
-        self.schedule = schedule
-        self.prediction_type = prediction_type
-        self.guidance_embedding = guidance_embedding
-        self.nfe = 0
-
-    def forward(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
-        if (w is None) == self.guidance_embedding:
-            cure = "pass w (b,)" if self.guidance_embedding else "leave w out, or build it with guidance_embedding=True"
-            raise ValueError(f"this denoiser has {'a' if self.guidance_embedding else 'no'} guidance embedding; {cure}")
-        self.nfe += x_t.shape[0]
-        inputs = (x_t, t, c) if w is None else (x_t, t, c, w)
-        return self.schedule.prediction(self.network(*inputs), x_t, t, self.prediction_type)
-
-    def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
-        return cast(Prediction, self(x_t, t, c, w))
+__all__ = ["Expert", "NoDataError", "check_device"]
 
 
 def _count_forwards(predict: Callable[..., Prediction]) -> Callable[..., Prediction]:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ddil_env.expert import NetworkDenoiser
+from ddil_env.denoiser import NetworkDenoiser
 from ddil_env.guidance import guidance_features, zero_projection
 
 

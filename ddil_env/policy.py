@@ -9,7 +9,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from ddil_env.expert import Denoiser, Expert, Predict
+from ddil_env.denoiser import Denoiser, Predict
+from ddil_env.expert import Expert
 from ddil_env.prediction import Prediction
 from ddil_env.schedule import NoiseSchedule
 from ddil_env.steps import invert_ddim, renoise_step

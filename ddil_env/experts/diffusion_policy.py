@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddil_env.expert import Expert, NetworkDenoiser
+from ddil_env.denoiser import NetworkDenoiser
+from ddil_env.expert import Expert
 from ddil_env.mlp import TimeConditionedMLP, last_activation
 from ddil_env.prediction import Prediction, PredictionType
 from ddil_env.schedule import NoiseSchedule

@@ -31,8 +31,9 @@ from torch.nn import functional as F
 
 from ddil_env.adapters import LoRA, add_adapters
 from ddil_env.data.tensors import TensorData
+from ddil_env.denoiser import NetworkDenoiser
 from ddil_env.errors import BROKEN_LATENTS, check_choice, check_finite
-from ddil_env.expert import Expert, NetworkDenoiser
+from ddil_env.expert import Expert
 from ddil_env.guidance import guidance_features, zero_projection
 from ddil_env.prediction import Prediction, PredictionType
 from ddil_env.schedule import NoiseSchedule

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddil_env.expert import Expert, NetworkDenoiser
+from ddil_env.denoiser import NetworkDenoiser
+from ddil_env.expert import Expert
 from ddil_env.guidance import Told, no_guidance_below_1
 from ddil_env.prediction import Prediction
 from ddil_env.time_grid import TimeGrid

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ddil_env.data.pairs import Pairs
 from ddil_env.data.sources import Source, read_pictures
-from ddil_env.expert import NetworkDenoiser
+from ddil_env.denoiser import NetworkDenoiser
 from ddil_env.guidance import Told
 from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.expert import Dtype

@@ -25,8 +25,9 @@ from ddil_env.data.cache import Embed
 from ddil_env.data.pairs import Pairs
 from ddil_env.data.shards import read_manifest
 from ddil_env.data.sources import Source, read_pairs
+from ddil_env.denoiser import NetworkDenoiser
 from ddil_env.errors import BROKEN_LATENTS, check_choice, check_finite
-from ddil_env.expert import Expert, NetworkDenoiser
+from ddil_env.expert import Expert
 from ddil_env.guidance import Told
 from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.folder import PipelineFolder

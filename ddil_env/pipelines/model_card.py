@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ddil_env.adapters import LORA_FILE, adapter_layers
-from ddil_env.expert import NetworkDenoiser
+from ddil_env.denoiser import NetworkDenoiser
 from ddil_env.guidance import Told
 from ddil_env.pipelines.find import HUB_ID
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from ddil_env.adapters import LORA_FILE, LoRA, adapter_layers, load_adapters, merge_adapters, save_adapters
-from ddil_env.expert import NetworkDenoiser
+from ddil_env.denoiser import NetworkDenoiser
 from ddil_env.guidance import Told
 from ddil_env.pipelines.find import read_json
 from ddil_env.pipelines.folder import PipelineFolder

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from ddil_agents import Dagger, DaggerConfig
-from ddil_env.expert import Denoiser, Expert, NetworkDenoiser
+from ddil_env.denoiser import Denoiser, NetworkDenoiser
+from ddil_env.expert import Expert
 from ddil_env.experts.stable_diffusion import PROMPTS, Dtype, PromptedUNet, StableDiffusion
 from ddil_env.mdp import Kernel
 from ddil_env.pipelines import find as pipeline_folder
