@@ -75,7 +75,7 @@ def last_activation(student: NetworkDenoiser) -> nn.Module:
     """
     if not isinstance(student.network, TimeConditionedMLP):
         raise ValueError(
-            f"cannot take features of a {type(student.network).__name__}; this expert's students are TimeConditionedMLPs; make one with "
-            "make_student()"
+            f"cannot take features of a {type(student.network).__name__}; a student of this expert is a TimeConditionedMLP; make one "
+            "with make_student()"
         )
     return student.network.layers[-2]

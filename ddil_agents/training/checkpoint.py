@@ -229,7 +229,7 @@ def _read_checkpoint(agent: TrainedAgent, directory: Path) -> tuple[Path, dict[s
         )
     saved_expert, expert = manifest.get("expert"), json.loads(json.dumps(agent.expert.identity()))
     if saved_expert is not None and saved_expert != expert:
-        key = next(key for key in expert.keys() | saved_expert.keys() if expert.get(key) != saved_expert.get(key))
+        key = next(key for key in sorted(expert.keys() | saved_expert.keys()) if expert.get(key) != saved_expert.get(key))
         raise ValueError(
             f"{path} was trained on another expert: its {key} is {saved_expert.get(key)!r}, here {expert.get(key)!r}; labels of both would "
             "be mixed: restore the run's env settings, model and data, or start a new run"

@@ -85,10 +85,11 @@ class GaussianMixtureExpert(Expert):
         if label is not None:
             rows[:-1][label[None] != torch.arange(num_classes)[:, None]] = -torch.inf
         self._class_log_weights = rows.log_softmax(1)
+        parameters = [mu.tolist(), std.tolist(), (weight / weight.sum()).tolist(), None if label is None else label.tolist()]
+        self._digest = hashlib.sha256(repr(parameters).encode()).hexdigest()[:16]  # of what was given: the same on every device
 
     def identity(self) -> dict[str, Any]:
-        parameters = {"means": self.means.tolist(), "stds": self.stds.tolist(), "weights": self._class_log_weights.tolist()}
-        return super().identity() | {"mixture": hashlib.sha256(repr(parameters).encode()).hexdigest()[:16]}
+        return super().identity() | {"mixture": self._digest}
 
     def _components(self, x_t: Tensor, t: Tensor, c: Tensor | None) -> tuple[Tensor, ...]:
         """log r_k unnormalised (b, k), x_t − α μ_k (b, k, d), v_k (b, k), α and σ (b, 1), all float64."""

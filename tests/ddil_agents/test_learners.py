@@ -318,12 +318,12 @@ class PoisonedFrom(GaussianMixtureExpert):
     """NaN labels from a given number of forwards on."""
 
     def __init__(self, nfe: int) -> None:
-        super().__init__(CORNERS, 0.25)
+        super().__init__(CORNERS, 0.25, [1, 2, 3, 4])
         self.poisoned_from = nfe
 
     def identity(self) -> dict[str, Any]:
         """As the healthy one, for which its checkpoints are."""
-        return GaussianMixtureExpert(CORNERS, 0.25).identity()
+        return corners().identity()
 
     def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
         pred = super().predict(x_t, t, c)

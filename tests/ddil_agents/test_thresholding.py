@@ -283,10 +283,11 @@ def test_a_saved_learner_refuses_another_calibration_and_takes_its_own(tmp_path:
     learner = made("bc", thresholding=QUANTILE)
     learner.learn(progress=False)
     learner.save(tmp_path)
-    wider = GaussianMixtureExpert(MEANS, 0.2)
+    assert isinstance(learner.support, ChannelQuantiles)
+    other = ChannelQuantiles(learner.support.low, [2 * bound for bound in learner.support.high])  # as of other data
     with pytest.raises(ValueError, match=r"calibrated on other samples; pass it as support= \(support.json of its run\)"):
-        made("bc", wider, thresholding=QUANTILE).load(tmp_path)
-    restored = made("bc", wider, support=learner.support, thresholding=QUANTILE).load(tmp_path)
+        made("bc", support=other, thresholding=QUANTILE).load(tmp_path)
+    restored = made("bc", support=learner.support, thresholding=QUANTILE).load(tmp_path)
     assert torch.equal(weights(restored.student), weights(learner.student))
 
 
