@@ -15,13 +15,12 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.envs.box2d.lunar_lander import heuristic
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ddil_env.experts.diffusion_policy import policy_network
 from ddil_env.experts.lunar_lander import DEPTH, ENV, WIDTH
-from ddil_env.prediction import Prediction
+from ddil_env.experts.train_denoiser import save_expert, train_denoiser
 
 
 def fly(seeds: range, disturbance: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,26 +59,16 @@ def main() -> None:
     mean, std = observations.mean(0), observations.std(0)
     c = ((observations - mean) / std).clamp(-5, 5)
     network = policy_network((2,), (8,), WIDTH, DEPTH)
-    optimiser = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, args.updates)
-    average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    for _ in tqdm(range(args.updates), unit="update"):
-        rows = torch.randint(len(c), (512,))
-        x_0, t = actions[rows], torch.randint(1, network.schedule.num_train_steps, (512,)).float()
-        eps = torch.randn_like(x_0)
-        predicted = network(network.schedule.add_noise(x_0, eps, t), t, c[rows])
-        loss = (predicted.output("v") - Prediction(x_0, eps, t, network.schedule).output("v")).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        average.update_parameters(network)
+
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(c), (n,))
+        return actions[rows], c[rows]
+
+    loss = train_denoiser(network, draw, args.updates)
     demos, demo_actions, episodes = fly(range(50_000, 50_000 + args.demos), 0.0)
-    network.load_state_dict(average.module.state_dict())
-    stored = {f"network.{name}": value.contiguous() for name, value in network.network.state_dict().items()}
-    stored |= {"mean": mean, "std": std, "c": ((demos - mean) / std).clamp(-5, 5), "x_0": demo_actions, "episode": episodes}
-    save_file(stored, args.out)
-    print(f"loss {float(loss):.4f}; {args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
+    data = {"mean": mean, "std": std, "c": ((demos - mean) / std).clamp(-5, 5), "x_0": demo_actions, "episode": episodes}
+    print(f"loss {loss:.4f}")
+    save_expert(args.out, network, data)
 
 
 if __name__ == "__main__":
