@@ -64,6 +64,7 @@ class EpisodeEvaluator:
 
         Returns:
             return, return_std, success, length: means over episodes, and the spread of the returns.
+            the world's own metrics, such as `route_entropy`.
             survival: the share of episodes that go on after each eighth of the longest possible one.
             error_own, error_expert: squared error of a sample per entry, by eighth of an episode; None where no episode is so long.
             error_data: the same on held-out data; error_ratio: mean error_own over error_data.
@@ -71,38 +72,39 @@ class EpisodeEvaluator:
         grid = grid or self.grid
         episodes = self.expert_episodes if policy is self.expert_policy else self.run(policy, grid, kernel)
         total, world = episodes.total_reward, self.world
-        won = world.succeeded(total)
+        success = world.succeeded(total)
         ends = [round(world.num_frames * (i + 1) / SPANS) for i in range(SPANS)]
-        found: dict[str, Any] = {
+        metrics: dict[str, Any] = {
             "return": float(total.mean()),
             "return_std": float(total.std()) if self.n > 1 else 0.0,
-            "success": None if won is None else float(won.double().mean()),
+            "success": None if success is None else float(success.double().mean()),
             "length": float(episodes.length.double().mean()),
             "survival": [float((episodes.length >= end).double().mean()) for end in ends],
             "world_steps": int(episodes.alive.sum()),
+            **world.metrics(episodes),
         }
         if policy is self.expert_policy:
-            return found
-        found["error_own"] = self._errors(policy, grid, kernel, episodes, ends)
-        found["error_expert"] = self._errors(policy, grid, kernel, self.expert_episodes, ends)
+            return metrics
+        metrics["error_own"] = self._errors(policy, grid, kernel, episodes, ends)
+        metrics["error_expert"] = self._errors(policy, grid, kernel, self.expert_episodes, ends)
         try:
             _, c = self.expert.reference_data(self.labelled * SPANS, held_out=True)
         except NoDataError:
-            return found | {"error_data": None, "error_ratio": None}
+            return metrics | {"error_data": None, "error_ratio": None}
         assert c is not None
-        found["error_data"] = self._error(policy, grid, kernel, c)
+        metrics["error_data"] = self._error(policy, grid, kernel, c)
         weights = [int(episodes.alive[a:b].sum()) for a, b in zip([0, *ends], ends, strict=False)]
-        own = sum(w * e for w, e in zip(weights, found["error_own"], strict=True) if e is not None) / sum(weights)
-        found["error_ratio"] = own / found["error_data"] if found["error_data"] else math.nan
-        return found
+        own = sum(w * e for w, e in zip(weights, metrics["error_own"], strict=True) if e is not None) / sum(weights)
+        metrics["error_ratio"] = own / metrics["error_data"] if metrics["error_data"] else math.nan
+        return metrics
 
     def _errors(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, episodes: Episodes, ends: Sequence[int]) -> list[float | None]:
-        found: list[float | None] = []
+        errors: list[float | None] = []
         for first, last in zip([0, *ends], ends, strict=False):
             c = episodes.c[first:last][episodes.alive[first:last]]
             rows = torch.randperm(len(c), generator=self._generator(f"labelled {first}"), device=c.device)[: self.labelled]
-            found.append(self._error(policy, grid, kernel, c[rows]) if len(c) else None)
-        return found
+            errors.append(self._error(policy, grid, kernel, c[rows]) if len(c) else None)
+        return errors
 
     def _error(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, c: Tensor) -> float:
         x_T = torch.randn(len(c), *self.expert.sample_shape, generator=self._generator("error"), device=self.expert.device)

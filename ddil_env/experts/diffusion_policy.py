@@ -30,8 +30,8 @@ class DiffusionPolicy(Expert):
     """A teacher in a world, with the demonstrations that it was trained beside.
 
     Args:
-        file: A safetensors file: the network's weights (`network.…`), `mean` and `std` of the observations, and the demonstrations, `c`
-            (m, *condition_shape) normalised, `x_0` (m, *sample_shape) and `episode` (m,).
+        file: A safetensors file: the network's weights (`network.…`), `mean` and `std` of the observations where they are normalised, and
+            the demonstrations, `c` (m, *condition_shape), `x_0` (m, *sample_shape) and `episode` (m,).
         width, depth: Of its MLP.
         num_demos: Demonstrations, whole episodes, that forward states come from; the rest of the file's are held out.
         device: Where it computes.
@@ -49,7 +49,7 @@ class DiffusionPolicy(Expert):
         self.teacher.network.load_state_dict(weights)
         self.teacher.to(self.device).eval()
         self.width, self.depth = width, depth
-        self.mean, self.std = stored["mean"], stored["std"]
+        self.mean, self.std = stored.get("mean"), stored.get("std")
         episodes = int(stored["episode"].max()) + 1
         if not 1 <= num_demos < episodes:
             raise ValueError(f"num_demos={num_demos}: there are {episodes}, and one at least is held out; need 1 to {episodes - 1}")

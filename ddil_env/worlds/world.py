@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ddil_env.worlds.episodes import Episodes
 
 
 class World(ABC):
@@ -64,6 +68,10 @@ class World(ABC):
     def succeeded(self, total_reward: Tensor) -> Tensor | None:
         """Of episodes with these sums of rewards (n,), which were a success, (n,) bool; None if the world does not say."""
         return None
+
+    def metrics(self, episodes: Episodes) -> dict[str, float]:
+        """What this kind of world measures besides rewards, of whole episodes in it, one in each world."""
+        return {}
 
     def reset(self, generators: Sequence[torch.Generator], rows: Sequence[int] | None = None) -> Tensor:
         """Begins new episodes, in all worlds or in the given ones.
