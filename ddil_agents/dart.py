@@ -6,6 +6,11 @@ Noise around the expert's states takes the student to states like those that its
     teacher:  x_s = a*(x_t) + σ_s γ ξ ,   the next state of its rollout      Laskey et al. 2017: noise in the supervisor's action
     label:    a*(x_t), the expert's action at the perturbed state
 
+In a world noise is also added to what feeds back, which is where Laskey et al. add it:
+
+    forward:  c + ν ξ                       the conditions of demonstrations
+    teacher:  world.step(x_0 + ν ξ)         what is executed of the expert's samples
+
 There are two differences. Ning et al. regress to ε, the noise without the perturbation, so that their network learns to remove the
 perturbation too; the expert, at the perturbed state, treats it as a state of noise level t like any other. And Laskey et al. fit the
 noise to the student's error, where here γ is a setting; √action_mse_own of a run's result.json, divided by σ_s, is the γ of that error.
@@ -37,8 +42,13 @@ class DartConfig(BCConfig):
     perturbation: float = 0.1
     """γ, the standard deviation of the perturbation as a fraction of the noise level σ_t; 0 is behaviour cloning."""
 
+    world_noise: float = 0.0
+    """ν, the standard deviation of the noise in executed samples and in the conditions of forward states, in a world."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.world_noise < math.inf:
+            raise ValueError(f"world_noise={self.world_noise}: need a finite number ≥ 0, such as 0.1; 0 disturbs nothing")
         if not 0 <= self.perturbation < math.inf:
             raise ValueError(f"perturbation={self.perturbation}: need a finite number ≥ 0, such as 0.1; 0 is behaviour cloning")
 
@@ -48,13 +58,22 @@ class PerturbedCollector(Collector):
 
     Args:
         perturbation: γ.
+        world_noise: ν.
     """
 
     def __init__(
-        self, expert_policy: ExpertPolicy, student_policy: StudentPolicy, grid: TimeGrid, seed: int, *, perturbation: float, **settings: Any
+        self,
+        expert_policy: ExpertPolicy,
+        student_policy: StudentPolicy,
+        grid: TimeGrid,
+        seed: int,
+        *,
+        perturbation: float,
+        world_noise: float = 0.0,
+        **settings: Any,
     ) -> None:
         super().__init__(expert_policy, student_policy, grid, seed, **settings)
-        self.perturbation = perturbation
+        self.perturbation, self.world_noise = perturbation, world_noise
         self.streams["disturbance"] = torch.Generator(self.expert.device).manual_seed(own_seed(seed, "disturbance"))
 
     def noised(self, x_0: Tensor, t: Tensor) -> Tensor:
@@ -62,6 +81,19 @@ class PerturbedCollector(Collector):
 
     def follow(self, x_t: Tensor, t: Tensor, u: Tensor, *rest: Any) -> Tensor:
         return self.perturb(super().follow(x_t, t, u, *rest), u)
+
+    def draw_data(self, n: int) -> tuple[Tensor, Tensor | None]:
+        x_0, c = super().draw_data(n)
+        return x_0, c if self.world is None or c is None else self.disturb(c)
+
+    def execute(self, x_0: Tensor) -> Tensor:
+        return self.disturb(x_0)
+
+    def disturb(self, x: Tensor) -> Tensor:
+        """Returns x + ν ξ."""
+        if not self.world_noise:
+            return x
+        return x + self.world_noise * torch.randn(x.shape, generator=self.streams["disturbance"], device=x.device)
 
     def perturb(self, x: Tensor, t: Tensor) -> Tensor:
         """Returns x + σ_t γ ξ, (n, *sample_shape)."""
@@ -78,7 +110,8 @@ class Dart(BehaviourCloning):
     config: DartConfig
 
     def make_collector(self, student_policy: StudentPolicy, *args: Any, **settings: Any) -> Collector:
-        return super().make_collector(student_policy, PerturbedCollector, perturbation=self.config.perturbation)
+        c = self.config
+        return super().make_collector(student_policy, PerturbedCollector, perturbation=c.perturbation, world_noise=c.world_noise)
 
 
 def main(argv: list[str] | None = None) -> None:

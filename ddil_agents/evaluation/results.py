@@ -27,6 +27,7 @@ METRICS: dict[str, tuple[str, str, int]] = {  # key of a result → heading, for
     "endpoint_rmse": ("RMSE to teacher ↓", "{:.4f}", -1),
     "return": ("return ↑", "{:.1f}", 1),
     "success": ("success ↑", "{:.3f}", 1),
+    "route_entropy": ("entropy of routes, nats ↑", "{:.2f}", 1),
     "error_ratio": ("error on own / data's conditions ↓", "{:.2f}", -1),
 }
 # −1 where lower is better. A metric that has a value for each step is averaged over the steps.

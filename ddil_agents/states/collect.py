@@ -149,7 +149,7 @@ class Collector:
 
     def forward(self, n: int) -> TensorDict:
         """n forward-diffused states, labelled."""
-        x_0, c = self.expert.sample_data(n, self.streams["data"])
+        x_0, c = self.draw_data(n)
         step = torch.randint(self.grid.num_steps, (n,), generator=self.streams["time"], device=x_0.device)
         t = self.grid.times[step]
         x_t = self.noised(x_0, t)
@@ -158,6 +158,14 @@ class Collector:
         x_s = self.label(x_t, t, s, c, w)
         actors = torch.zeros(n, self.grid.num_steps, dtype=torch.bool, device=x_0.device)
         return self.states(x_t=x_t, t=t, s=s, c=c, w=w, x_s=x_s, actors=actors, nfe=(self.expert.nfe - before) // n)
+
+    def draw_data(self, n: int) -> tuple[Tensor, Tensor | None]:
+        """Data and conditions of n forward states."""
+        return self.expert.sample_data(n, self.streams["data"])
+
+    def execute(self, x_0: Tensor) -> Tensor:
+        """What a world is given of samples x_0, (n, *sample_shape)."""
+        return x_0
 
     def rollout(self, n: int, p_expert: float) -> TensorDict:
         """States that n denoisings visit, labelled; the actor of every step is drawn with p_expert, in a world that of every denoising."""

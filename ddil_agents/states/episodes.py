@@ -54,7 +54,7 @@ def visit(collector: Collector, world: World, n: int, p_expert: float, step: int
         actors[:, :m] = by_expert[:, None] & (torch.arange(m) < j[:, None])
         fields = {"x_t": x_t, "t": times[stop], "c": c, "actors": actors.to(device)}
         parts.append(TensorDict(fields if w is None else fields | {"w": w}, batch_size=[k]))
-        return x
+        return collector.execute(x)
 
     while sum(map(len, parts)) < n:
         seeds = torch.randint(2**62, (world.num_worlds,), generator=collector.streams["world"]).tolist()

@@ -84,7 +84,7 @@ class Fork(World):
         crossed, number = episodes.reward > 0, episodes.reward.cumsum(0)  # the number of the row that a frame passes
         routes = (right * crossed * 2 ** (number - 1).clamp(min=0)).sum(0)[self.succeeded(episodes.total_reward)]
         share = torch.unique(routes, return_counts=True)[1].double() / max(1, len(routes))
-        return {"route_entropy": float(-(share * share.log()).sum())}
+        return {"route_entropy": float((share * (1 / share).log()).sum())}
 
     def render(self, row: int = 0) -> Tensor:
         scale, wide = 24, self.num_rows + 1.5  # pixels a unit; from the middle to a side

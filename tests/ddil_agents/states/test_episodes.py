@@ -9,6 +9,7 @@ from line_world import GAIN, Steersman
 
 from ddil_agents import DMD2, Beta, Dagger, DaggerConfig, DMD2Config
 from ddil_agents.commands.parse import find_agent
+from ddil_agents.dart import Dart, DartConfig
 from ddil_agents.evaluation.episodes import EpisodeEvaluator
 from ddil_agents.ppo import PPOAgent, PPOConfig
 from ddil_agents.safe_dagger import SafeDagger, SafeDaggerConfig
@@ -60,6 +61,21 @@ def test_the_actor_is_drawn_for_each_denoising() -> None:
         assert int(actors.sum()) in (0, before)
     second = states["actors"][states["t"] == 50][:, :2]
     assert 0.3 < float(second.all(1).float().mean()) < 0.7
+
+
+def test_dart_disturbs_what_is_executed_and_the_conditions_of_demonstrations() -> None:
+    """The teacher halves c in every frame, up to a spread of .05; noise of ν = 2 is added to its samples and to demonstrations."""
+    config = DartConfig(**{**SMALL, "beta": Beta(0.5, 0.5, 0), "num_worlds": 64, "collect_size": 4000, "world_noise": 2.0})
+    learner = Dart(Steersman(wall=100.0), config)
+    states = learner.trainer.collect()
+    spread = [float(states["c"][states["source"] == i].std()) for i in (0, 1)]
+    assert spread[0] == pytest.approx((1 + 2**2) ** 0.5, abs=0.1)
+    variance = [1.0]
+    for _ in range(5):
+        variance.append((1 + GAIN) ** 2 * variance[-1] + 2**2)
+    assert spread[1] == pytest.approx((sum(variance) / 6) ** 0.5, abs=0.15)
+    expected = learner.expert_policy.act(states["x_t"], states["t"], states["s"], states["c"])
+    torch.testing.assert_close(states["x_s"], expected)  # the label is not disturbed
 
 
 def test_costs_are_counted_in_forwards_and_in_steps_of_the_world() -> None:

@@ -1,0 +1,237 @@
+"""When does DDIL help where samples feed back? Arms of imitation learning in worlds, cell by cell, paired by seed.
+
+    python -m pip install 'ddil[worlds]'
+    python benchmarks/worlds.py --jobs 2            # hours on two cores; goes on where it stopped
+    python benchmarks/worlds.py --report_only       # the tables, from the runs that are there
+
+    worlds.json, worlds.md, worlds.png      the tables and the picture (worlds_report.py)
+    worlds_runs.jsonl                       a line for each run, all that these are made of; a run that has its line is not run again
+
+In a cell a student learns a diffusion policy in N steps, from as many labels of the same teacher and in as many updates, whatever the arm:
+arms differ in the conditions that are labelled. Every arm of a seed starts from the same weights. What is expected, which metric, which
+test and how many seeds was written down in benchmarks/README.md before the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from worlds_report import write_report
+
+from ddil_agents import Algorithm, BehaviourCloning, Beta, Dagger, Dart
+from ddil_agents.evaluation.episodes import EpisodeEvaluator
+from ddil_agents.evaluation.provenance import provenance
+from ddil_agents.training.checkpoint import write_atomically
+from ddil_env import ExpertPolicy, TimeGrid, load_expert
+
+FIRST_SEED, SEEDS, FEWER = 700, 10, 5
+TUNING = (690, 691, 692)  # seeds on which each cell's best DART is chosen; no other arm runs on them
+TEACHER_STEPS = 16
+BASE: dict[str, Any] = {
+    "teacher_steps": TEACHER_STEPS,
+    "num_updates": 2000,
+    "learning_rate": 3e-3,
+    "collect_size": 512,
+    "updates_per_collect": 128,
+    "capacity": 8192,  # all labels: 16 collections of 512
+    "student_collections": None,
+}
+EPISODES = {"fork": 500, "lunar_lander": 100}
+
+
+class Arm(NamedTuple):
+    """An arm: its agent, what it has of its own, and in how many seeds it runs."""
+
+    agent: type[Algorithm]
+    settings: dict[str, Any]
+    seeds: int = FEWER
+
+
+ARMS = {
+    "bc": Arm(BehaviourCloning, {}, SEEDS),
+    "ddil": Arm(Dagger, {"beta": Beta(0.5, 0, 0.5)}, SEEDS),
+    "dagger": Arm(Dagger, {"beta": Beta(0, 0, 1)}, SEEDS),
+    "teacher": Arm(Dagger, {"beta": Beta(0.5, 0.5, 0)}),
+    "teacher too": Arm(Dagger, {"beta": Beta(0.5, 0.1, 0.4)}),
+    **{f"dart {noise:g}": Arm(Dart, {"world_noise": noise, "beta": Beta(0.5, 0.5, 0)}) for noise in (0.1, 0.3, 1.0)},
+}
+
+
+class Cell(NamedTuple):
+    """A world, a student and how it is taught."""
+
+    env: str
+    num_steps: int
+    student: dict[str, int]  # empty: the teacher's network, from its weights
+    num_demos: int
+    options: dict[str, Any]  # of the expert
+
+    @property
+    def name(self) -> str:
+        size = f"width {self.student['width']}" if self.student else "the teacher's network"
+        more = "".join(f", {key} {value}" for key, value in self.options.items())
+        return f"{self.env}, {size}, {self.num_steps} step{'s' * (self.num_steps > 1)}, {self.num_demos} demos{more}"
+
+
+def cell(env: str, num_steps: int, width: int | None, depth: int = 2, num_demos: int = 8, **options: Any) -> Cell:
+    return Cell(env, num_steps, {} if width is None else {"width": width, "depth": depth}, num_demos, options)
+
+
+CELLS = {
+    found.name: found
+    for found in (
+        cell("fork", 2, 32),
+        cell("lunar_lander", 2, 12, num_demos=5),
+        cell("fork", 1, 64, 3),
+        cell("lunar_lander", 2, 24, num_demos=5),
+        cell("fork", 2, 64, 3),
+        cell("lunar_lander", 1, 16, num_demos=20),
+        cell("fork", 1, None),
+        cell("lunar_lander", 1, 64, num_demos=20),
+        cell("fork", 4, 32),
+        cell("lunar_lander", 1, None, num_demos=5),
+        cell("fork", 1, 32),
+        cell("lunar_lander", 2, 6, num_demos=5),
+        cell("fork", 2, 16),
+        cell("lunar_lander", 4, 12, num_demos=5),
+        cell("fork", 2, 32, num_demos=30),
+        cell("fork", 2, 32, num_rows=15),
+    )
+}
+
+
+class Task(NamedTuple):
+    """All arms of one seed of one cell."""
+
+    cell: str
+    seed: int
+    runs: Path
+
+    @property
+    def arms(self) -> list[str]:
+        if self.seed in TUNING:
+            return [name for name in ARMS if name.startswith("dart")]
+        return [name for name, arm in ARMS.items() if self.seed < FIRST_SEED + arm.seeds]
+
+    def place(self, arm: str) -> Path:
+        """Where the record of an arm lies."""
+        folder = self.cell.replace(",", "").replace("'", "").replace(" ", "_")
+        return self.runs / folder / f"{arm.replace(' ', '_')}-s{self.seed}.json"
+
+
+@cache
+def make_evaluator(name: str) -> EpisodeEvaluator:
+    """A cell's evaluator; the teacher's episodes are run once in each process."""
+    cell = CELLS[name]
+    expert = load_expert(cell.env, num_demos=cell.num_demos, **cell.options)
+    policy = ExpertPolicy(expert, substeps=TEACHER_STEPS // cell.num_steps)
+    return EpisodeEvaluator(policy, TimeGrid(expert.schedule, cell.num_steps), n=EPISODES[cell.env], seed=20_000)
+
+
+def config_of(cell: Cell, arm: str, seed: int) -> Any:
+    own = {"num_steps": cell.num_steps, "student": cell.student, "seed": seed, **ARMS[arm].settings}
+    return ARMS[arm].agent.Config(**BASE | own)
+
+
+def digest(cell: Cell, arm: str) -> str:
+    """Of all that a run depends on and that stands here or in its config."""
+    config = dataclasses.asdict(config_of(cell, arm, 0))
+    return hashlib.sha256(json.dumps([cell, EPISODES[cell.env], config], sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def run(task: Task) -> None:
+    """Trains and evaluates the arms of a seed that have no record yet, and writes one for each."""
+    torch.set_num_threads(1)
+    cell, evaluator = CELLS[task.cell], make_evaluator(task.cell)
+    for arm in task.arms:
+        if task.place(arm).is_file():
+            continue
+        began = time.monotonic()
+        agent = ARMS[arm].agent(evaluator.expert, config_of(cell, arm, task.seed))
+        record: dict[str, Any] = {"cell": cell.name, "arm": arm, "seed": task.seed, "settings": digest(cell, arm)}
+        try:
+            agent.learn(progress=False)
+            record |= evaluator.evaluate(agent.student_policy)
+        except FloatingPointError as error:
+            record["lost"] = str(error)
+        record |= {"teacher": evaluator.evaluate(evaluator.expert_policy)}
+        record |= {"teacher_nfe": agent.teacher_nfe, "student_nfe": agent.student_nfe, "visits": agent.collector.world_steps}
+        record |= {"seconds": round(time.monotonic() - began, 1)} | provenance(evaluator.expert.device)
+        task.place(arm).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(task.place(arm), json.dumps(record))
+
+
+Key = tuple[str, str, int]  # a run: its cell, arm and seed
+
+
+def read_records(path: Path) -> dict[Key, dict[str, Any]]:
+    """The runs of a worlds_runs.jsonl; none if there is no such file."""
+    lines = map(json.loads, path.read_text().splitlines() if path.is_file() else ())
+    return {(line["cell"], line["arm"], line["seed"]): line for line in lines}
+
+
+def collect_records(runs: Path, kept: Path) -> dict[Key, dict[str, Any]]:
+    """The records of --runs, added to those in the file that is kept.
+
+    Raises:
+        ValueError: a record of other settings than those that stand here.
+    """
+    found = (json.loads(path.read_text()) for path in sorted(runs.glob("*/*-s*.json")))
+    records = read_records(kept) | {(line["cell"], line["arm"], line["seed"]): line for line in found}
+    for (name, arm, seed), record in records.items():
+        if name not in CELLS or arm not in ARMS or record["settings"] != digest(CELLS[name], arm):
+            raise ValueError(
+                f"the run of {arm} in {name!r}, seed {seed}, had other settings than it has now; remove it from --out and --runs"
+            )
+    write_atomically(kept, "".join(json.dumps(record) + "\n" for _, record in sorted(records.items())))
+    return records
+
+
+def restore_records(records: dict[Key, dict[str, Any]], tasks: list[Task]) -> None:
+    """Writes the kept records where a run looks for them, so that none is run again."""
+    for task in tasks:
+        for arm in task.arms:
+            record = records.get((task.cell, arm, task.seed))
+            if record is not None and not task.place(arm).is_file():
+                task.place(arm).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(task.place(arm), json.dumps(record))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/worlds"), help="where the runs are kept")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/worlds.json"))
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="the first so many of each cell (default: %(default)s)")
+    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS, metavar="CELL", help=f"of {list(CELLS)}; default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds of cells at a time, one core each")
+    parser.add_argument("--report_only", action="store_true", help="train nothing")
+    args = parser.parse_args()
+    kept = args.out.with_name(f"{args.out.stem}_runs.jsonl")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    records = collect_records(args.runs, kept)
+    if not args.report_only:
+        seeds = [*range(FIRST_SEED, FIRST_SEED + min(3, args.seeds)), *TUNING, *range(FIRST_SEED + 3, FIRST_SEED + args.seeds)]
+        tasks = [Task(name, seed, args.runs) for seed in seeds for name in args.cells]  # balanced over cells at any time
+        restore_records(records, tasks)
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            for number, ended in enumerate(as_completed(pool.submit(run, task) for task in tasks), 1):
+                ended.result()
+                print(f"{number} of {len(tasks)} seeds of cells, {len(collect_records(args.runs, kept))} runs", flush=True)
+        records = collect_records(args.runs, kept)
+    if not records:
+        parser.error(f"--runs {args.runs}: nothing has run there; leave --report_only out, or name another folder")
+    write_report(records, CELLS, SEEDS, TUNING, args.out)
+
+
+if __name__ == "__main__":
+    main()
