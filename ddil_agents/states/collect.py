@@ -69,6 +69,7 @@ class Collector:
 
     Attributes:
         world_steps: Samples that worlds have taken so far.
+        unlabelled: States that the expert's own episodes have visited and that are not labelled yet, (m,).
 
     Raises:
         ValueError: states_per_rollout=all in a world.
@@ -105,6 +106,7 @@ class Collector:
             for name in STREAMS
         }
         self.world, self.world_steps = world, 0
+        self.unlabelled: TensorDict | None = None
         if world is not None:
             self.streams["world"] = torch.Generator().manual_seed(own_seed(seed, "world"))
         self._owed = [0.0] * len(SOURCES)  # states that each source's share still owes, so that small collects add up to β exactly
@@ -311,10 +313,14 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         steps = {} if self.world is None else {"world_steps": self.world_steps}
-        return steps | {"owed": list(self._owed), "streams": {name: g.get_state() for name, g in self.streams.items()}}
+        kept = {} if self.unlabelled is None else {"unlabelled": self.unlabelled.to_dict()}
+        return steps | kept | {"owed": list(self._owed), "streams": {name: g.get_state() for name, g in self.streams.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._owed = list(state["owed"])
         self.world_steps = state.get("world_steps", 0)
+        if "unlabelled" in state:
+            kept = state["unlabelled"]
+            self.unlabelled = TensorDict(kept, batch_size=[len(kept["t"])]).to(self.expert.device)
         for name, generator in self.streams.items():
             generator.set_state(state["streams"][name].cpu())

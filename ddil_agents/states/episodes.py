@@ -4,7 +4,8 @@
 
 The actor is drawn anew for each denoising, the expert with p_expert (DAgger's mixture policy, Ross et al. 2011): a mixture inside one would
 visit neither policy's conditions. Every denoising gives one state, at a time drawn uniformly, and of all that were visited a random part is
-labelled: visits cost forwards of the actor and steps of the simulator, labels the expert's forwards.
+labelled: visits cost forwards of the actor and steps of the simulator, labels the expert's forwards. The expert does not change, so that
+visits of its own episodes that were not labelled are kept for later collections.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def visit(collector: Collector, world: World, n: int, p_expert: float, step: int
         denoising that lies before the state.
     """
     device, times = collector.expert.device, collector.visited(p_expert)  # (m + 1,), the last is 0
-    m, parts = len(times) - 1, list[TensorDict]()
+    keep = p_expert == 1 and step is None
+    m, parts = len(times) - 1, [collector.unlabelled] if keep and collector.unlabelled is not None else []
 
     def act(c: Tensor, rows: Tensor, frame: int) -> Tensor:
         k = len(rows)
@@ -61,5 +63,7 @@ def visit(collector: Collector, world: World, n: int, p_expert: float, step: int
         episodes = run_episodes(world, [torch.Generator().manual_seed(seed) for seed in seeds], act)
         collector.world_steps += int(episodes.alive.sum())
     visited = torch.cat(parts)
-    chosen = torch.randperm(len(visited), generator=collector.streams["path"])[:n]
-    return visited[chosen.to(device)]
+    visited = visited[torch.randperm(len(visited), generator=collector.streams["path"]).to(device)]
+    if keep:
+        collector.unlabelled = visited[n:].clone()  # a copy, so that the rest is freed
+    return visited[:n]

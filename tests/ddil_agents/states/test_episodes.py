@@ -63,6 +63,18 @@ def test_the_actor_is_drawn_for_each_denoising() -> None:
     assert 0.3 < float(second.all(1).float().mean()) < 0.7
 
 
+def test_what_the_teachers_episodes_visit_is_labelled_before_more_are_run() -> None:
+    learner = dagger(Beta(0, 1, 0), num_worlds=8, collect_size=20)
+    first = learner.trainer.collect()
+    assert learner.collector.world_steps == 48
+    second = learner.trainer.collect()
+    assert learner.collector.world_steps == 48
+    assert not (first["x_t"][:, None] == second["x_t"]).all(-1).any()  # each state once
+    learner.trainer.collect()
+    assert learner.collector.world_steps == 2 * 48
+    assert learner.teacher_nfe == 4 * 96 + 2 * 60  # 96 denoisings of 4 forwards, and 60 labels of 2
+
+
 def test_dart_disturbs_what_is_executed_and_the_conditions_of_demonstrations() -> None:
     """The teacher halves c in every frame, up to a spread of .05; noise of ν = 2 is added to its samples and to demonstrations."""
     config = DartConfig(**{**SMALL, "beta": Beta(0.5, 0.5, 0), "num_worlds": 64, "collect_size": 4000, "world_noise": 2.0})
