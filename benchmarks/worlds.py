@@ -26,16 +26,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from worlds_report import write_report
+from worlds_report import SEEDS, TUNED, TUNING, write_report
 
 from ddil_agents import Algorithm, BehaviourCloning, Beta, Dagger, Dart
 from ddil_agents.evaluation.episodes import EpisodeEvaluator
 from ddil_agents.evaluation.provenance import provenance
 from ddil_agents.training.checkpoint import write_atomically
-from ddil_env import ExpertPolicy, TimeGrid, load_expert
+from ddil_env import Expert, ExpertPolicy, TimeGrid, load_expert
 
-FIRST_SEED, SEEDS, FEWER = 700, 10, 5
-TUNING = (690, 691, 692)  # seeds on which each cell's best DART is chosen; no other arm runs on them
+VERSION = 1  # to be raised where the library or a world changes what a run is: records of another one are not mixed with these
+FEWER = 5  # seeds of arms that are not tested
+EVALUATION_SEED, TUNING_EVALUATION_SEED = 20_001, 20_000
 TEACHER_STEPS = 16
 BASE: dict[str, Any] = {
     "teacher_steps": TEACHER_STEPS,
@@ -57,13 +58,20 @@ class Arm(NamedTuple):
     seeds: int = FEWER
 
 
+def dart(seeds: int = FEWER, **noise: float) -> Arm:
+    """Behaviour cloning under noise in what is executed, of half teacher's episodes, or in the conditions of demonstrations."""
+    beta = Beta(0.5, 0.5, 0) if "execution_noise" in noise else Beta(1, 0, 0)
+    return Arm(Dart, {"perturbation": 0.0, "beta": beta, **noise}, seeds)
+
+
 ARMS = {
-    "bc": Arm(BehaviourCloning, {}, SEEDS),
-    "ddil": Arm(Dagger, {"beta": Beta(0.5, 0, 0.5)}, SEEDS),
-    "dagger": Arm(Dagger, {"beta": Beta(0, 0, 1)}, SEEDS),
-    "teacher": Arm(Dagger, {"beta": Beta(0.5, 0.5, 0)}),
+    "bc": Arm(BehaviourCloning, {}, len(SEEDS)),
+    "ddil": Arm(Dagger, {"beta": Beta(0.5, 0, 0.5)}, len(SEEDS)),
+    "dagger": Arm(Dagger, {"beta": Beta(0, 0, 1)}, len(SEEDS)),
+    "teacher": Arm(Dagger, {"beta": Beta(0.5, 0.5, 0)}, len(SEEDS)),
     "teacher too": Arm(Dagger, {"beta": Beta(0.5, 0.1, 0.4)}),
-    **{f"dart {noise:g}": Arm(Dart, {"world_noise": noise, "beta": Beta(0.5, 0.5, 0)}) for noise in (0.1, 0.3, 1.0)},
+    **{f"dart {noise:g}": dart(execution_noise=noise) for noise in (0.1, 0.3, 1.0)},
+    **{f"noise {noise:g}": dart(condition_noise=noise) for noise in (0.03, 0.1, 0.3)},
 }
 
 
@@ -72,19 +80,20 @@ class Cell(NamedTuple):
 
     env: str
     num_steps: int
-    student: dict[str, int]  # empty: the teacher's network, from its weights
+    student: tuple[tuple[str, int], ...]  # empty: the teacher's network, from its weights
     num_demos: int
-    options: dict[str, Any]  # of the expert
+    options: tuple[tuple[str, Any], ...]  # of the expert
 
     @property
     def name(self) -> str:
-        size = f"width {self.student['width']}" if self.student else "the teacher's network"
-        more = "".join(f", {key} {value}" for key, value in self.options.items())
+        size = f"width {dict(self.student)['width']}" if self.student else "the teacher's network"
+        more = "".join(f", {key} {value}" for key, value in self.options)
         return f"{self.env}, {size}, {self.num_steps} step{'s' * (self.num_steps > 1)}, {self.num_demos} demos{more}"
 
 
 def cell(env: str, num_steps: int, width: int | None, depth: int = 2, num_demos: int = 8, **options: Any) -> Cell:
-    return Cell(env, num_steps, {} if width is None else {"width": width, "depth": depth}, num_demos, options)
+    student = () if width is None else (("width", width), ("depth", depth))
+    return Cell(env, num_steps, student, num_demos, tuple(options.items()))
 
 
 CELLS = {
@@ -120,8 +129,8 @@ class Task(NamedTuple):
     @property
     def arms(self) -> list[str]:
         if self.seed in TUNING:
-            return [name for name in ARMS if name.startswith("dart")]
-        return [name for name, arm in ARMS.items() if self.seed < FIRST_SEED + arm.seeds]
+            return [name for name in ARMS if name.split()[0] in TUNED]
+        return [name for name, arm in ARMS.items() if self.seed in SEEDS[: arm.seeds]]
 
     def place(self, arm: str) -> Path:
         """Where the record of an arm lies."""
@@ -130,45 +139,58 @@ class Task(NamedTuple):
 
 
 @cache
-def make_evaluator(name: str) -> EpisodeEvaluator:
+def make_expert(cell: Cell) -> Expert:
+    return load_expert(cell.env, num_demos=cell.num_demos, **dict(cell.options))
+
+
+@cache
+def make_evaluator(name: str, seed: int) -> EpisodeEvaluator:
     """A cell's evaluator; the teacher's episodes are run once in each process."""
     cell = CELLS[name]
-    expert = load_expert(cell.env, num_demos=cell.num_demos, **cell.options)
+    expert = make_expert(cell)
     policy = ExpertPolicy(expert, substeps=TEACHER_STEPS // cell.num_steps)
-    return EpisodeEvaluator(policy, TimeGrid(expert.schedule, cell.num_steps), n=EPISODES[cell.env], seed=20_000)
+    return EpisodeEvaluator(policy, TimeGrid(expert.schedule, cell.num_steps), n=EPISODES[cell.env], seed=seed)
 
 
 def config_of(cell: Cell, arm: str, seed: int) -> Any:
-    own = {"num_steps": cell.num_steps, "student": cell.student, "seed": seed, **ARMS[arm].settings}
+    own = {"num_steps": cell.num_steps, "student": dict(cell.student), "seed": seed, **ARMS[arm].settings}
     return ARMS[arm].agent.Config(**BASE | own)
 
 
 def digest(cell: Cell, arm: str) -> str:
     """Of all that a run depends on and that stands here or in its config."""
-    config = dataclasses.asdict(config_of(cell, arm, 0))
-    return hashlib.sha256(json.dumps([cell, EPISODES[cell.env], config], sort_keys=True, default=str).encode()).hexdigest()[:12]
+    expert = make_expert(cell)
+    found = [VERSION, cell, expert.identity(), EPISODES[cell.env], EVALUATION_SEED, ARMS[arm].agent.name, config_of(cell, arm, 0)]
+    return hashlib.sha256(json.dumps(found, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()[:12]
 
 
 def run(task: Task) -> None:
     """Trains and evaluates the arms of a seed that have no record yet, and writes one for each."""
     torch.set_num_threads(1)
-    cell, evaluator = CELLS[task.cell], make_evaluator(task.cell)
+    cell = CELLS[task.cell]
     for arm in task.arms:
         if task.place(arm).is_file():
             continue
-        began = time.monotonic()
+        evaluator, began = make_evaluator(task.cell, TUNING_EVALUATION_SEED if task.seed in TUNING else EVALUATION_SEED), time.monotonic()
         agent = ARMS[arm].agent(evaluator.expert, config_of(cell, arm, task.seed))
         record: dict[str, Any] = {"cell": cell.name, "arm": arm, "seed": task.seed, "settings": digest(cell, arm)}
         try:
             agent.learn(progress=False)
             record |= evaluator.evaluate(agent.student_policy)
         except FloatingPointError as error:
-            record["lost"] = str(error)
-        record |= {"teacher": evaluator.evaluate(evaluator.expert_policy)}
+            record |= {"lost": str(error), "success": 0.0}
+        record |= {"teacher": evaluator.evaluate(evaluator.expert_policy), "few_steps": few_steps(task.cell)}
         record |= {"teacher_nfe": agent.teacher_nfe, "student_nfe": agent.student_nfe, "visits": agent.collector.world_steps}
         record |= {"seconds": round(time.monotonic() - began, 1)} | provenance(evaluator.expert.device)
         task.place(arm).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(task.place(arm), json.dumps(record))
+
+
+@cache
+def few_steps(name: str) -> dict[str, Any]:
+    """What the teacher does in as few steps as its students."""
+    evaluator = make_evaluator(name, EVALUATION_SEED)
+    return evaluator.evaluate(ExpertPolicy(evaluator.expert, substeps=1))
 
 
 Key = tuple[str, str, int]  # a run: its cell, arm and seed
@@ -211,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/worlds"), help="where the runs are kept")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/worlds.json"))
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="the first so many of each cell (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="the first so many of each cell (default: %(default)s)")
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS, metavar="CELL", help=f"of {list(CELLS)}; default: all")
     parser.add_argument("--jobs", type=int, default=2, help="seeds of cells at a time, one core each")
     parser.add_argument("--report_only", action="store_true", help="train nothing")
@@ -220,7 +242,8 @@ def main() -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
     records = collect_records(args.runs, kept)
     if not args.report_only:
-        seeds = [*range(FIRST_SEED, FIRST_SEED + min(3, args.seeds)), *TUNING, *range(FIRST_SEED + 3, FIRST_SEED + args.seeds)]
+        compared = SEEDS[: args.seeds]
+        seeds = [*compared[:3], *TUNING, *compared[3:]]
         tasks = [Task(name, seed, args.runs) for seed in seeds for name in args.cells]  # balanced over cells at any time
         restore_records(records, tasks)
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
@@ -230,7 +253,7 @@ def main() -> None:
         records = collect_records(args.runs, kept)
     if not records:
         parser.error(f"--runs {args.runs}: nothing has run there; leave --report_only out, or name another folder")
-    write_report(records, CELLS, SEEDS, TUNING, args.out)
+    write_report(records, CELLS, args.out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,127 +21,171 @@ if TYPE_CHECKING:
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+SEEDS, TUNING = range(700, 710), (690, 691, 692)  # those that are compared; those on which sizes of noise are chosen
+TUNED = ("dart", "noise")  # kinds of arms of which each cell's best size is chosen
+EQUAL = 0.03  # a difference in success whose 90 % interval lies within ± this is called none
+
 Records = dict[tuple[str, str, int], dict[str, Any]]
+Values = dict[int, float]  # by seed
 COLORS = {"fork": "tab:blue", "lunar_lander": "tab:orange", "kuramoto": "tab:green"}
 METRICS = {
     "success": ("success", "{:.3f}"),
     "return": ("return", "{:.1f}"),
     "route_entropy": ("entropy of routes", "{:.2f}"),
     "error_own": ("error on own conditions", "{:.4f}"),
-    "error_data": ("error on held-out demonstrations", "{:.4f}"),
-    "error_ratio": ("ratio", "{:.1f}"),
+    "error_first": ("in the first eighth", "{:.4f}"),
+    "error_expert": ("on the teacher's conditions", "{:.4f}"),
+    "error_data": ("on held-out demonstrations", "{:.4f}"),
+    "error_ratio": ("own / held-out", "{:.1f}"),
 }
 COSTS = {"teacher_nfe": "teacher forwards", "student_nfe": "student forwards", "visits": "world steps", "seconds": "seconds"}
+DRAWS = 2000  # of bootstrap and permutations
+ENOUGH = 100  # successes for an entropy of routes, of which a board of 15 rows has too many for any number
 
 
 def value(record: Mapping[str, Any], metric: str) -> float | None:
-    """A metric of one run; the error on own conditions as the mean over the samples of its episodes, as the ratio takes it."""
+    """A metric of one run; errors as means over the samples of its episodes, and over eighths for the teacher's; None if not measured."""
     if metric == "error_own":
         ratio, data = record.get("error_ratio"), record.get("error_data")
         return None if ratio is None or data is None else ratio * data
+    if metric == "error_first":
+        return record["error_own"][0] if "error_own" in record else None
+    if metric == "error_expert":
+        spans = [x for x in record.get("error_expert", ()) if x is not None]
+        return float(np.mean(spans)) if spans else None
+    if metric == "route_entropy" and (record["success"] * 500 < ENOUGH or record["return"] > 5):
+        return None
     return record.get(metric)
 
 
-def by_seed(records: Records, cell: str, arm: str, metric: str, tuning: tuple[int, ...]) -> dict[int, float]:
-    """The values of the seeds that are compared."""
-    found = {seed: value(record, metric) for (c, a, seed), record in records.items() if (c, a) == (cell, arm) and seed not in tuning}
-    return {seed: x for seed, x in sorted(found.items()) if x is not None and math.isfinite(x)}
+class Runs:
+    """The runs of all cells.
+
+    Args:
+        records: By cell, arm and seed.
+    """
+
+    def __init__(self, records: Records) -> None:
+        self.records = records
+
+    def of(self, cell: str, arm: str, seeds: Iterable[int] = SEEDS) -> dict[int, dict[str, Any]]:
+        return {seed: self.records[cell, arm, seed] for seed in seeds if (cell, arm, seed) in self.records}
+
+    def values(self, cell: str, arm: str, metric: str, seeds: Iterable[int] = SEEDS) -> Values:
+        found = {seed: value(record, metric) for seed, record in self.of(cell, arm, seeds).items()}
+        return {seed: x for seed, x in found.items() if x is not None and math.isfinite(x)}
+
+    def gains(self, cell: str, arm: str, base: str, metric: str = "success", log: bool = False) -> Values:
+        """arm − base, or ln(arm / base), by seed, where both have run."""
+        own, other = self.values(cell, arm, metric), self.values(cell, base, metric)
+        return {seed: math.log(own[seed] / other[seed]) if log else own[seed] - other[seed] for seed in own if seed in other}
+
+    def best(self, cell: str, kind: str) -> str | None:
+        """The size of noise with the highest mean success on the tuning seeds, of equal ones that of least error on own conditions."""
+        sizes = dict.fromkeys(arm for c, arm, seed in self.records if c == cell and arm.split()[0] == kind and seed in TUNING)
+        success = {arm: self.values(cell, arm, "success", TUNING) for arm in sizes}
+        if len(sizes) < 3 or any(len(values) < len(TUNING) for values in success.values()):
+            return None
+        error = {arm: np.mean(list(self.values(cell, arm, "error_own", TUNING).values()) or [math.inf]) for arm in sizes}
+        return max(sizes, key=lambda arm: (np.mean(list(success[arm].values())), -error[arm]))
+
+    def complete(self, cells: Iterable[str]) -> bool:
+        """Whether all runs of the arms that are tested are there."""
+        return all((cell, arm, seed) in self.records for cell in cells for arm in ("bc", "ddil", "teacher") for seed in SEEDS)
 
 
-def best_dart(records: Records, cell: str, tuning: tuple[int, ...]) -> str | None:
-    """The size of noise with the highest mean success on the tuning seeds; None before all of them are there."""
-    found: dict[str, list[float]] = {}
-    for (c, arm, seed), record in records.items():
-        if c == cell and arm.startswith("dart") and seed in tuning and "success" in record:
-            found.setdefault(arm, []).append(record["success"])
-    if len(found) < 3 or any(len(values) < len(tuning) for values in found.values()):
-        return None
-    return max(sorted(found), key=lambda arm: np.mean(found[arm]))
-
-
-def paired(
-    records: Records, cell: str, arm: str, metric: str, tuning: tuple[int, ...], of: Callable[[float, float], float], base: str = "bc"
-) -> dict[int, float]:
-    """`of(arm, base)` by seed, where both have run."""
-    own, other = (by_seed(records, cell, name, metric, tuning) for name in (arm, base))
-    return {seed: of(own[seed], other[seed]) for seed in own if seed in other}
-
-
-def difference(a: float, b: float) -> float:
-    return a - b
-
-
-def log_ratio(a: float, b: float) -> float:
-    return math.log(a / b)
-
-
-def interval(values: Mapping[int, float]) -> dict[str, Any] | None:
-    """Mean, 95 % t-interval and number of seeds; None of fewer than two."""
+def interval(values: Values, level: float = 0.95) -> dict[str, Any] | None:
+    """Mean, t-interval and number of seeds; None of fewer than two."""
     if len(values) < 2:
         return None
-    pair = paired_comparison(list(values.values()), [0.0] * len(values))
+    pair = paired_comparison(list(values.values()), [0.0] * len(values), level=level)
     return {"mean": pair.mean, "low": pair.low, "high": pair.high, "seeds": len(values)}
 
 
-def tests(records: Records, cells: Mapping[str, Cell], seeds: int, tuning: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """p of ddil − bc in success for each cell, Holm over the cells of a world; of worlds of which all runs are there."""
-    found: dict[str, dict[str, Any]] = {}
-    for env in dict.fromkeys(cell.env for cell in cells.values()):
-        names = [name for name, cell in cells.items() if cell.env == env]
-        gains = {name: paired(records, name, "ddil", "success", tuning, difference) for name in names}
-        if all((name, arm, 700 + i) in records for name in names for arm in ("bc", "ddil") for i in range(seeds)):
-            p = [sign_flip_test(list(gains[name].values())) for name in names]
-            for name, raw, adjusted in zip(names, p, holm(p), strict=True):
-                helps = bool(adjusted <= 0.05 and np.mean(list(gains[name].values())) > 0)
-                found[name] = {"p": raw, "p_adjusted": float(adjusted), "helps": helps}
+def verdicts(runs: Runs, cells: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Of each cell: does ddil have more success than bc, and than teacher? Holm over all cells; none before all runs are there."""
+    names = list(cells)
+    if not runs.complete(names):
+        return {}
+    gains = {name: [list(runs.gains(name, "ddil", base).values()) for base in ("bc", "teacher")] for name in names}
+    adjusted = holm([max(map(sign_flip_test, gains[name])) for name in names])
+    harm = holm([sign_flip_test(gains[name][0]) for name in names])
+    found = {}
+    for name, p, p_bc in zip(names, adjusted, harm, strict=True):
+        beside_bc, beside_teacher = (float(np.mean(x)) for x in gains[name])
+        narrow = interval(runs.gains(name, "ddil", "bc"), 0.9)
+        assert narrow is not None
+        if p < 0.05 and min(beside_bc, beside_teacher) > 0:
+            verdict = "helps"
+        elif p_bc < 0.05:
+            verdict = "more success than bc, not than teacher" if beside_bc > 0 else "hurts"
+        else:
+            verdict = "none" if narrow["low"] > -EQUAL and narrow["high"] < EQUAL else "undecided"
+        found[name] = {"p": float(p), "p_beside_bc": float(p_bc), "verdict": verdict}
     return found
 
 
-def shift_predicts(records: Records, cells: Mapping[str, Cell], tuning: tuple[int, ...], resamples: int = 2000) -> dict[str, Any] | None:
-    """Spearman's correlation over cells of bc's ratio and ln(error on own conditions, bc / ddil), each from the other half of the seeds."""
-    ratios = {name: by_seed(records, name, "bc", "error_ratio", tuning) for name in cells}
-    gains = {name: paired(records, name, "ddil", "error_own", tuning, lambda a, b: math.log(b / a)) for name in cells}
-    names = [name for name in cells if len(gains[name]) >= 4]
+def shift_predicts(runs: Runs, cells: list[str]) -> dict[str, Any] | None:
+    """Spearman's correlation over cells of bc's ratio of errors with ddil's gain in success, each from the other half of the seeds.
+
+    Both contain bc. So the correlation stands beside those in which ddil's runs are those of another cell, drawn at random.
+    """
+    ratio = {name: runs.values(name, "bc", "error_ratio") for name in cells}
+    success = {arm: {name: runs.values(name, arm, "success") for name in cells} for arm in ("bc", "ddil")}
+    names = [name for name in cells if min(len(found[name]) for found in (ratio, *success.values())) >= 4]
     if len(names) < 4:
         return None
     generator = np.random.default_rng(0)
 
-    def half(values: dict[int, float], odd: int, resample: bool) -> float:
+    def half(values: Values, odd: int, resample: bool) -> float:
         x = np.array([v for seed, v in values.items() if seed % 2 == odd])
         return float(np.mean(generator.choice(x, len(x)) if resample else x))
 
-    def correlation(chosen: list[str], resample: bool) -> float:
+    def correlation(chosen: list[str], others: list[str], resample: bool = False) -> float:
         halves = []
         for odd in (0, 1):
-            x, y = [half(ratios[name], odd, resample) for name in chosen], [half(gains[name], 1 - odd, resample) for name in chosen]
-            halves.append(spearmanr(x, y).statistic)
+            shift = [half(ratio[name], odd, resample) for name in chosen]
+            own = [half(success["ddil"][name], 1 - odd, resample) for name in others]
+            gain = [x - half(success["bc"][name], 1 - odd, resample) for x, name in zip(own, chosen, strict=True)]
+            halves.append(spearmanr(shift, gain).statistic)
         return float(np.mean(halves))
 
-    drawn = [correlation(list(generator.choice(names, len(names))), True) for _ in range(resamples)]
+    found = correlation(names, names)
+    drawn = [correlation(chosen := list(generator.choice(names, len(names))), chosen, True) for _ in range(DRAWS)]
+    null = np.array([correlation(names, list(generator.permutation(names))) for _ in range(DRAWS)])
     low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return {"spearman": correlation(names, False), "low": float(low), "high": float(high), "cells": len(names)}
+    p = (1 + int((null >= found).sum())) / (1 + DRAWS)
+    return {"spearman": found, "low": float(low), "high": float(high), "null": float(null.mean()), "p": p, "cells": len(names)}
 
 
-def summarise(records: Records, cells: Mapping[str, Cell], seeds: int, tuning: tuple[int, ...]) -> dict[str, Any]:
+def summarise(records: Records, cells: Mapping[str, Cell]) -> dict[str, Any]:
     """All that the tables show, by cell and arm."""
-    tested, summary = tests(records, cells, seeds, tuning), {}
+    runs, summary = Runs(records), {}
+    tested = verdicts(runs, cells)
     for name in cells:
         arms: dict[str, Any] = {}
-        for arm in dict.fromkeys(a for (c, a, seed) in records if c == name and seed not in tuning):
-            means = {key: values for key in METRICS if (values := by_seed(records, name, arm, key, tuning))}
-            costs = {
-                key: np.mean([r[key] for (c, a, s), r in records.items() if (c, a) == (name, arm) and s not in tuning]) for key in COSTS
-            }
-            arms[arm] = {key: float(np.mean(list(x.values()))) for key, x in means.items()} | {key: float(x) for key, x in costs.items()}
-            arms[arm]["seeds"] = len(means.get("success", ()))
-            if arm != "bc":
-                arms[arm]["success_gain"] = interval(paired(records, name, arm, "success", tuning, difference))
-                arms[arm]["error_own_log_ratio"] = interval(paired(records, name, arm, "error_own", tuning, log_ratio))
-            lost = [seed for (c, a, seed), record in records.items() if (c, a) == (name, arm) and "lost" in record]
+        for arm in dict.fromkeys(a for c, a, seed in records if c == name and seed in SEEDS):
+            means = {key: float(np.mean(list(x.values()))) for key in METRICS if (x := runs.values(name, arm, key))}
+            costs = {key: float(np.mean([record[key] for record in runs.of(name, arm).values()])) for key in COSTS}
+            arms[arm] = {"seeds": len(runs.of(name, arm)), **means, **costs}
+            lost = [seed for seed, record in runs.of(name, arm).items() if "lost" in record]
             arms[arm] |= {"lost": lost} if lost else {}
-        teacher = next((r["teacher"] for (c, _, _), r in records.items() if c == name), None)
-        summary[name] = {"arms": arms, "teacher": teacher, "best_dart": best_dart(records, name, tuning), "test": tested.get(name)}
-    return {"cells": summary, "shift_predicts": shift_predicts(records, cells, tuning)}
+        best = {kind: runs.best(name, kind) for kind in TUNED}
+        others = ["bc", "teacher", "dagger", "teacher too", *(arm for arm in best.values() if arm)]
+        gains = {base: interval(runs.gains(name, "ddil", base)) for base in others}
+        errors = {base: interval(runs.gains(name, "ddil", base, "error_expert", log=True)) for base in others}
+        held_out = interval(runs.gains(name, "ddil", "bc", "error_data", log=True))
+        first = next(iter(r for (c, _, _), r in records.items() if c == name), {})
+        teachers = {"teacher, 16 steps": first.get("teacher"), "teacher, as few steps": first.get("few_steps")}
+        summary[name] = {"arms": arms, "teachers": teachers, "best": best, "success": gains, "error_expert": errors, "error_data": held_out}
+        summary[name]["test"] = tested.get(name)
+    worlds = {env: [name for name, cell in cells.items() if cell.env == env] for env in dict.fromkeys(c.env for c in cells.values())}
+    shift = {title: shift_predicts(runs, names) for title, names in {"all": list(cells), **worlds}.items()}
+    return {"cells": summary, "shift_predicts": shift}
+
+
+def signed(effect: dict[str, Any] | None) -> str:
+    return "–" if effect is None else f"{effect['mean']:+.3f} [{effect['low']:+.3f}, {effect['high']:+.3f}]"
 
 
 def percent(effect: dict[str, Any] | None) -> str:
@@ -152,80 +196,103 @@ def percent(effect: dict[str, Any] | None) -> str:
     return f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]"
 
 
-def signed(effect: dict[str, Any] | None) -> str:
-    return "–" if effect is None else f"{effect['mean']:+.3f} [{effect['low']:+.3f}, {effect['high']:+.3f}]"
+def overview(cells: dict[str, Any]) -> list[str]:
+    """A row a cell: success of the arms, and the gains of ddil."""
+    heads = [
+        "",
+        "bc: own / held-out",
+        "bc",
+        "teacher",
+        "best dart",
+        "best noise",
+        "dagger",
+        "ddil",
+        "ddil − bc",
+        "ddil − teacher",
+        "verdict",
+    ]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, cell in cells.items():
+        arms = ["bc", "teacher", cell["best"]["dart"], cell["best"]["noise"], "dagger", "ddil"]
+        shown = [f"{cell['arms'][arm]['success']:.3f}" if arm in cell["arms"] else "–" for arm in arms]
+        ratio = cell["arms"].get("bc", {}).get("error_ratio")
+        verdict = cell["test"]["verdict"] if cell["test"] else "–"
+        row = [
+            name,
+            "–" if ratio is None else f"{ratio:.1f}",
+            *shown,
+            *(signed(cell["success"].get(base)) for base in ("bc", "teacher")),
+            verdict,
+        ]
+        lines.append(f"| {' | '.join(row)} |")
+    return [*lines, ""]
 
 
-def table(name: str, cell: dict[str, Any]) -> list[str]:
-    """The Markdown of one cell."""
+def detail(name: str, cell: dict[str, Any]) -> list[str]:
+    """The table of one cell."""
     keys = [key for key in METRICS if any(key in arm for arm in cell["arms"].values())]
-    heads = ["", "seeds", *(METRICS[key][0] for key in keys), "success, beside bc", "error on own, beside bc, %", *COSTS.values()]
+    heads = [
+        "",
+        "seeds",
+        *(METRICS[key][0] for key in keys),
+        "success, ddil beside it",
+        "error on the teacher's conditions, %",
+        *COSTS.values(),
+    ]
     lines = [f"### {name}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    teacher = cell["teacher"]
-    if teacher is not None:
-        shown = [METRICS[key][1].format(teacher[key]) if key in teacher else "" for key in keys]
-        lines.append(f"| the teacher in 16 steps | | {' | '.join(shown)} |{' |' * (len(COSTS) + 2)}")
+    for title, found in cell["teachers"].items():
+        if found is not None:
+            shown = [METRICS[key][1].format(x) if (x := value(found, key)) is not None else "" for key in keys]
+            lines.append(f"| {title} | | {' | '.join(shown)} |{' |' * (len(COSTS) + 2)}")
     for arm, found in cell["arms"].items():
         shown = [METRICS[key][1].format(found[key]) if key in found else "" for key in keys]
-        effects = [signed(found.get("success_gain")), percent(found.get("error_own_log_ratio"))] if arm != "bc" else ["", ""]
-        title = f"{arm} (best)" if arm == cell["best_dart"] else arm
+        effects = [signed(cell["success"][arm]), percent(cell["error_expert"][arm])] if arm in cell["success"] else ["", ""]
+        title = f"{arm} (best)" if arm in cell["best"].values() else arm
+        title += f", not finite: {found['lost']}" if "lost" in found else ""
         lines.append(f"| {title} | {found['seeds']} | {' | '.join([*shown, *effects, *(f'{found[key]:,.0f}' for key in COSTS)])} |")
-        if "lost" in found:
-            lines.append(f"| not finite, left out: seeds {found['lost']} |{' |' * (len(heads) - 1)}")
-    if cell["test"] is not None:
-        claim = "DDIL helps" if cell["test"]["helps"] else "no gain in success is shown"
-        lines += ["", f"ddil beside bc in success: p = {cell['test']['p']:.4f}, after Holm {cell['test']['p_adjusted']:.4f}: {claim}."]
-    return [*lines, ""]
+    held_out = f"ddil's error on held-out demonstrations beside bc's, %: {percent(cell['error_data'])}."
+    return [*lines, "", held_out, ""]
 
 
 def draw(summary: dict[str, Any], cells: Mapping[str, Cell], path: Path) -> None:
     """bc's ratio of errors against what ddil gains, a point a cell."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, cell in summary["cells"].items():
-        bc, ddil = cell["arms"].get("bc", {}), cell["arms"].get("ddil", {})
-        if "error_ratio" not in bc or ddil.get("success_gain") is None or ddil["error_own_log_ratio"] is None:
-            continue
-        for axis, key, sign in zip(axes, ("success_gain", "error_own_log_ratio"), (1, -1), strict=True):
-            gain = ddil[key]
-            low, high = sorted((sign * gain["low"], sign * gain["high"]))
-            env = cells[name].env
-            axis.errorbar(
-                bc["error_ratio"],
-                sign * gain["mean"],
-                [[sign * gain["mean"] - low], [high - sign * gain["mean"]]],
-                fmt="o",
-                color=COLORS[env],
-            )
-    for axis, title in zip(axes, ("gain in success", "ln(error on own conditions, bc / ddil)"), strict=True):
-        axis.axhline(0, color="gray", lw=0.8)
-        axis.set(xscale="log", xlabel="bc's error on own / held-out demonstrations' conditions", ylabel=title)
+        gain, x = cell["success"]["bc"], cell["arms"]["bc"]["error_ratio"]
+        spread = [[gain["mean"] - gain["low"]], [gain["high"] - gain["mean"]]]
+        axis.errorbar(x, gain["mean"], spread, fmt="o", color=COLORS[cells[name].env])
+    axis.axhline(0, color="gray", lw=0.8)
+    axis.set(xscale="log", xlabel="bc: error on own conditions / held-out demonstrations", ylabel="success, ddil − bc")
     for env in dict.fromkeys(cell.env for cell in cells.values()):
-        axes[0].plot([], [], "o", color=COLORS[env], label=env)
-    axes[0].legend(loc="upper left", frameon=False)
+        axis.plot([], [], "o", color=COLORS[env], label=env)
+    axis.legend(frameon=False)
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
 
 
-def write_report(records: Records, cells: Mapping[str, Cell], seeds: int, tuning: tuple[int, ...], out: Path) -> None:
-    """Writes the summary as JSON, the tables as Markdown and, once a world's runs are complete, the picture."""
-    summary = summarise(records, cells, seeds, tuning)
+def write_report(records: Records, cells: Mapping[str, Cell], out: Path) -> None:
+    """Writes the summary as JSON, the tables as Markdown and, once all runs that are tested are there, the picture."""
+    summary = summarise(records, cells)
     hardware = sorted({f"{r['hardware']}, torch {r['torch']}" for r in records.values()})
-    summary |= {"dates": sorted({r["date"] for r in records.values()}), "hardware": hardware, "runs": len(records)}
-    write_atomically(out, json.dumps(summary, indent=1) + "\n")
+    dates = sorted({r["date"] for r in records.values()})
+    write_atomically(out, json.dumps(summary | {"dates": dates, "hardware": hardware, "runs": len(records)}, indent=1) + "\n")
     lines = ["# Worlds: arms of imitation learning where samples feed back", ""]
-    lines += [
-        f"`python benchmarks/worlds.py`: {len(records)} runs, seeds 700 to {699 + seeds}, {summary['dates'][0]} to {summary['dates'][-1]}, "
-    ]
+    lines += [f"`python benchmarks/worlds.py`: {len(records)} runs, seeds {SEEDS[0]} to {SEEDS[-1]}, {dates[0]} to {dates[-1]},"]
     lines += [f"{'; '.join(hardware)}. What was expected, and what the columns mean: `benchmarks/README.md`.", ""]
-    if (shift := summary["shift_predicts"]) is not None:
-        lines += [
-            f"bc's ratio of errors against ln(error on own conditions, bc / ddil): Spearman {shift['spearman']:.2f} "
-            f"[{shift['low']:.2f}, {shift['high']:.2f}] over {shift['cells']} cells.",
-            "",
-        ]
+    if not Runs(records).complete(cells):
+        lines += ["**Not all runs are there: no test and no verdict yet.**", ""]
+    lines += overview(summary["cells"])
+    for title, found in summary["shift_predicts"].items():
+        if found is not None:
+            lines += [
+                f"bc's ratio of errors against ddil's gain in success, {title}: Spearman {found['spearman']:.2f} "
+                f"[{found['low']:.2f}, {found['high']:.2f}] over {found['cells']} cells; {found['null']:.2f} where ddil's runs are of "
+                f"another cell (p = {found['p']:.3f}).",
+                "",
+            ]
     for name, cell in summary["cells"].items():
         if cell["arms"]:
-            lines += table(name, cell)
+            lines += detail(name, cell)
     write_atomically(out.with_suffix(".md"), "\n".join(lines))
-    if any(cell["test"] is not None for cell in summary["cells"].values()):
+    if Runs(records).complete(cells):
         draw(summary, cells, out.with_suffix(".png"))

@@ -8,8 +8,8 @@ Noise around the expert's states takes the student to states like those that its
 
 In a world noise is also added to what feeds back, which is where Laskey et al. add it:
 
-    forward:  c + ν ξ                       the conditions of demonstrations
-    teacher:  world.step(x_0 + ν ξ)         what is executed of the expert's samples
+    teacher:  world.step(x_0 + ν ξ)         what is executed of the expert's samples, ν = execution_noise: Laskey et al.
+    forward:  c + κ ξ                       the conditions of demonstrations, κ = condition_noise; the label is the expert's there
 
 There are two differences. Ning et al. regress to ε, the noise without the perturbation, so that their network learns to remove the
 perturbation too; the expert, at the perturbed state, treats it as a state of noise level t like any other. And Laskey et al. fit the
@@ -42,15 +42,16 @@ class DartConfig(BCConfig):
     perturbation: float = 0.1
     """γ, the standard deviation of the perturbation as a fraction of the noise level σ_t; 0 is behaviour cloning."""
 
-    world_noise: float = 0.0
-    """ν, the standard deviation of the noise in executed samples and in the conditions of forward states, in a world."""
+    execution_noise: float = 0.0
+    """ν, the standard deviation of the noise in what a world is given of the samples of rollouts."""
+    condition_noise: float = 0.0
+    """κ, the standard deviation of the noise in the conditions of forward states, where conditions are tensors."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.world_noise < math.inf:
-            raise ValueError(f"world_noise={self.world_noise}: need a finite number ≥ 0, such as 0.1; 0 disturbs nothing")
-        if not 0 <= self.perturbation < math.inf:
-            raise ValueError(f"perturbation={self.perturbation}: need a finite number ≥ 0, such as 0.1; 0 is behaviour cloning")
+        for name in ("execution_noise", "condition_noise"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}={value}: need a finite number ≥ 0, such as 0.1; 0 disturbs nothing")
 
 
 class PerturbedCollector(Collector):
@@ -58,7 +59,8 @@ class PerturbedCollector(Collector):
 
     Args:
         perturbation: γ.
-        world_noise: ν.
+        execution_noise: ν.
+        condition_noise: κ.
     """
 
     def __init__(
@@ -69,11 +71,12 @@ class PerturbedCollector(Collector):
         seed: int,
         *,
         perturbation: float,
-        world_noise: float = 0.0,
+        execution_noise: float = 0.0,
+        condition_noise: float = 0.0,
         **settings: Any,
     ) -> None:
         super().__init__(expert_policy, student_policy, grid, seed, **settings)
-        self.perturbation, self.world_noise = perturbation, world_noise
+        self.perturbation, self.execution_noise, self.condition_noise = perturbation, execution_noise, condition_noise
         self.streams["disturbance"] = torch.Generator(self.expert.device).manual_seed(own_seed(seed, "disturbance"))
 
     def noised(self, x_0: Tensor, t: Tensor) -> Tensor:
@@ -84,16 +87,14 @@ class PerturbedCollector(Collector):
 
     def draw_data(self, n: int) -> tuple[Tensor, Tensor | None]:
         x_0, c = super().draw_data(n)
-        return x_0, c if self.world is None or c is None else self.disturb(c)
+        return x_0, self.disturb(c, self.condition_noise) if self.condition_noise and c is not None else c
 
     def execute(self, x_0: Tensor) -> Tensor:
-        return self.disturb(x_0)
+        return self.disturb(x_0, self.execution_noise) if self.execution_noise else x_0
 
-    def disturb(self, x: Tensor) -> Tensor:
-        """Returns x + ν ξ."""
-        if not self.world_noise:
-            return x
-        return x + self.world_noise * torch.randn(x.shape, generator=self.streams["disturbance"], device=x.device)
+    def disturb(self, x: Tensor, size: float) -> Tensor:
+        """Returns x + size · ξ."""
+        return x + size * torch.randn(x.shape, generator=self.streams["disturbance"], device=x.device)
 
     def perturb(self, x: Tensor, t: Tensor) -> Tensor:
         """Returns x + σ_t γ ξ, (n, *sample_shape)."""
@@ -110,8 +111,13 @@ class Dart(BehaviourCloning):
     config: DartConfig
 
     def make_collector(self, student_policy: StudentPolicy, *args: Any, **settings: Any) -> Collector:
-        c = self.config
-        return super().make_collector(student_policy, PerturbedCollector, perturbation=c.perturbation, world_noise=c.world_noise)
+        if self.config.execution_noise and self.expert.make_world(1) is None:
+            raise ValueError(f"execution_noise={self.config.execution_noise}: {type(self.expert).__name__} has no world; leave it at 0")
+        if self.config.condition_noise and self.expert.condition_shape is None:
+            raise ValueError(f"condition_noise={self.config.condition_noise}: conditions are ids here, not tensors; leave it at 0")
+        own = ("perturbation", "execution_noise", "condition_noise")
+        settings |= {name: getattr(self.config, name) for name in own}
+        return super().make_collector(student_policy, PerturbedCollector, **settings)
 
 
 def main(argv: list[str] | None = None) -> None:

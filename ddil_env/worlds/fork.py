@@ -79,12 +79,18 @@ class Fork(World):
         return total_reward >= self.num_rows
 
     def metrics(self, episodes: Episodes) -> dict[str, float]:
-        """`route_entropy`: of the ways that the successful episodes took, in nats, the plug-in estimate; at most ln 2^num_rows."""
-        right = episodes.c[..., 0] + displacement(episodes.x_0)[..., 0] > 0  # (K, n), which side of the peg
-        crossed, number = episodes.reward > 0, episodes.reward.cumsum(0)  # the number of the row that a frame passes
-        routes = (right * crossed * 2 ** (number - 1).clamp(min=0)).sum(0)[self.succeeded(episodes.total_reward)]
-        share = torch.unique(routes, return_counts=True)[1].double() / max(1, len(routes))
-        return {"route_entropy": float((share * (1 / share).log()).sum())}
+        """`route_entropy`: of the gaps that the n successful episodes took, in nats, −Σ p ln p + (number of routes − 1) / 2n.
+
+        The second term corrects the bias of the first (Miller 1955). Few successes still hide routes: look at `success` beside it.
+        """
+        success = self.succeeded(episodes.total_reward)
+        x = episodes.c[0, :, 0] + displacement(episodes.x_0)[..., 0].cumsum(0)  # (K, n), after each sample
+        crossed = episodes.reward > 0
+        at_rows = x[:, success].T[crossed[:, success].T].reshape(-1, self.num_rows)  # (successes, num_rows)
+        gaps = ((at_rows - ROW / 2 * torch.arange(self.num_rows, device=x.device)) / ROW).floor()
+        n, counts = len(gaps), torch.unique(gaps, dim=0, return_counts=True)[1].double()
+        entropy = (counts / n * (n / counts).log()).sum() + (len(counts) - 1) / (2 * n) if n else 0.0
+        return {"route_entropy": float(entropy)}
 
     def render(self, row: int = 0) -> Tensor:
         scale, wide = 24, self.num_rows + 1.5  # pixels a unit; from the middle to a side

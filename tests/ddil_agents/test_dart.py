@@ -64,3 +64,11 @@ def test_a_state_of_darts_teacher_is_where_its_disturbed_rollout_stops() -> None
 def test_dart_sees_no_student_states() -> None:
     with pytest.raises(ValueError, match=r"beta.student=0.4: behaviour cloning sees no student states"):
         make(Dart, beta=MIXTURE)
+
+
+@pytest.mark.parametrize(("noise", "message"), [("execution_noise", "has no world"), ("condition_noise", "conditions are ids here")])
+def test_noise_of_a_world_is_refused_without_one(noise: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{noise}=0.1: .*{message}"):
+        make(Dart, **{noise: 0.1})
+    with pytest.raises(ValueError, match=f"{noise}=-1: need a finite number ≥ 0"):
+        make(Dart, **{noise: -1})

@@ -77,7 +77,9 @@ def test_what_the_teachers_episodes_visit_is_labelled_before_more_are_run() -> N
 
 def test_dart_disturbs_what_is_executed_and_the_conditions_of_demonstrations() -> None:
     """The teacher halves c in every frame, up to a spread of .05; noise of ν = 2 is added to its samples and to demonstrations."""
-    config = DartConfig(**{**SMALL, "beta": Beta(0.5, 0.5, 0), "num_worlds": 64, "collect_size": 4000, "world_noise": 2.0})
+    config = DartConfig(
+        **{**SMALL, "beta": Beta(0.5, 0.5, 0), "num_worlds": 64, "collect_size": 4000, "execution_noise": 2.0, "condition_noise": 2.0}
+    )
     learner = Dart(Steersman(wall=100.0), config)
     states = learner.trainer.collect()
     spread = [float(states["c"][states["source"] == i].std()) for i in (0, 1)]

@@ -33,12 +33,26 @@ def test_every_route_is_possible_and_their_entropy_is_counted() -> None:
     sides = [[2 * (i >> k & 1) - 1 for k in range(3)] for i in range(8)]
     world, episodes = follow(sides)
     assert world.succeeded(episodes.total_reward).all()
-    assert world.metrics(episodes)["route_entropy"] == pytest.approx(3 * math.log(2))
+    assert world.metrics(episodes)["route_entropy"] == pytest.approx(3 * math.log(2) + 7 / 16)  # Miller's correction
     assert int(episodes.length.max()) <= 3 * math.ceil(math.hypot(ROW, ROW / 2) / SPEED) + 3
     end = torch.tensor(sides).float().sum(1) * ROW / 2
     torch.testing.assert_close(world.position[:, 0], end, atol=SPEED / 2, rtol=0)
     world, episodes = follow(sides[:1] * 2 + sides[3:4] * 2)
-    assert world.metrics(episodes)["route_entropy"] == pytest.approx(math.log(2))
+    assert world.metrics(episodes)["route_entropy"] == pytest.approx(math.log(2) + 1 / 8)
+
+
+def test_a_gap_is_the_same_from_either_side_of_its_middle() -> None:
+    """Beyond the middle of a gap the nearest peg is the next one: the route is the gap's, not the side of a peg."""
+    world = Fork(2, num_rows=1, num_frames=20)
+    aims = torch.tensor([[0.9], [1.1]])
+
+    def act(c: Tensor, rows: Tensor, frame: int) -> Tensor:
+        return torch.cat([(aims[rows] - world.position[rows, :1]) * 2, torch.ones(len(rows), 1)], 1)
+
+    episodes = run_episodes(world, generators(2), act)
+    assert world.succeeded(episodes.total_reward).all()
+    assert (world.position[:, 0] - 1).sign().tolist() == [-1, 1]
+    assert world.metrics(episodes) == {"route_entropy": 0}
 
 
 @pytest.mark.parametrize(("x", "passes"), [(0.0, False), (HALF_WIDTH - 0.02, False), (HALF_WIDTH + 0.02, True), (-1.2, True), (1.3, False)])
