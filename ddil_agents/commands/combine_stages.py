@@ -13,7 +13,7 @@ from ddil_agents.training.metrics import read_metrics
 
 
 def combine_stages(out: Path, stages: list[Path], seed: int) -> None:
-    """Writes student/, samples.png, support.json, metrics.jsonl and result.json of a run of several stages.
+    """Writes student/, samples.png, episodes.gif, support.json, metrics.jsonl and result.json of a run of several stages.
 
     The student, the pictures and the support are the last stage's. Metrics and results are those of all stages; steps, seconds and
     forwards are summed from the first stage on.
@@ -38,7 +38,7 @@ def combine_stages(out: Path, stages: list[Path], seed: int) -> None:
         models |= result["models"] | students  # of two stages with the same num_steps the later student stays
     with folder_atomically(out / "student") as student:
         shutil.copytree(stages[-1] / "student", student, dirs_exist_ok=True)
-    for name in ("samples.png", "support.json"):
+    for name in ("samples.png", "episodes.gif", "support.json"):
         if (stages[-1] / name).is_file():
             write_atomically(out / name, (stages[-1] / name).read_bytes())
     write_atomically(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -9,7 +9,7 @@ configs/<agent>/<env>.yaml, if there is one, holds defaults for this env, and co
 `--data` names pictures of your own. A run directory holds
 
     config.yaml    all settings; --config config.yaml runs the same again
-    metrics.jsonl, tensorboard/, checkpoints/, student/, samples.png, result.json
+    metrics.jsonl, tensorboard/, checkpoints/, student/, samples.png, episodes.gif (in a world), result.json
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
             combine_stages(out, [out / stage.directory for stage in stages], config.seed)
         complete_card(out, config)
         print(table(read_result(out / "result.json")))
-        print(f"\n{out}: config.yaml, metrics.jsonl, result.json, student/{', samples.png' if (out / 'samples.png').is_file() else ''}")
+        pictures = "".join(f", {name}" for name in ("samples.png", "episodes.gif") if (out / name).is_file())
+        print(f"\n{out}: config.yaml, metrics.jsonl, result.json, student/{pictures}")
         if cfg.push_to_hub is not None:
             print(push(out / "student", cfg.push_to_hub, cfg.hub_private))
 

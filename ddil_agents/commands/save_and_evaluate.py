@@ -1,4 +1,4 @@
-"""After the training of a run, or of one of its stages: saves the student, evaluates it and writes result.json and samples.png."""
+"""After the training of a run, or of one of its stages: saves the student, evaluates it and writes result.json and pictures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from ddil_agents.agent import Agent
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import ranks, sharding
+from ddil_agents.evaluation.animation import save_episodes
 from ddil_agents.evaluation.evaluator import Evaluator, evaluate_student
 from ddil_agents.evaluation.pictures import save_pictures
 from ddil_agents.evaluation.provenance import provenance
@@ -18,7 +19,8 @@ from ddil_agents.training.checkpoint import folder_atomically, write_atomically
 from ddil_agents.training.metrics import read_metrics
 from ddil_agents.training.stages import better_weights, in_eval_mode
 from ddil_agents.training.trained_agent import TrainedAgent
-from ddil_env import Expert, ExpertPolicy
+from ddil_env import DdimPolicy, Expert, ExpertPolicy, TimeGrid
+from ddil_env.mdp import Kernel
 
 
 def save_and_evaluate(
@@ -30,7 +32,7 @@ def save_and_evaluate(
     expert: Expert,
     nfe: tuple[int, int],
 ) -> None:
-    """Saves the student, evaluates it beside the original teacher, and writes result.json and samples.png.
+    """Saves the student, evaluates it beside the original teacher, and writes result.json, samples.png and, in a world, episodes.gif.
 
     Args:
         learner: The trained agent.
@@ -79,6 +81,14 @@ def save_and_evaluate(
         evaluator,
         {**evaluator.baselines(), name: evaluator.sample(learner.student_policy, learner.grid, learner.kernel)},
     )
+    if evaluator.episodes is not None:
+        teacher = ExpertPolicy(expert, 1, config.guidance_scale)
+        policies: dict[str, tuple[DdimPolicy, TimeGrid, Kernel]] = {
+            f"teacher@{config.teacher_steps}": (evaluator.expert_policy, learner.grid, "ddim"),
+            f"teacher@{config.num_steps}": (teacher, learner.grid, "ddim"),
+            name: (learner.student_policy, learner.grid, learner.kernel),
+        }
+        save_episodes(out / "episodes.gif", evaluator.episodes, policies)
     write_atomically(out / "result.json", json.dumps(result, indent=1))
     if store is not None:
         shutil.rmtree(store)

@@ -11,7 +11,7 @@ x_0* is the expert's sample from the same noise and condition.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,11 +48,15 @@ class EpisodeEvaluator:
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator(self.expert.device).manual_seed(stream_seed(self.seed, name))
 
-    def run(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel = "ddim") -> Episodes:
-        """An episode of the policy in each world."""
+    def run(
+        self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel = "ddim", before_step: Callable[[int, list[int]], None] | None = None
+    ) -> Episodes:
+        """Runs an episode of the policy in each world; `before_step` is called with the frame and the worlds that go on."""
         noise, steps = self._generator("world x_T"), self._generator("world steps")
 
         def act(c: Tensor, rows: Tensor, frame: int) -> Tensor:
+            if before_step is not None:
+                before_step(frame, rows.tolist())
             x_T = torch.randn(self.n, *self.expert.sample_shape, generator=noise, device=self.expert.device)[rows.to(self.expert.device)]
             return unroll(policy, grid, x_T, c, kernel=kernel, generator=steps)[:, -1]
 

@@ -223,10 +223,10 @@ class Evaluator(SampleDrawer):
         }
         if self.settings.lpips:
             result["lpips"] = self.lpips_diversity(policy, grid, kernel, name)
-        return result if self._episodes is None else result | self._episodes.evaluate(policy, kernel, grid)
+        return result if self.episodes is None else result | self.episodes.evaluate(policy, kernel, grid)
 
     @cached_property
-    def _episodes(self) -> EpisodeEvaluator | None:
+    def episodes(self) -> EpisodeEvaluator | None:
         """Runs episodes, of an expert that has a world."""
         if self.expert.make_world(1) is None:
             return None
@@ -235,7 +235,7 @@ class Evaluator(SampleDrawer):
     def describe(self) -> dict[str, Any]:
         """How this evaluator measures, as a result records it: results that differ in it are not compared."""
         s, described = self.settings, self._base_settings()
-        if self._episodes is not None:
+        if self.episodes is not None:
             described["n_episodes"] = s.n_episodes
         if s.protocol is not None:
             described["protocol"] = s.protocol

@@ -36,4 +36,6 @@ class LunarLander(DiffusionPolicy):
         super().__init__(Path(weights) if weights else shipped, WIDTH, DEPTH, num_demos, device)
 
     def make_world(self, num_worlds: int, **options: Any) -> World:
-        return GymWorld(ENV, num_worlds, mean=self.mean, std=self.std, device=self.device, **{"continuous": True, **options})
+        return GymWorld(
+            ENV, num_worlds, mean=self.mean, std=self.std, device=self.device, **{"continuous": True, "render_mode": "rgb_array", **options}
+        )

@@ -1,0 +1,89 @@
+"""Writes animations of episodes in a world: models below one another, the same starts and noise in every row."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ddil_agents.evaluation.episodes import EpisodeEvaluator
+from ddil_agents.training.checkpoint import write_atomically
+from ddil_env import DdimPolicy, TimeGrid
+from ddil_env.mdp import Kernel
+
+EPISODES, FRAMES, HEIGHT = 4, 120, 150  # at most: columns, frames of an animation, pixels of a picture
+GAP = 4  # pixels between pictures
+
+
+def render_episodes(
+    evaluator: EpisodeEvaluator, policy: DdimPolicy, grid: TimeGrid | None = None, kernel: Kernel = "ddim", episodes: int = EPISODES
+) -> np.ndarray | None:
+    """Pictures of the first episodes that an evaluation of the policy runs, as strips of them side by side.
+
+    Returns:
+        (frames, height, width, 3) uint8; a picture stands still where its episode has ended. None for a world that is not rendered.
+    """
+    from PIL import Image
+
+    world, strips = evaluator.world, list[np.ndarray]()
+    columns, every = range(min(episodes, evaluator.n)), max(1, world.num_frames // (2 * FRAMES))
+    if world.render(0) is None:
+        return None
+
+    def small(picture: Tensor) -> np.ndarray:
+        scale = min(1.0, HEIGHT / len(picture))
+        size = round(picture.shape[1] * scale), round(len(picture) * scale)
+        pixels = np.asarray(Image.fromarray(picture.numpy()).resize(size, Image.Resampling.LANCZOS))
+        return np.pad(pixels, ((0, 0), (0, GAP), (0, 0)), constant_values=255)
+
+    def render() -> None:
+        strips.append(np.concatenate([small(picture) for row in columns if (picture := world.render(row)) is not None], 1))
+
+    def before_step(frame: int, running: list[int]) -> None:
+        if frame % every == 0 and set(running) & set(columns):
+            render()
+
+    evaluator.run(policy, grid or evaluator.grid, kernel, before_step)
+    render()  # where they ended
+    return np.stack(strips)
+
+
+def save_animation(path: Path, films: dict[str, np.ndarray], seconds: float = 8.0) -> None:
+    """Writes strips of pictures below one another as a GIF, each beside its model's name.
+
+    Args:
+        path: The GIF.
+        films: Of each model, (frames, height, width, 3) uint8, all of one height and width; a shorter one stands still at its end.
+        seconds: How long it runs before it starts again.
+    """
+    from PIL import Image, ImageDraw
+
+    length = max(map(len, films.values()))
+    _, high, wide, _ = next(iter(films.values())).shape
+    margin = 12 + 7 * max(map(len, films))
+    pictures = []
+    for frame in np.linspace(0, length - 1, min(length, FRAMES)).round().astype(int):
+        canvas = Image.new("RGB", (margin + wide, len(films) * (high + GAP)), "white")
+        draw = ImageDraw.Draw(canvas)
+        for i, (name, film) in enumerate(films.items()):
+            y = i * (high + GAP)
+            draw.text((6, y + high // 2 - 6), name, fill="black")
+            canvas.paste(Image.fromarray(film[min(frame, len(film) - 1)]), (margin, y))
+        pictures.append(canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
+    durations = [round(1000 * seconds / len(pictures))] * (len(pictures) - 1) + [1500]
+    pictures[0].save(gif := io.BytesIO(), "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+    write_atomically(path, gif.getvalue())
+
+
+def save_episodes(path: Path, evaluator: EpisodeEvaluator, policies: dict[str, tuple[DdimPolicy, TimeGrid, Kernel]]) -> bool:
+    """Writes an animation of each policy's first episodes.
+
+    Returns:
+        Whether a file was written: not in a world that is not rendered.
+    """
+    films = {name: film for name, args in policies.items() if (film := render_episodes(evaluator, *args)) is not None}
+    if films:
+        save_animation(path, films)
+    return bool(films)
