@@ -9,6 +9,10 @@ from typing import Any
 from ddil_agents.evaluation.metrics.frechet import FID_EXTRACTOR
 
 METRICS: dict[str, tuple[str, str, int]] = {  # key of a result → heading, format, and −1 where lower is better
+    "success": ("success ↑", "{:.3f}", 1),
+    "return": ("return ↑", "{:.1f}", 1),
+    "route_entropy": ("entropy of routes, nats ↑", "{:.2f}", 1),
+    "error_ratio": ("error on own / data's conditions ↓", "{:.2f}", -1),
     "frechet": ("Fréchet ↓", "{:.3g}", -1),
     "kid": ("kernel distance ↓", "{:.3g}", -1),
     "precision": ("precision ↑", "{:.3f}", 1),
@@ -25,10 +29,6 @@ METRICS: dict[str, tuple[str, str, int]] = {  # key of a result → heading, for
     "hpsv2": ("HPSv2 ↑", "{:.4f}", 1),
     "frechet_to_expert": ("Fréchet to teacher ↓", "{:.3g}", -1),
     "endpoint_rmse": ("RMSE to teacher ↓", "{:.4f}", -1),
-    "return": ("return ↑", "{:.1f}", 1),
-    "success": ("success ↑", "{:.3f}", 1),
-    "route_entropy": ("entropy of routes, nats ↑", "{:.2f}", 1),
-    "error_ratio": ("error on own / data's conditions ↓", "{:.2f}", -1),
 }
 # −1 where lower is better. A metric that has a value for each step is averaged over the steps.
 DIRECTIONS = {name: sign for name, (_, _, sign) in METRICS.items()} | dict.fromkeys(

@@ -40,6 +40,18 @@ def read_trajectories(result: dict[str, Any], out: Path) -> dict[str, Trajectori
     return named | students
 
 
+def read_episodes(result: dict[str, Any], out: Path) -> dict[str, str]:
+    """Reads the animations of episodes of the first seed, of each arm as a data URI; empty without a world."""
+    first, runs = result["comparison"]["first_seed"], result["budgets"]["updates"]["runs"]
+    paths = {run["arm"]: out / run["directory"] / "episodes.gif" for run in runs if run["seed"] == first}
+    return {arm: f"data:image/gif;base64,{base64.b64encode(path.read_bytes()).decode()}" for arm, path in paths.items() if path.is_file()}
+
+
+def describe_conditions(c: Tensor) -> list[str]:
+    """Ids of conditions as text, "" of the null condition and of conditions that are tensors."""
+    return [f"condition {i}" if i >= 0 else "" for i in c.tolist()] if c.ndim == 1 else [""] * len(c)
+
+
 def load_expert(result: dict[str, Any]) -> Expert:
     """Loads the comparison's expert, on a GPU if there is one."""
     env = dict(result["env_config"])
@@ -72,7 +84,7 @@ def viewer_data(result: dict[str, Any], trajectories: dict[str, Trajectories]) -
         shown["note"] = f"The expert could not be loaded, so there are no pictures: {error}"
     first = next(iter(trajectories.values()))
     plane = first.x_t.shape[2:] == (2,)
-    shown["conditions"] = [f"condition {c}" if c >= 0 else "" for c in first.c.tolist()]
+    shown["conditions"] = describe_conditions(first.c)
     shown["steps"] = max(len(t.times) for t in trajectories.values()) - 1
     for name, t in trajectories.items():
         model = {

@@ -30,7 +30,7 @@ from ddil_agents.evaluation.trajectories import Trajectories
 
 HOSTILE = "<script>alert(\"1\")</script> & 'x'"
 SHORT = {"num_updates": 4, "num_steps": 2, "teacher_steps": 4, "batch_size": 8, "collect_size": 8, "log_every": 2}
-SMALL = {"evaluate": {"n": 20, "n_action": 4}}
+SMALL = {"evaluate": {"n": 20, "n_action": 4, "n_episodes": 4}}
 
 
 def in_process(command, stdout, **_):
@@ -122,6 +122,17 @@ def test_page_is_well_formed_and_its_ids_are_unique(comparison):
     headings = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
     assert headings[0] == headings.count(1) == 1
     assert all(b <= a + 1 for a, b in itertools.pairwise(headings))  # no level is skipped
+
+
+def test_page_of_a_world_plays_its_episodes(tmp_path):
+    arms = {arm: {"agent": arm, "student": {"width": 8, "depth": 1}} for arm in ("bc", "dagger")}
+    result, out = compared(tmp_path, env="fork", arms=arms, seeds=1, primary="success")
+    page = Page(text_of(out))
+    sources = [value for name, value in page.attributes if name == "src"]
+    assert sum(source.startswith("data:image/gif;base64,") for source in sources) == 2
+    assert "episodes" in page.ids
+    assert not any("modes are missed" in flag for flag in result["flags"])
+    assert "success" in text_of(out)
 
 
 def test_page_asks_for_nothing_outside_it(comparison):
