@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddil_agents.action_matching import ActionMatching, ActionMatchingConfig
     from ddil_agents.aggrevate import Aggrevate, AggrevateConfig
     from ddil_agents.algorithm import Algorithm
     from ddil_agents.bc import BCConfig, BehaviourCloning
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from ddil_agents.training.trainer import GradientStep
 
 _MODULE_OF = {
+    "ActionMatching": "action_matching",
+    "ActionMatchingConfig": "action_matching",
     "Aggrevate": "aggrevate",
     "AggrevateConfig": "aggrevate",
     "Algorithm": "algorithm",
@@ -69,6 +72,8 @@ __all__ = [
     "DMD2",
     "LCM",
     "SOURCES",
+    "ActionMatching",
+    "ActionMatchingConfig",
     "Aggrevate",
     "AggrevateConfig",
     "Algorithm",

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ddil_agents.bc import BCConfig, BehaviourCloning
+from ddil_agents.action_matching import ActionMatching, ActionMatchingConfig
 from ddil_agents.commands.run import run
 from ddil_agents.config import LearnerConfig
 from ddil_agents.states.collect import Collector, own_seed
@@ -31,7 +31,7 @@ from ddil_env import ExpertPolicy, StudentPolicy, TimeGrid
 
 
 @dataclass(frozen=True)
-class DartConfig(BCConfig):
+class DartConfig(ActionMatchingConfig):
     """Settings of DART: those of behaviour cloning and the size of the noise."""
 
     perturbation: float = 0.1
@@ -70,12 +70,13 @@ class PerturbedCollector(Collector):
         return x + sigma * self.perturbation * xi
 
 
-class Dart(BehaviourCloning):
+class Dart(ActionMatching):
     """Behaviour cloning on perturbed states."""
 
     name = "dart"
     Config: ClassVar[type[LearnerConfig]] = DartConfig
     config: DartConfig
+    interactive = False
 
     def make_collector(self, student_policy: StudentPolicy, *args: Any, **settings: Any) -> Collector:
         return super().make_collector(student_policy, PerturbedCollector, perturbation=self.config.perturbation)

@@ -18,24 +18,27 @@ A glance has the error of a single teacher step: as the student learns to do k s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from ddil_agents.action_matching import ActionMatching, ActionMatchingConfig
 from ddil_agents.commands.run import run
 from ddil_agents.config import LearnerConfig
-from ddil_agents.dagger import Dagger, DaggerConfig
+from ddil_agents.states.beta import Beta
 from ddil_agents.states.collect import Collector
 from ddil_env import Expert, ExpertPolicy, StudentPolicy, Support
 
 
 @dataclass(frozen=True)
-class SafeDaggerConfig(DaggerConfig):
+class SafeDaggerConfig(ActionMatchingConfig):
     """Settings of SafeDAgger: those of DAgger, the gate and the budget."""
 
+    beta: Beta = field(default_factory=lambda: Beta(forward=0.5, teacher=0.1, student=0.4))
+    """Probabilities of the sources: forward states for diversity, the teacher's states, and the student's own."""
     gate: float = 0.5
     """Fraction of the forward and student states that is labelled; 1 labels all of them without a glance, which is DAgger."""
     glance_substeps: int = 1
@@ -136,7 +139,7 @@ class GatedCollector(Collector):
         return states
 
 
-class SafeDagger(Dagger):
+class SafeDagger(ActionMatching):
     """DAgger with a gate and a budget.
 
     Raises:

@@ -18,7 +18,7 @@ import yaml
 from helpers import Dataless, Killed, same_students, weights
 from torch import Tensor
 
-from ddil_agents import DMD2, LCM, Algorithm, BehaviourCloning, Beta, Dagger, bc, dagger
+from ddil_agents import DMD2, LCM, ActionMatching, Algorithm, BehaviourCloning, Beta, Dagger, bc, dagger
 from ddil_agents.commands.load import load_run
 from ddil_agents.states.batch import Batch
 from ddil_agents.training.callbacks import Callback
@@ -176,7 +176,7 @@ class Count(Callback):
             return pred
 
         def trained(batch: Any) -> Tensor:
-            if isinstance(learner, BehaviourCloning):
+            if isinstance(learner, ActionMatching):
                 self.add("target", invert_ddim(expert.schedule, batch.x_t, batch.t, batch.expert_action, batch.s).x_0)
             return loss(batch)
 
