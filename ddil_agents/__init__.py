@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from ddil_agents.safe_dagger import SafeDagger, SafeDaggerConfig
     from ddil_agents.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
     from ddil_agents.states.batch import Batch
-    from ddil_agents.states.beta import Beta
-    from ddil_agents.states.buffer import SOURCES, SourceBuffer
+    from ddil_agents.states.beta import SOURCES, Beta
+    from ddil_agents.states.buffer import SourceBuffer
     from ddil_agents.states.collect import Collector
     from ddil_agents.training.callbacks import Callback
     from ddil_agents.training.trainer import GradientStep
@@ -43,7 +43,7 @@ _MODULE_OF = {
     "BCConfig": "bc",
     "BehaviourCloning": "bc",
     "Beta": "states.beta",
-    "SOURCES": "states.buffer",
+    "SOURCES": "states.beta",
     "SourceBuffer": "states.buffer",
     "Collector": "states.collect",
     "Comparison": "comparison.arms",

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from ddil_agents.states.beta import Beta
+from ddil_agents.states.beta import SOURCES, Beta, split_collection
 from ddil_agents.states.collect import StatesPerRollout
 from ddil_env.adapters import LoRA
 from ddil_env.support import Thresholding
@@ -152,7 +152,7 @@ class LearnerConfig(AgentConfig):
             raise ValueError(f"student_collections={self.student_collections}: need at least 1, or null to hold as many as capacity")
         if self.states_per_rollout not in get_args(StatesPerRollout):
             raise ValueError(f"states_per_rollout={self.states_per_rollout}: need 1 or all")
-        if not any(self.collect_size * share + 1e-9 >= unit for share, unit in zip(self.beta(0), self.states_per_draw, strict=True)):
+        if not any(split_collection(self.collect_size, self.beta(0), self.states_per_draw, [0.0] * len(SOURCES))):
             unit, cure = "state", ""
             if self.states_per_rollout == "all":
                 unit, cure = f"rollout of {self.states_per_draw[1]} states", ", or set states_per_rollout to 1"

@@ -32,8 +32,7 @@ from ddil_agents.commands.run import run
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import sharding
 from ddil_agents.states.batch import Batch
-from ddil_agents.states.beta import Beta
-from ddil_agents.states.buffer import SOURCES
+from ddil_agents.states.beta import SOURCES, Beta
 from ddil_agents.states.collect import Collector, stream_seed
 from ddil_agents.training.trainer import GradientStep
 from ddil_env import Expert, StudentPolicy, invert_ddim

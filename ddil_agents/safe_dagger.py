@@ -28,7 +28,7 @@ from torch import Tensor
 from ddil_agents.action_matching import ActionMatching, ActionMatchingConfig
 from ddil_agents.commands.run import run
 from ddil_agents.config import LearnerConfig
-from ddil_agents.states.beta import Beta
+from ddil_agents.states.beta import SOURCES, Beta, split_collection
 from ddil_agents.states.collect import Collector
 from ddil_env import Expert, ExpertPolicy, StudentPolicy, Support
 
@@ -159,8 +159,8 @@ class SafeDagger(ActionMatching):
                 f"query_budget={self.config.query_budget}: in a world the teacher acts for as long as episodes last, which is not known "
                 "beforehand; set beta.teacher and p_expert to 0, or query_budget to null"
             )
-        shares = zip(self.config.beta(0), self.collector.states_per_draw(), strict=True)
-        needed = self.collector.price([int(self.collect_size * share / unit + 1e-9) for share, unit in shares]) + self.teacher_nfe
+        first = split_collection(self.collect_size, self.config.beta(0), self.collector.states_per_draw(), [0.0] * len(SOURCES))
+        needed = self.collector.price(first) + self.teacher_nfe
         if self.config.query_budget is not None and self.config.query_budget < needed:
             raise ValueError(
                 f"query_budget={self.config.query_budget}: the first collection, of {self.collect_size} states, takes {needed} forwards "

@@ -28,7 +28,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from ddil_agents.devices import ranks
-from ddil_agents.states.buffer import SOURCES
+from ddil_agents.states.beta import SOURCES, split_collection
 from ddil_agents.states.episodes import visit
 from ddil_env import ExpertPolicy, StudentPolicy, TimeGrid
 from ddil_env.mdp import Kernel
@@ -107,7 +107,7 @@ class Collector:
         self.world, self.world_steps = world, 0
         if world is not None:
             self.streams["world"] = torch.Generator().manual_seed(own_seed(seed, "world"))
-        self._owed = [0.0] * len(SOURCES)  # states that each source's share still owes, so that small collects add up to β exactly
+        self._remainder = [0.0] * len(SOURCES)  # states of each source's share that earlier collections left out
 
     @torch.no_grad()
     def collect(self, n: int, beta: tuple[float, float, float], version: int) -> TensorDict:
@@ -135,12 +135,7 @@ class Collector:
 
     def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:
         """Forward draws and rollouts of this collection, by source."""
-        counts = []
-        for i, (share, unit) in enumerate(zip(beta, self.states_per_draw(), strict=True)):
-            self._owed[i] += n * share
-            counts.append(int(self._owed[i] / unit + 1e-9))
-            self._owed[i] -= counts[i] * unit
-        return counts
+        return split_collection(n, beta, self.states_per_draw(), self._remainder)
 
     def states_per_draw(self) -> tuple[int, int, int]:
         """States that one forward draw, one teacher and one student rollout give."""
@@ -303,10 +298,10 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         steps = {} if self.world is None else {"world_steps": self.world_steps}
-        return steps | {"owed": list(self._owed), "streams": {name: g.get_state() for name, g in self.streams.items()}}
+        return steps | {"owed": list(self._remainder), "streams": {name: g.get_state() for name, g in self.streams.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._owed = list(state["owed"])
+        self._remainder = list(state["owed"])
         self.world_steps = state.get("world_steps", 0)
         for name, generator in self.streams.items():
             generator.set_state(state["streams"][name].cpu())

@@ -19,6 +19,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from ddil_agents.states.beta import draw_sources
 from ddil_agents.states.collect import Collector
 from ddil_agents.states.episodes import visit
 
@@ -53,8 +54,7 @@ class BackwardSimulation(Collector):
 
     def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:
         """States of each source: n draws with the probabilities β."""
-        shares = torch.tensor(beta, dtype=torch.float64)
-        source = torch.multinomial(shares, n, replacement=True, generator=self.streams["mixture"])
+        source = draw_sources(torch.tensor(beta, dtype=torch.float64), n, self.streams["mixture"])
         return torch.bincount(source, minlength=3).tolist()
 
     def forward(self, n: int) -> TensorDict:

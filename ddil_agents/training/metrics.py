@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddil_agents.devices import ranks
 from ddil_agents.states.batch import Batch
-from ddil_agents.states.buffer import SOURCES
+from ddil_agents.states.beta import SOURCES
 from ddil_agents.training.callbacks import Callback, Stopwatch
 from ddil_agents.training.checkpoint import explain_write_errors, write_atomically, write_support
 from ddil_agents.training.tracking import Tracker, start_tracker
