@@ -287,7 +287,7 @@ class Trainer:
         return [(f"{name} {names[:i].count(name)}", callback) for i, (name, callback) in enumerate(zip(names, self.callbacks, strict=True))]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next updates depend on, in tensors and plain values; the keys in `checkpoint.PER_RANK` differ between processes."""
+        """All that the next updates depend on, in tensors and plain values; training/checkpoint.py lists the keys."""
         algorithm, scaler, device = self.algorithm, self.accelerator.scaler, self.algorithm.expert.device
         return {
             "step": algorithm.step,
