@@ -45,7 +45,7 @@ from ddil_agents.states.collect import Collector, own_seed, stream_seed
 from ddil_agents.training.trained_agent import TrainedAgent
 from ddil_agents.training.trainer import GradientStep, Trainer, check_settings
 from ddil_env import Expert, ExpertPolicy, StudentPolicy, Support, TimeGrid, Unbounded, unroll
-from ddil_env.support import Metered, Role, build_support
+from ddil_env.support import CountingSupport, Role, build_support
 
 
 class Algorithm(TrainedAgent):
@@ -169,7 +169,7 @@ class Algorithm(TrainedAgent):
                 "target lies outside, the student's estimates are driven outward without end; add teacher",
                 stacklevel=3,
             )
-        return {role: Metered(self.support) if role in roles else Unbounded() for role in self.roles}
+        return {role: CountingSupport(self.support) if role in roles else Unbounded() for role in self.roles}
 
     def _sample_teacher(self, n: int) -> Tensor:
         """Samples n times from the teacher, to calibrate a support without data."""

@@ -49,7 +49,7 @@ class AgentConfig:
             raise ValueError(f"seed={self.seed}: need 0 or more")
         if self.teacher_steps % self.num_steps:
             raise ValueError(
-                f"teacher_steps={self.teacher_steps} is no multiple of num_steps={self.num_steps}; each student step takes as many"
+                f"teacher_steps={self.teacher_steps} is not a multiple of num_steps={self.num_steps}; each student step takes as many"
             )
 
     @property
@@ -156,7 +156,10 @@ class LearnerConfig(AgentConfig):
             unit, cure = "state", ""
             if self.states_per_rollout == "all":
                 unit, cure = f"rollout of {self.states_per_draw[1]} states", ", or set states_per_rollout to 1"
-            raise ValueError(f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one {unit}; raise collect_size{cure}")
+            raise ValueError(
+                f"collect_size={self.collect_size} is too small: with the shares {self.beta(0)} no source gets a full {unit}; "
+                f"raise collect_size{cure}"
+            )
         if self.guidance_range is not None:
             lowest, highest = self.guidance_range
             if not 1 <= lowest < highest < math.inf:

@@ -60,7 +60,7 @@ class DMD2Config(LearnerConfig):
     """Reflected diffusion: which estimates are projected onto the data's support, and how. Choose all three roles or
     none: if only the teacher is projected, its estimates differ from the critic's at the edge of the support even where the two match."""
     noise_level: float | None = None
-    """Time that every collection unrolls to, such as 500; the grid's nearest time is used. null: a random time of the grid."""
+    """Time t_j (not a σ) that every collection unrolls to, such as 500; the nearest of the grid is used. null: a random one of the grid."""
     on_policy: bool = True
     """Collect fresh states for every update; false: replay states from the buffer, as collect_size and updates_per_collect say."""
     critic_updates: int = 5

@@ -61,8 +61,8 @@ class ProgressPolicy:
     def act(self, *args: Any) -> Tensor:
         return self._advance(self.policy.act(*args))
 
-    def jump(self, *args: Any) -> Tensor:
-        return self._advance(self.policy.jump(*args))
+    def act_renoise(self, *args: Any) -> Tensor:
+        return self._advance(self.policy.act_renoise(*args))
 
     def _advance(self, x_s: Tensor) -> Tensor:
         self.bar.update()
@@ -270,7 +270,7 @@ class SampleDrawer:
         }
 
     def _captions_digest(self) -> str | None:
-        """A digest of the captions of all samples; None where conditions are no texts."""
+        """A digest of the captions of all samples; None where conditions are not texts."""
         try:
             captions = None if self.c is None else self.expert.captions(self.c)
         except ValueError:

@@ -276,7 +276,7 @@ class Collector:
         if self.kernel == "ddim":
             return self.student_policy.act(x_t, t, u, c, w)
         noise = torch.randn(x_t.shape, generator=self.streams["rollout"], device=x_t.device)
-        return self.student_policy.jump(x_t, t, u, noise, c, w)
+        return self.student_policy.act_renoise(x_t, t, u, noise, c, w)
 
     def guidance(self, n: int) -> Tensor | None:
         """w ~ U(guidance_range), (n,), or None where there is one scale for all."""

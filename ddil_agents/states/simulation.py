@@ -28,7 +28,7 @@ class BackwardSimulation(Collector):
     """Collects states at one time t_j of the student's grid per collection, without labels: DMD2's loss needs none.
 
     Args:
-        noise_level: The time to unroll to; the grid's nearest time is used. None draws one at random for each collection.
+        noise_level: The time t_j (not a σ) to unroll to; the grid's nearest time is used. None draws one at random for each collection.
 
     Raises:
         ValueError: noise_level is greater than the last time of the teacher's schedule.

@@ -28,7 +28,7 @@ from ddil_env.data.sources import Source, read_pairs
 from ddil_env.denoiser import NetworkDenoiser
 from ddil_env.errors import BROKEN_LATENTS, check_choice, check_finite
 from ddil_env.expert import Expert
-from ddil_env.guidance import Told
+from ddil_env.guidance import GuidanceConditioning
 from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.networks import PipelineNetwork
@@ -295,7 +295,7 @@ class PipelineExpert(Expert):
         num_steps: int,
         grid: str = "linspace",
         kernel: str = "ddim",
-        told: Told | None = None,
+        guidance: GuidanceConditioning | None = None,
     ) -> None:
         """Writes a pipeline that `DiffusionPipeline.from_pretrained` loads and that samples as this library does; arguments as in `Expert`.
 
@@ -307,7 +307,7 @@ class PipelineExpert(Expert):
         Raises:
             ValueError: the student is not one of this expert's, or what `check_export` refuses.
         """
-        write_student(self, student, directory, num_steps, grid, kernel, told)
+        write_student(self, student, directory, num_steps, grid, kernel, guidance)
 
     def load_student(
         self,

@@ -10,7 +10,7 @@ import yaml
 
 from ddil_env.adapters import LORA_FILE, adapter_layers
 from ddil_env.denoiser import NetworkDenoiser
-from ddil_env.guidance import Told
+from ddil_env.guidance import GuidanceConditioning
 from ddil_env.pipelines.find import HUB_ID
 
 if TYPE_CHECKING:
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def model_card(
-    expert: PipelineExpert, student: NetworkDenoiser, num_steps: int, call: dict[str, Any], kernel: str, told: Told | None
+    expert: PipelineExpert,
+    student: NetworkDenoiser,
+    num_steps: int,
+    call: dict[str, Any],
+    kernel: str,
+    guidance: GuidanceConditioning | None,
 ) -> str:
     """The text of the card, with the metadata that the hub reads at its top.
 
@@ -27,7 +32,7 @@ def model_card(
         student: Whose folder the card is for.
         num_steps, kernel: How it samples.
         call: The arguments of the pipeline's call, beside its subject.
-        told: The guidance of a student with a guidance embedding, if it is known.
+        guidance: The guidance of a student with a guidance embedding, if it is known.
     """
     pipeline = expert.files.pipeline
     licence = expert.files.licence()
@@ -37,8 +42,8 @@ def model_card(
     if re.fullmatch(HUB_ID, expert.model) and not Path(expert.model).is_dir():
         head["base_model"] = expert.model
     scales = "any of the range that it was trained on"
-    if told is not None:
-        scales += f", {told.least:g} to {told.most:g}"
+    if guidance is not None:
+        scales += f", {guidance.low:g} to {guidance.high:g}"
     guidance = GUIDANCE_IS_AN_INPUT.format(scales) if student.guidance_embedding else GUIDANCE_IS_LEARNED
     return CARD.format(
         head=yaml.safe_dump(head, sort_keys=False),

@@ -25,7 +25,7 @@ from ddil_agents.training.callbacks import Callback
 from ddil_agents.training.metrics import clipped_shares, read_metrics
 from ddil_agents.training.trainer import Trainer
 from ddil_env import Expert, GaussianMixtureExpert, NoDataError, invert_ddim, unroll
-from ddil_env.support import ChannelQuantiles, Metered, Thresholding
+from ddil_env.support import ChannelQuantiles, CountingSupport, Thresholding
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 
@@ -94,7 +94,7 @@ def test_every_subset_of_the_roles_is_a_run_of_its_own(agent: str) -> None:
     results = {(): plain}
     for roles in subsets(agent)[1:]:
         learner = made(agent, thresholding=Thresholding(kind="static", bound=0.2, roles=roles))  # tighter than the data
-        assert {role for role, support in learner.thresholds.items() if isinstance(support, Metered)} == set(roles)
+        assert {role for role, support in learner.thresholds.items() if isinstance(support, CountingSupport)} == set(roles)
         results[roles] = learned(learner)
     assert len(results) == 8
     for one, other in combinations(results, 2):

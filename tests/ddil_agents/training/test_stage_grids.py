@@ -124,4 +124,4 @@ def test_the_original_expert_steps_in_equal_strides_as_ever(k: int) -> None:
 
 def test_a_student_whose_grid_nobody_names_steps_in_equal_strides() -> None:
     expert, t, s = corners(), torch.tensor([999.0, 749, 500, 250]), torch.tensor([749.0, 500, 250, 0])
-    assert torch.equal(Distilled(expert, expert.make_student()).times_between(t, s, 3), substep_times(expert.schedule, t, s, 3))
+    assert torch.equal(Distilled(expert, expert.make_student()).substep_times(t, s, 3), substep_times(expert.schedule, t, s, 3))
