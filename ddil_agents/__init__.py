@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ddil_agents.evaluation.settings import Evaluation
     from ddil_agents.gail import Gail, GailConfig
     from ddil_agents.lcm import LCM, LCMConfig
+    from ddil_agents.ppo import PPOAgent as PPOAgent
+    from ddil_agents.ppo import PPOConfig as PPOConfig
     from ddil_agents.safe_dagger import SafeDagger, SafeDaggerConfig
     from ddil_agents.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
     from ddil_agents.states.batch import Batch
@@ -62,13 +64,15 @@ _MODULE_OF = {
     "LCMConfig": "lcm",
     "LCM": "lcm",
     "LearnerConfig": "config",
+    "PPOAgent": "ppo",
+    "PPOConfig": "ppo",
     "SafeDagger": "safe_dagger",
     "SafeDaggerConfig": "safe_dagger",
     "ScheduledSampling": "scheduled_sampling",
     "ScheduledSamplingConfig": "scheduled_sampling",
 }
 
-__all__ = [
+__all__ = [  # without PPOAgent and PPOConfig, so that `import *` needs no stable-baselines3
     "DMD2",
     "LCM",
     "SOURCES",
@@ -113,4 +117,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(_MODULE_OF)

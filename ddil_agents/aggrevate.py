@@ -76,7 +76,7 @@ class CompletionCollector(Collector):
         states["s"] = torch.zeros_like(states["t"])
         if not self.reuse_rollout:
             steps_left = (self.grid.times[:-1] <= states["t"][:, None]).sum(1)  # N − j, (m,)
-            states["nfe"] = (steps_left + states["actors"].sum(1)) * self.cost(self.expert_policy)
+            states["nfe"] = (steps_left + states["actors"].sum(1)) * self.forwards_per_action(self.expert_policy)
         return states
 
     def label(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None, w: Tensor | None) -> Tensor:

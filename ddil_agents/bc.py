@@ -25,6 +25,8 @@ from ddil_agents.config import LearnerConfig
 class BCConfig(ActionMatchingConfig):
     """Settings of progressive distillation."""
 
+    forwards_formula = "labels"
+
 
 class BehaviourCloning(ActionMatching):
     """Progressive distillation on forward-diffused data, or without data on the teacher's trajectories.

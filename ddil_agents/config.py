@@ -16,6 +16,7 @@ from ddil_env.time_grid import GridKind
 Precision = Literal["no", "fp16", "bf16"]
 Optimizer = Literal["adamw", "adamw8bit"]
 RateSchedule = Literal["linear", "constant"]
+ForwardsFormula = Literal["labels", "consistency", "distribution_matching"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class LearnerConfig(AgentConfig):
     and `expert`, its teacher: last (the previous stage's student), same (the previous stage's teacher) or original."""
 
     teachers: ClassVar[tuple[str, ...]] = ("last", "same", "original")  # that a stage may have, the default first
+    forwards_formula: ClassVar[ForwardsFormula | None] = None  # of commands/plan.py, for the forwards of an update; None: no prediction
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,6 +189,11 @@ class LearnerConfig(AgentConfig):
         if self.capacity is not None and self.student_collections is not None and shares[2] > 0:
             held[2] = min(held[2], self.student_collections * max(math.ceil(collect_size * shares[2]), self.states_per_draw[2]))
         return held
+
+    @property
+    def collect_schedule(self) -> tuple[int, int]:
+        """Number of states in a collection, and of updates from one collection to the next."""
+        return self.collect_size, self.updates_per_collect
 
     @property
     def states_per_draw(self) -> tuple[int, int, int]:

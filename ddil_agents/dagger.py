@@ -28,6 +28,8 @@ class DaggerConfig(ActionMatchingConfig):
     beta: Beta = field(default_factory=lambda: Beta(forward=0.5, teacher=0.1, student=0.4))
     """Probabilities of the sources: forward states for diversity, the teacher's states, and the student's own."""
 
+    forwards_formula = "labels"
+
 
 class Dagger(ActionMatching):
     """Progressive distillation on the β-mixture of forward, teacher and student states."""

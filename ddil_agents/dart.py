@@ -26,7 +26,7 @@ from torch import Tensor
 from ddil_agents.action_matching import ActionMatching, ActionMatchingConfig
 from ddil_agents.commands.run import run
 from ddil_agents.config import LearnerConfig
-from ddil_agents.states.collect import Collector, own_seed
+from ddil_agents.states.collect import Collector, rank_stream_seed
 from ddil_env import ExpertPolicy, StudentPolicy, TimeGrid
 
 
@@ -36,6 +36,8 @@ class DartConfig(ActionMatchingConfig):
 
     perturbation: float = 0.1
     """γ, the standard deviation of the perturbation as a fraction of the noise level σ_t; 0 is behaviour cloning."""
+
+    forwards_formula = "labels"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,13 +57,13 @@ class PerturbedCollector(Collector):
     ) -> None:
         super().__init__(expert_policy, student_policy, grid, seed, **settings)
         self.perturbation = perturbation
-        self.streams["disturbance"] = torch.Generator(self.expert.device).manual_seed(own_seed(seed, "disturbance"))
+        self.streams["disturbance"] = torch.Generator(self.expert.device).manual_seed(rank_stream_seed(seed, "disturbance"))
 
-    def noised(self, x_0: Tensor, t: Tensor) -> Tensor:
-        return self.perturb(super().noised(x_0, t), t)
+    def add_noise(self, x_0: Tensor, t: Tensor) -> Tensor:
+        return self.perturb(super().add_noise(x_0, t), t)
 
-    def follow(self, x_t: Tensor, t: Tensor, u: Tensor, *rest: Any) -> Tensor:
-        return self.perturb(super().follow(x_t, t, u, *rest), u)
+    def step(self, x_t: Tensor, t: Tensor, u: Tensor, *rest: Any) -> Tensor:
+        return self.perturb(super().step(x_t, t, u, *rest), u)
 
     def perturb(self, x: Tensor, t: Tensor) -> Tensor:
         """Returns x + σ_t γ ξ, (n, *sample_shape)."""

@@ -78,6 +78,7 @@ class DMD2Config(LearnerConfig):
     """Learning rates after the warm-up: constant, as in the published code, or linear, which falls to 0 at the end of training."""
 
     teachers: ClassVar[tuple[str, ...]] = ("original", "same")  # a few-step student gives no score to match
+    forwards_formula = "distribution_matching"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +95,10 @@ class DMD2Config(LearnerConfig):
             raise ValueError(f"states_per_rollout={self.states_per_rollout}: DMD2's backward simulation ends in one state; leave it at 1")
         if self.prioritised:
             raise ValueError("prioritised=true: DMD2's loss measures the size of a step and not the error at a state; leave it false")
+
+    @property
+    def collect_schedule(self) -> tuple[int, int]:
+        return (self.batch_size, 1) if self.on_policy else super().collect_schedule
 
     def for_evaluation(self) -> Self:
         return replace(super().for_evaluation(), gan_weight=0.0)  # a discriminator needs data
@@ -200,9 +205,6 @@ class DMD2(Algorithm):
         super().start_from(student)
         denoiser = self.networks["critic"].denoiser
         denoiser.load_state_dict(sharding.shard_state(student.state_dict(), denoiser.state_dict()))
-
-    def collect_schedule(self) -> tuple[int, int]:
-        return (self.config.batch_size, 1) if self.config.on_policy else super().collect_schedule()
 
     def collect(self) -> TensorDict:
         on_policy = self.config.on_policy

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ddil_agents.states.beta import draw_sources
 from ddil_agents.states.collect import Collector
-from ddil_agents.states.episodes import visit
+from ddil_agents.states.episodes import collect_episode_states
 
 
 class BackwardSimulation(Collector):
@@ -67,16 +67,16 @@ class BackwardSimulation(Collector):
 
     def rollout(self, n: int, p_expert: float) -> TensorDict:
         if self.world is not None:
-            states = visit(self, self.world, n, p_expert, self.j)
+            states = collect_episode_states(self, self.world, n, p_expert, self.j)
             return self._arrived(states["x_t"], states["c"], states["actors"][:, : self.j])
-        x_t, c, _, by_expert = self.start(n, self.j, p_expert)
+        x_t, c, _, expert_acts = self.start(n, self.j, p_expert)
         for i, (t, s) in enumerate(pairwise(self.grid.times[: self.j + 1])):
-            x_t = self.follow(x_t, t.expand(n), s.expand(n), c, None, by_expert[:, i])
-        return self._arrived(x_t, c, by_expert.to(x_t.device, non_blocking=True))
+            x_t = self.step(x_t, t.expand(n), s.expand(n), c, None, expert_acts[:, i])
+        return self._arrived(x_t, c, expert_acts.to(x_t.device, non_blocking=True))
 
-    def _arrived(self, x_t: Tensor, c: Tensor | None, by_expert: Tensor) -> TensorDict:
+    def _arrived(self, x_t: Tensor, c: Tensor | None, expert_acts: Tensor) -> TensorDict:
         t = self.grid.times[self.j].repeat(len(x_t))
         actors = torch.zeros(len(x_t), self.grid.num_steps, dtype=torch.bool, device=x_t.device)
-        actors[:, : by_expert.shape[1]] = by_expert
-        nfe = self.cost(self.expert_policy) * actors.sum(1)
+        actors[:, : expert_acts.shape[1]] = expert_acts
+        nfe = self.forwards_per_action(self.expert_policy) * actors.sum(1)
         return self.states(x_t=x_t, t=t, s=self.grid.previous(t), c=c, actors=actors, nfe=nfe)
