@@ -44,14 +44,14 @@ def model_card(
     scales = "any of the range that it was trained on"
     if guidance is not None:
         scales += f", {guidance.low:g} to {guidance.high:g}"
-    guidance = GUIDANCE_IS_AN_INPUT.format(scales) if student.guidance_embedding else GUIDANCE_IS_LEARNED
+    about_guidance = GUIDANCE_IS_AN_INPUT.format(scales) if student.guidance_embedding else GUIDANCE_IS_LEARNED
     return CARD.format(
         head=yaml.safe_dump(head, sort_keys=False),
         num_steps=num_steps,
         pipeline=pipeline.__name__,
         absent="".join(f", {name}=None" for name in expert.files.absent),  # diffusers learns of absent components from the call alone
         call=", ".join([expert.example, *(f"{name}={value}" for name, value in call.items())]),
-        guidance=guidance if "guidance_scale" in call else "",
+        guidance=about_guidance if "guidance_scale" in call else "",
         noise=FRESH_NOISE if kernel == "renoise" and num_steps > 1 else "",
         adapters=_describe_adapters(student, pipeline),
         data=expert.describe_data(),
