@@ -27,7 +27,6 @@ import copy
 import gc
 import json
 import shlex
-import statistics
 import sys
 import time
 from datetime import date
@@ -38,7 +37,8 @@ import buffer
 import diffusers
 import torch
 from peers import LEARNING_RATE, ConsistencyScript, DMD2Script
-from rollout import Way, bare_sd, interval, sd_expert, timed
+from rollout import Way, bare_sd, sd_expert, timed
+from throughput_report import row, table
 from torch import Tensor, nn
 
 from ddil_agents import DMD2, LCM, Algorithm, Beta, DMD2Config, LCMConfig
@@ -52,7 +52,6 @@ NUM_STEPS = 4
 SIMULATED = 2  # steps of DMD2's backward simulation: to its grid's third time, 499
 REUSE = 4  # gradient steps that a label serves
 R = 10  # DMD2's iterations for one step of the student, as published for Stable Diffusion 1.5
-TARGETS = {"rollout, unroll": (1.0, 1.5), "lcm, fresh": (1.15, 1.5)}  # the least ratio, on a CPU and on a GPU
 TOLERANCE = 1e-3, 1e-2  # in float32: of numbers, and of the way that weights have gone
 PRECISION = {"float32": "no", "bfloat16": "bf16"}
 SHARED: dict[str, Any] = {
@@ -243,20 +242,6 @@ def dmd2(case: Case) -> Same:
     return ways, max(differences), drift
 
 
-def row(name: str, ours: list[float], theirs: list[float], limit: list[float], device: str) -> dict[str, Any]:
-    """One line of the table."""
-    return {
-        "name": name,
-        "ours_ms": 1e3 * statistics.median(ours),
-        "theirs_ms": 1e3 * statistics.median(theirs),
-        "ratio": interval([b / a for a, b in zip(ours, theirs, strict=True)]),
-        "target": TARGETS.get(name, (None, None))[device.startswith("cuda")],
-        "limit_ms": 1e3 * statistics.median(limit),
-        "of_limit": interval([b / a for a, b in zip(ours, limit, strict=True)]),
-        "theirs_of_limit": interval([b / a for a, b in zip(theirs, limit, strict=True)]),
-    }
-
-
 def columns(part: str, times: dict[str, list[float]]) -> dict[str, tuple[list[float], list[float], list[float]]]:
     """Ours, theirs and the limit, by name."""
     if part == "buffer":
@@ -300,28 +285,6 @@ def measure(part: str, case: Case, rounds: int, proof: str | None = None) -> lis
         ways, _, _ = both(case)
         times = timed(ways, case.device, rounds, clock)
     return [{**row(f"{part}, {name}", *each, case.device), "difference": difference} for name, each in columns(part, times).items()]
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result as Markdown."""
-    lines = [
-        f"    {result['command']}",
-        "",
-        f"{result['model']} UNet ({result['parameters']:,} weights), batch {result['batch_size']}, {result['dtype']}"
-        f"{', compiled' if result['compile'] else ''}; {result['rounds']} rounds; {result['hardware']}; "
-        f"torch {result['torch']}, diffusers {result['diffusers']}; {result['date']}",
-        "",
-        "| | ours, ms | theirs, ms | theirs / ours | target | limit, ms | of limit | theirs of limit | difference |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for line in result["rows"]:
-        ratio, of_limit = ("{:.3f} ({:.3f} … {:.3f})".format(*line[key]) for key in ("ratio", "of_limit"))
-        target = "" if line["target"] is None else f"≥ {line['target']:g}"
-        lines.append(
-            f"| {line['name']} | {line['ours_ms']:.2f} | {line['theirs_ms']:.2f} | {ratio} | {target} "
-            f"| {line['limit_ms']:.2f} | {of_limit} | {line['theirs_of_limit'][0]:.3f} | {line['difference']:.0e} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddil_agents.action_matching import ActionMatching, ActionMatchingConfig
     from ddil_agents.aggrevate import Aggrevate, AggrevateConfig
     from ddil_agents.algorithm import Algorithm
     from ddil_agents.bc import BCConfig, BehaviourCloning
@@ -21,16 +22,20 @@ if TYPE_CHECKING:
     from ddil_agents.evaluation.settings import Evaluation
     from ddil_agents.gail import Gail, GailConfig
     from ddil_agents.lcm import LCM, LCMConfig
+    from ddil_agents.ppo import PPOAgent as PPOAgent
+    from ddil_agents.ppo import PPOConfig as PPOConfig
     from ddil_agents.safe_dagger import SafeDagger, SafeDaggerConfig
     from ddil_agents.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
     from ddil_agents.states.batch import Batch
-    from ddil_agents.states.beta import Beta
-    from ddil_agents.states.buffer import SOURCES, SourceBuffer
+    from ddil_agents.states.beta import SOURCES, Beta
+    from ddil_agents.states.buffer import SourceBuffer
     from ddil_agents.states.collect import Collector
     from ddil_agents.training.callbacks import Callback
     from ddil_agents.training.trainer import GradientStep
 
 _MODULE_OF = {
+    "ActionMatching": "action_matching",
+    "ActionMatchingConfig": "action_matching",
     "Aggrevate": "aggrevate",
     "AggrevateConfig": "aggrevate",
     "Algorithm": "algorithm",
@@ -40,7 +45,7 @@ _MODULE_OF = {
     "BCConfig": "bc",
     "BehaviourCloning": "bc",
     "Beta": "states.beta",
-    "SOURCES": "states.buffer",
+    "SOURCES": "states.beta",
     "SourceBuffer": "states.buffer",
     "Collector": "states.collect",
     "Comparison": "comparison.arms",
@@ -59,16 +64,20 @@ _MODULE_OF = {
     "LCMConfig": "lcm",
     "LCM": "lcm",
     "LearnerConfig": "config",
+    "PPOAgent": "ppo",
+    "PPOConfig": "ppo",
     "SafeDagger": "safe_dagger",
     "SafeDaggerConfig": "safe_dagger",
     "ScheduledSampling": "scheduled_sampling",
     "ScheduledSamplingConfig": "scheduled_sampling",
 }
 
-__all__ = [
+__all__ = [  # without PPOAgent and PPOConfig, so that `import *` needs no stable-baselines3
     "DMD2",
     "LCM",
     "SOURCES",
+    "ActionMatching",
+    "ActionMatchingConfig",
     "Aggrevate",
     "AggrevateConfig",
     "Algorithm",
@@ -108,4 +117,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(_MODULE_OF)

@@ -17,7 +17,7 @@ from ddil_agents.settings import check_arguments
 from ddil_agents.states.collect import stream_seed
 from ddil_env import DenoisingEnv, Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, load_expert, unroll
 from ddil_env.errors import BROKEN_LATENTS, check_finite
-from ddil_env.guidance import Told
+from ddil_env.guidance import GuidanceConditioning
 from ddil_env.mdp import Kernel
 
 if TYPE_CHECKING:
@@ -78,10 +78,10 @@ class Agent(ABC):
         teacher, student = ranks.sum_over_ranks(nfe).tolist()
         return teacher, student
 
-    def guidance_input(self) -> list[Told]:
+    def guidance_conditioning(self) -> list[GuidanceConditioning]:
         """The scales that a guidance-conditioned student was trained for, as `save_student` takes them; empty for another student."""
         scales = self.config.guidance_range
-        return [] if scales is None else [Told(scales[0], scales[1], self.teacher_policy.guidance_scale)]
+        return [] if scales is None else [GuidanceConditioning(scales[0], scales[1], self.teacher_policy.guidance_scale)]
 
     @abstractmethod
     def plan_updates(self, num_updates: int) -> None:

@@ -3,7 +3,7 @@
 The student denoises to t_j, j uniform; from there the teacher denoises to the end with its own sampler:
 
     y = Φ(x_{t_j}, t_j → 0)                                      k teacher steps for each of the N − j steps that are left
-    L = w_t ‖x̂_θ(x_{t_j}, t_j, c) − y‖²                          as in bc.py: x_tgt = y, an action that reaches to s = 0
+    L = w_t ‖x̂_θ(x_{t_j}, t_j, c) − y‖²                          action_matching.py with x_tgt = y, an action that reaches to s = 0
 
 DAgger's label is the expert's next step; AggreVaTe's is the sample that results, so that an error weighs as much as it changes the
 sample. A label costs k (N + 1)/2 forwards on average, where DAgger's costs k. At j = 0 it is the distillation of Luhman & Luhman 2021.
@@ -30,9 +30,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from ddil_agents.action_matching import ActionMatching, ActionMatchingConfig
 from ddil_agents.commands.run import run
 from ddil_agents.config import LearnerConfig
-from ddil_agents.dagger import Dagger, DaggerConfig
 from ddil_agents.states.beta import Beta
 from ddil_agents.states.collect import Collector
 from ddil_env import StudentPolicy
@@ -40,7 +40,7 @@ from ddil_env.mdp import Kernel
 
 
 @dataclass(frozen=True)
-class AggrevateConfig(DaggerConfig):
+class AggrevateConfig(ActionMatchingConfig):
     """Settings of AggreVaTe: those of DAgger."""
 
     beta: Beta = field(default_factory=lambda: Beta(forward=0.0, student=1.0))
@@ -76,7 +76,7 @@ class CompletionCollector(Collector):
         states["s"] = torch.zeros_like(states["t"])
         if not self.reuse_rollout:
             steps_left = (self.grid.times[:-1] <= states["t"][:, None]).sum(1)  # N − j, (m,)
-            states["nfe"] = (steps_left + states["actors"].sum(1)) * self.cost(self.expert_policy)
+            states["nfe"] = (steps_left + states["actors"].sum(1)) * self.forwards_per_action(self.expert_policy)
         return states
 
     def label(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None, w: Tensor | None) -> Tensor:
@@ -91,7 +91,7 @@ class CompletionCollector(Collector):
         return x
 
 
-class Aggrevate(Dagger):
+class Aggrevate(ActionMatching):
     """Regression to the end of the student's trajectories as the teacher completes them."""
 
     name = "aggrevate"

@@ -41,11 +41,11 @@ from torch import Tensor, nn
 from ddil_agents.config import LearnerConfig
 from ddil_agents.states.batch import Batch
 from ddil_agents.states.buffer import SourceBuffer
-from ddil_agents.states.collect import Collector, own_seed, stream_seed
+from ddil_agents.states.collect import Collector, rank_stream_seed, stream_seed
 from ddil_agents.training.trained_agent import TrainedAgent
 from ddil_agents.training.trainer import GradientStep, Trainer, check_settings
 from ddil_env import Expert, ExpertPolicy, StudentPolicy, Support, TimeGrid, Unbounded, unroll
-from ddil_env.support import Metered, Role, build_support
+from ddil_env.support import CountingSupport, Role, build_support
 
 
 class Algorithm(TrainedAgent):
@@ -82,7 +82,7 @@ class Algorithm(TrainedAgent):
         self.collector = self.make_collector(self.policy(student, self.thresholds["student"]))
         self.collect_size, self.collect_every = self.collect_schedule()
         capacities = config.capacities(self.collect_size, self.collect_every)
-        self.buffer = SourceBuffer(capacities, self.expert.device, config.prioritised, seed=own_seed(config.seed, "source"))
+        self.buffer = SourceBuffer(capacities, self.expert.device, config.prioritised, seed=rank_stream_seed(config.seed, "source"))
         self.teacher_nfe = self.expert.nfe - before  # the calibration may have sampled the teacher
 
     # The networks, and the gradient steps of an update.
@@ -123,7 +123,7 @@ class Algorithm(TrainedAgent):
 
     def collect_schedule(self) -> tuple[int, int]:
         """Number of states in a collection, and of updates from one collection to the next."""
-        return self.config.collect_size, self.config.updates_per_collect
+        return self.config.collect_schedule
 
     def collect(self) -> TensorDict:
         """Collects and labels states with the current β, adds them to the buffer and returns them."""
@@ -169,7 +169,7 @@ class Algorithm(TrainedAgent):
                 "target lies outside, the student's estimates are driven outward without end; add teacher",
                 stacklevel=3,
             )
-        return {role: Metered(self.support) if role in roles else Unbounded() for role in self.roles}
+        return {role: CountingSupport(self.support) if role in roles else Unbounded() for role in self.roles}
 
     def _sample_teacher(self, n: int) -> Tensor:
         """Samples n times from the teacher, to calibrate a support without data."""

@@ -1,12 +1,11 @@
 """Behaviour cloning of the diffusion expert, which is progressive distillation (Salimans & Ho 2021).
 
-The student at (x_t, t) learns the x̂_0 whose single DDIM step t → s ends where k steps of the teacher end:
+    s ~ ρ_forward                                                β = (1, 0, 0), or without data the teacher's trajectories
+    L = w_t ‖x̂_θ(x_t, t, c) − x_tgt‖²                            action_matching.py
 
-    x_tgt = (x_s − r x_t)/(α_s − r α_t) ,  r = σ_s/σ_t          App. G
-    L     = w_t ‖x̂_θ(x_t, t, c) − x_tgt‖²                        §4; w_t = max(α²/σ², 1), 1 + α²/σ² or 1/σ²
-
-on forward-diffused data only, β = (1, 0, 0), or without data on the teacher's trajectories. The complete method is a sequence of such
-runs, 32 → 16 → 8 → 4 → 2 steps, after a change of the prediction type and guidance conditioning (training/stages.py).
+x_tgt is the x̂_0 whose single DDIM step t → s ends at the expert's action, where k steps of the teacher end.
+The complete method is a sequence of such runs, 32 → 16 → 8 → 4 → 2 steps, after a change of the prediction type and guidance
+conditioning (training/stages.py).
 
     python -m ddil_agents.bc --env digits --num_steps 4
     python -m ddil_agents.bc --env digits --config staged
@@ -15,34 +14,21 @@ runs, 32 → 16 → 8 → 4 → 2 steps, after a change of the prediction type a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
-from torch import Tensor
-
-from ddil_agents.algorithm import Algorithm
+from ddil_agents.action_matching import ActionMatching, ActionMatchingConfig
 from ddil_agents.commands.run import run
 from ddil_agents.config import LearnerConfig
-from ddil_agents.states.batch import Batch
-from ddil_env import Expert, Support, invert_ddim
-
-Weighting = Literal["truncated_snr", "snr_plus_one", "velocity"]
 
 
 @dataclass(frozen=True)
-class BCConfig(LearnerConfig):
+class BCConfig(ActionMatchingConfig):
     """Settings of progressive distillation."""
 
-    weighting: Weighting = "truncated_snr"
-    """Weight w_t of the squared x_0 error, where SNR = α²/σ²: truncated_snr, max(SNR, 1); snr_plus_one, 1 + SNR; velocity, 1/σ², which is
-    the squared error of v, or of u on a flow schedule. The last two are equal on variance-preserving schedules (α² + σ² = 1)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.weighting not in get_args(Weighting):
-            raise ValueError(f"unknown weighting {self.weighting!r}; choose one of: {', '.join(get_args(Weighting))}")
+    forwards_formula = "labels"
 
 
-class BehaviourCloning(Algorithm):
+class BehaviourCloning(ActionMatching):
     """Progressive distillation on forward-diffused data, or without data on the teacher's trajectories.
 
     Raises:
@@ -52,32 +38,7 @@ class BehaviourCloning(Algorithm):
     name = "bc"
     Config: ClassVar[type[LearnerConfig]] = BCConfig
     config: BCConfig
-    interactive: ClassVar[bool] = False  # whether it trains on the student's states
-
-    def __init__(self, expert: Expert | str, config: BCConfig | None = None, support: Support | None = None) -> None:
-        if config is not None and config.beta.student > 0 and not self.interactive:
-            raise ValueError(
-                f"beta.student={config.beta.student}: behaviour cloning sees no student states; set it to 0, or use ddil_agents.dagger"
-            )
-        super().__init__(expert, config, support)
-
-    def loss(self, batch: Batch) -> Tensor:
-        x_t, t, s = batch.x_t, batch.t, batch.s
-        x_tgt = invert_ddim(self.expert.schedule, x_t, t, batch.expert_action, s).projected(self.thresholds["target"]).x_0
-        x_hat = self.student(x_t, t, batch.c, batch.w).projected(self.thresholds["student"], straight_through=True).x_0
-        return self.weight(t).to(x_hat.dtype) * (x_hat - x_tgt).square().flatten(1).mean(1)  # ‖x̂_θ − x_tgt‖² per entry, (b,)
-
-    def weight(self, t: Tensor) -> Tensor:
-        """Weight w_t of the squared x_0 error at times t, (b,)."""
-        alpha, sigma = self.expert.schedule.coefficients(t)
-        snr = (alpha / sigma) ** 2
-        match self.config.weighting:
-            case "truncated_snr":
-                return snr.clamp(min=1)
-            case "snr_plus_one":
-                return 1 + snr
-            case "velocity":
-                return 1 / sigma**2
+    interactive = False
 
 
 def main(argv: list[str] | None = None) -> None:

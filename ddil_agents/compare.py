@@ -143,9 +143,13 @@ def main(argv: list[str] | None = None) -> None:
     presets = ", ".join(preset_names("ablations"))
     parser.add_argument("--config", action="config", help=f"settings as YAML: a file, or one of configs/ablations: {presets}")
     parser.add_class_arguments(Comparison, None, instantiate=False)
-    parser.add_argument("--agents", type=str, default=[], nargs="+", help="compare these agents, each an arm …")
+    parser.add_argument("--agents", type=str, default=[], nargs="+", help="agents to compare, each an arm; beside the arms of --config")
     parser.add_argument(
-        "--betas", type=str, default=["own"], nargs="+", help=f"… with each of these β: own (its default), {', '.join(BETAS)}"
+        "--betas",
+        type=str,
+        default=["own"],
+        nargs="+",
+        help=f"β presets; one arm per agent and preset: own (the agent's default), {', '.join(BETAS)}",
     )
     parser.add_argument(
         "--num_updates", type=PositiveInt | None, default=None, help="gradient steps of every arm; null: those of its settings"

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from ddil_agents.states.beta import Beta
+from ddil_agents.states.beta import SOURCES, Beta, split_collection
 from ddil_agents.states.collect import StatesPerRollout
 from ddil_env.adapters import LoRA
 from ddil_env.support import Thresholding
@@ -16,6 +16,7 @@ from ddil_env.time_grid import GridKind
 Precision = Literal["no", "fp16", "bf16"]
 Optimizer = Literal["adamw", "adamw8bit"]
 RateSchedule = Literal["linear", "constant"]
+ForwardsFormula = Literal["labels", "consistency", "distribution_matching"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class AgentConfig:
             raise ValueError(f"seed={self.seed}: need 0 or more")
         if self.teacher_steps % self.num_steps:
             raise ValueError(
-                f"teacher_steps={self.teacher_steps} is no multiple of num_steps={self.num_steps}; each student step takes as many"
+                f"teacher_steps={self.teacher_steps} is not a multiple of num_steps={self.num_steps}; each student step takes as many"
             )
 
     @property
@@ -125,6 +126,7 @@ class LearnerConfig(AgentConfig):
     and `expert`, its teacher: last (the previous stage's student), same (the previous stage's teacher) or original."""
 
     teachers: ClassVar[tuple[str, ...]] = ("last", "same", "original")  # that a stage may have, the default first
+    forwards_formula: ClassVar[ForwardsFormula | None] = None  # of commands/plan.py, for the forwards of an update; None: no prediction
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,11 +154,14 @@ class LearnerConfig(AgentConfig):
             raise ValueError(f"student_collections={self.student_collections}: need at least 1, or null to hold as many as capacity")
         if self.states_per_rollout not in get_args(StatesPerRollout):
             raise ValueError(f"states_per_rollout={self.states_per_rollout}: need 1 or all")
-        if not any(self.collect_size * share + 1e-9 >= unit for share, unit in zip(self.beta(0), self.states_per_draw, strict=True)):
+        if not any(split_collection(self.collect_size, self.beta(0), self.states_per_draw, [0.0] * len(SOURCES))):
             unit, cure = "state", ""
             if self.states_per_rollout == "all":
                 unit, cure = f"rollout of {self.states_per_draw[1]} states", ", or set states_per_rollout to 1"
-            raise ValueError(f"collect_size={self.collect_size}: its shares {self.beta(0)} hold not one {unit}; raise collect_size{cure}")
+            raise ValueError(
+                f"collect_size={self.collect_size} is too small: with the shares {self.beta(0)} no source gets a full {unit}; "
+                f"raise collect_size{cure}"
+            )
         if self.guidance_range is not None:
             lowest, highest = self.guidance_range
             if not 1 <= lowest < highest < math.inf:
@@ -184,6 +189,11 @@ class LearnerConfig(AgentConfig):
         if self.capacity is not None and self.student_collections is not None and shares[2] > 0:
             held[2] = min(held[2], self.student_collections * max(math.ceil(collect_size * shares[2]), self.states_per_draw[2]))
         return held
+
+    @property
+    def collect_schedule(self) -> tuple[int, int]:
+        """Number of states in a collection, and of updates from one collection to the next."""
+        return self.collect_size, self.updates_per_collect
 
     @property
     def states_per_draw(self) -> tuple[int, int, int]:

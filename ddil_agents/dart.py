@@ -28,15 +28,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ddil_agents.bc import BCConfig, BehaviourCloning
+from ddil_agents.action_matching import ActionMatching, ActionMatchingConfig
 from ddil_agents.commands.run import run
 from ddil_agents.config import LearnerConfig
-from ddil_agents.states.collect import Collector, own_seed
+from ddil_agents.states.collect import Collector, rank_stream_seed
 from ddil_env import ExpertPolicy, StudentPolicy, TimeGrid
 
 
 @dataclass(frozen=True)
-class DartConfig(BCConfig):
+class DartConfig(ActionMatchingConfig):
     """Settings of DART: those of behaviour cloning and the size of the noise."""
 
     perturbation: float = 0.1
@@ -46,6 +46,8 @@ class DartConfig(BCConfig):
     """ν, the standard deviation of the noise in what a world is given of the samples of rollouts."""
     condition_noise: float = 0.0
     """κ, the standard deviation of the noise in the conditions of forward states, where conditions are tensors."""
+
+    forwards_formula = "labels"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,13 +79,13 @@ class PerturbedCollector(Collector):
     ) -> None:
         super().__init__(expert_policy, student_policy, grid, seed, **settings)
         self.perturbation, self.execution_noise, self.condition_noise = perturbation, execution_noise, condition_noise
-        self.streams["disturbance"] = torch.Generator(self.expert.device).manual_seed(own_seed(seed, "disturbance"))
+        self.streams["disturbance"] = torch.Generator(self.expert.device).manual_seed(rank_stream_seed(seed, "disturbance"))
 
-    def noised(self, x_0: Tensor, t: Tensor) -> Tensor:
-        return self.perturb(super().noised(x_0, t), t)
+    def add_noise(self, x_0: Tensor, t: Tensor) -> Tensor:
+        return self.perturb(super().add_noise(x_0, t), t)
 
-    def follow(self, x_t: Tensor, t: Tensor, u: Tensor, *rest: Any) -> Tensor:
-        return self.perturb(super().follow(x_t, t, u, *rest), u)
+    def step(self, x_t: Tensor, t: Tensor, u: Tensor, *rest: Any) -> Tensor:
+        return self.perturb(super().step(x_t, t, u, *rest), u)
 
     def draw_data(self, n: int) -> tuple[Tensor, Tensor | None]:
         x_0, c = super().draw_data(n)
@@ -103,12 +105,13 @@ class PerturbedCollector(Collector):
         return x + sigma * self.perturbation * xi
 
 
-class Dart(BehaviourCloning):
+class Dart(ActionMatching):
     """Behaviour cloning on perturbed states."""
 
     name = "dart"
     Config: ClassVar[type[LearnerConfig]] = DartConfig
     config: DartConfig
+    interactive = False
 
     def make_collector(self, student_policy: StudentPolicy, *args: Any, **settings: Any) -> Collector:
         if self.config.execution_noise and self.expert.make_world(1) is None:

@@ -60,7 +60,7 @@ class DMD2Config(LearnerConfig):
     """Reflected diffusion: which estimates are projected onto the data's support, and how. Choose all three roles or
     none: if only the teacher is projected, its estimates differ from the critic's at the edge of the support even where the two match."""
     noise_level: float | None = None
-    """Time that every collection unrolls to, such as 500; the grid's nearest time is used. null: a random time of the grid."""
+    """Time t_j (not a σ) that every collection unrolls to, such as 500; the nearest of the grid is used. null: a random one of the grid."""
     on_policy: bool = True
     """Collect fresh states for every update; false: replay states from the buffer, as collect_size and updates_per_collect say."""
     critic_updates: int = 5
@@ -78,6 +78,7 @@ class DMD2Config(LearnerConfig):
     """Learning rates after the warm-up: constant, as in the published code, or linear, which falls to 0 at the end of training."""
 
     teachers: ClassVar[tuple[str, ...]] = ("original", "same")  # a few-step student gives no score to match
+    forwards_formula = "distribution_matching"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +95,10 @@ class DMD2Config(LearnerConfig):
             raise ValueError(f"states_per_rollout={self.states_per_rollout}: DMD2's backward simulation ends in one state; leave it at 1")
         if self.prioritised:
             raise ValueError("prioritised=true: DMD2's loss measures the size of a step and not the error at a state; leave it false")
+
+    @property
+    def collect_schedule(self) -> tuple[int, int]:
+        return (self.batch_size, 1) if self.on_policy else super().collect_schedule
 
     def for_evaluation(self) -> Self:
         return replace(super().for_evaluation(), gan_weight=0.0)  # a discriminator needs data
@@ -200,9 +205,6 @@ class DMD2(Algorithm):
         super().start_from(student)
         denoiser = self.networks["critic"].denoiser
         denoiser.load_state_dict(sharding.shard_state(student.state_dict(), denoiser.state_dict()))
-
-    def collect_schedule(self) -> tuple[int, int]:
-        return (self.config.batch_size, 1) if self.config.on_policy else super().collect_schedule()
 
     def collect(self) -> TensorDict:
         on_policy = self.config.on_policy

@@ -54,11 +54,12 @@ def main(argv: list[str] | None = None) -> None:
         "--checkpoint",
         type=Checkpoint,
         default="last",
-        help="of --run: last (the saved student, or the newest checkpoint of an unfinished run), best (with --evaluate_every), or a step",
+        help="which checkpoint of --run to evaluate: last (the saved student, or the newest checkpoint of an unfinished run), "
+        "best (with --evaluate_every), or a step",
     )
     parser.add_argument("--env", type=str | None, default=None, help="preset or YAML file of the expert; null: digits; not with --run")
     parser.add_argument("--steps", type=int, nargs="+", default=[], help="numbers of sampling steps; default: 32 8 4 2 1; not with --run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="noise seeds")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the noise; the evaluation runs once per seed")
     parser.add_argument(
         "--guidance_scale",
         type=float | None,

@@ -5,8 +5,9 @@
 
 Transitions are deterministic and the action is the student's output. The student's gradient is therefore taken through the action
 (Baram et al. 2017), without likelihood ratio or TRPO, and the state is held fixed. D takes the action as the x̂_0 that it implies, times
-√w_t = max(α_t/σ_t, 1), so that an error has the weight that it has in bc.py. Each state has a single right action; the game converges
-because of R1, which grows with the number d of entries of an action, and because the discriminator learns faster than the student.
+√w_t = max(α_t/σ_t, 1), so that an error has the weight of action_matching.py's truncated_snr. Each state has a single right action; the
+game converges because of R1, which grows with the number d of entries of an action, and because the discriminator learns faster than the
+student.
 
 By default the actions of both are compared at the same states, x_t from the β-mixture, and the expert labels all of them, as in DAgger.
 `--paired false` is the method of Ho & Ermon: the expert's rollouts against the student's, whose states have no label. It is weaker, and
@@ -31,8 +32,7 @@ from ddil_agents.commands.run import run
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import sharding
 from ddil_agents.states.batch import Batch
-from ddil_agents.states.beta import Beta
-from ddil_agents.states.buffer import SOURCES
+from ddil_agents.states.beta import SOURCES, Beta
 from ddil_agents.states.collect import Collector, stream_seed
 from ddil_agents.training.trainer import GradientStep
 from ddil_env import Expert, StudentPolicy, invert_ddim

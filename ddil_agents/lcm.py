@@ -57,6 +57,7 @@ class LCMConfig(LearnerConfig):
     """h of the Huber distance, the error at which it turns from quadratic to linear."""
 
     teachers: ClassVar[tuple[str, ...]] = ("original", "same")  # its student predicts the end of the ODE, and so cannot teach single steps
+    forwards_formula = "consistency"
 
     def __post_init__(self) -> None:
         if not self.inference_steps or not all(isinstance(n, int) and 1 <= n <= self.solver_steps for n in self.inference_steps):
@@ -109,7 +110,7 @@ class LCMCollector(Collector):
             self.num_steps = self.inference_steps[int(drawn)]  # waits for the device, once per collection
         return super().counts(n, beta)
 
-    def visited(self, p_expert: float) -> Tensor:
+    def rollout_times(self, p_expert: float) -> Tensor:
         return self.grid.times if p_expert >= 1 else lcm_times(self.grid, self.num_steps)
 
 

@@ -21,16 +21,16 @@ from typing import ClassVar, Literal, get_args
 
 from tensordict import TensorDict
 
+from ddil_agents.action_matching import ActionMatching, ActionMatchingConfig
 from ddil_agents.commands.run import run
 from ddil_agents.config import LearnerConfig
-from ddil_agents.dagger import Dagger, DaggerConfig
 from ddil_agents.states.beta import Beta
 
 Mixing = Literal["constant", "linear", "exponential", "inverse_sigmoid"]
 
 
 @dataclass(frozen=True)
-class ScheduledSamplingConfig(DaggerConfig):
+class ScheduledSamplingConfig(ActionMatchingConfig):
     """Settings of scheduled sampling: those of DAgger and the schedule of the expert's share of the steps."""
 
     beta: Beta = field(default_factory=lambda: Beta(forward=0.0, student=1.0))
@@ -52,7 +52,7 @@ class ScheduledSamplingConfig(DaggerConfig):
             raise ValueError("beta.student=0: the expert's share falls in student rollouts, and there are none; give them a share")
 
 
-class ScheduledSampling(Dagger):
+class ScheduledSampling(ActionMatching):
     """DAgger with mixed rollouts whose share of expert steps falls over the run."""
 
     name = "scheduled_sampling"

@@ -37,7 +37,7 @@ class LoRA:
     rank: int = 64
     """Rank r of the adapters' matrices."""
     alpha: float | None = None
-    """α: the adapters' output is scaled by α/r; null: α = r."""
+    """α: the adapters' output is scaled by α/rank; null: α is the rank."""
     target_modules: tuple[str, ...] | None = None
     """Layers that get an adapter, by the ends of their names, such as to_q; null: every linear and convolution layer."""
 

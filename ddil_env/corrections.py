@@ -42,7 +42,7 @@ class ScaledEpsilon(DdimPolicy):
         if not 0 < scale < math.inf:
             raise ValueError(f"scale={scale}: epsilon is divided by it; need a positive number near 1, such as 1.005")
         if type(policy).act is not DdimPolicy.act:
-            raise ValueError(f"a {type(policy).__name__} is made of other policies; scale those")
+            raise ValueError(f"a {type(policy).__name__} wraps other policies; apply ScaledEpsilon to the inner policy")
 
         def predict(x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
             pred = policy.predict(x_t, t, c, w)
@@ -60,7 +60,7 @@ class ScaledEpsilon(DdimPolicy):
             conditional="c" in policy.in_keys,
             max_batch=policy.max_batch,
         )
-        self.nfe_per_action, self.by_expert = policy.nfe_per_action, policy.by_expert
+        self.nfe_per_action, self.acted_by_expert = policy.nfe_per_action, policy.acted_by_expert
         self.policy, self.scale = policy, scale
 
 
@@ -104,11 +104,11 @@ class TimeShifted(DdimPolicy):
     @torch.no_grad()
     def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         x_s = self.policy.act(x_t, self.shifted(x_t, t, s), s, c, w)
-        self.by_expert = self.policy.by_expert
+        self.acted_by_expert = self.policy.acted_by_expert
         return x_s
 
-    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, noise: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
-        return self.policy.jump(x_t, self.shifted(x_t, t, s), s, noise, c, w)
+    def act_renoise(self, x_t: Tensor, t: Tensor, s: Tensor, noise: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+        return self.policy.act_renoise(x_t, self.shifted(x_t, t, s), s, noise, c, w)
 
 
 class Mixed(DdimPolicy):
@@ -137,7 +137,7 @@ class Mixed(DdimPolicy):
     def act(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         if self._generator is None:
             self._generator = torch.Generator(x_t.device).manual_seed(self.seed)
-        self.by_expert = by_teacher = torch.rand(len(x_t), generator=self._generator, device=x_t.device) < self.p
+        self.acted_by_expert = by_teacher = torch.rand(len(x_t), generator=self._generator, device=x_t.device) < self.p
         x_s = torch.empty_like(x_t)
         for policy, acts in ((self.teacher, by_teacher), (self.student, ~by_teacher)):
             if acts.any():

@@ -150,7 +150,7 @@ class DenoisingEnv(EnvBase):
             raise ValueError(f"set_state=True needs `x_t` and `t`; {', '.join(sorted(missing))} is missing")
         given = self._flat(tensordict.copy().set("s", tensordict["t"]))
         c = given.c if given.c is not None or not self.expert.conditional else self.mdp.start(self._generators).c
-        return self.mdp.at(given.x_t, given.t.float(), c)
+        return self.mdp.state_at(given.x_t, given.t.float(), c)
 
     def _partial_start(self, mask: Tensor) -> State:
         """New episodes where mask (n,) is set. TorchRL keeps the other rows itself, so theirs are zeros here."""

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-BROKEN_LATENTS = "NaN or infinite values in {} samples, which are no pictures: the denoiser gave them; look at its weights or its dtype"
+BROKEN_LATENTS = "the network produced non-finite values (NaN or infinite) in {} samples; check its weights or dtype"
 
 
 class NoDataError(ValueError):

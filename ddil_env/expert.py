@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ddil_env.denoiser import NetworkDenoiser
 from ddil_env.device import check_device
 from ddil_env.errors import NoDataError
-from ddil_env.guidance import Told, no_guidance_below_1
+from ddil_env.guidance import GuidanceConditioning, no_guidance_below_1
 from ddil_env.prediction import Prediction, PredictionType
 from ddil_env.schedule import NoiseSchedule
 from ddil_env.support import Support, Unbounded
@@ -192,7 +192,7 @@ class Expert(ABC):
         (x_0, x_0_null), (eps, eps_null) = pair.x_0.chunk(2), pair.eps.chunk(2)
         return Prediction(x_0, eps, t, self.schedule).guided_by(Prediction(x_0_null, eps_null, t, self.schedule), w)
 
-    def times_between(self, t: Tensor, s: Tensor, k: int) -> Tensor:
+    def substep_times(self, t: Tensor, s: Tensor, k: int) -> Tensor:
         """The times (k + 1, b) that the expert's policy steps over from t (b,) to s (b,): here in equal strides."""
         return substep_times(self.schedule, t, s, k)
 
@@ -263,7 +263,7 @@ class Expert(ABC):
         num_steps: int,
         grid: str = "linspace",
         kernel: str = "ddim",
-        told: Told | None = None,
+        guidance: GuidanceConditioning | None = None,
     ) -> None:
         """Writes what the student has learned, its weights or its adapters, as `student.safetensors` into a directory.
 
@@ -271,7 +271,7 @@ class Expert(ABC):
             student: A student that `make_student` made.
             directory: An existing directory.
             num_steps, grid, kernel: How it samples, for formats that hold a sampler too.
-            told: The guidance of a student with a guidance embedding, likewise; passed for such students alone.
+            guidance: The guidance of a student with a guidance embedding, likewise; passed for such students alone.
         """
         from safetensors.torch import save_model
 
@@ -305,21 +305,21 @@ class Expert(ABC):
 
     @contextmanager
     def prompted(self, prompts: Sequence[str]) -> Iterator[Tensor]:
-        """Inside, texts of one's own are conditions too, of the expert and its students; gives their condition ids, (len(prompts),).
+        """Context manager that registers prompts as conditions of the expert and its students; yields their ids, (len(prompts),).
 
         Raises:
-            ValueError: this expert's conditions are no texts.
+            ValueError: this expert is not conditioned on text.
         """
-        raise ValueError(f"{type(self).__name__}'s conditions are no texts; pass condition ids, c, in the place of prompts")
+        raise ValueError(f"{type(self).__name__} is not conditioned on text; pass condition ids, c, in the place of prompts")
         yield
 
     def captions(self, c: Tensor) -> list[str]:
         """The texts of condition ids (n,).
 
         Raises:
-            ValueError: this expert's conditions are not texts.
+            ValueError: this expert is not conditioned on text.
         """
-        raise ValueError(f"{type(self).__name__}'s conditions are no texts; leave out the scores of pictures and captions")
+        raise ValueError(f"{type(self).__name__} is not conditioned on text; leave out the scores of pictures and captions")
 
     def release(self) -> None:
         """Frees what only `encode` and `decode` need; their next call loads it again. Training calls this first."""

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 GUIDANCE_FEATURES = 256  # d, as in latent consistency models
 
 
-class Told(NamedTuple):
-    """The guidance scales that a student with a guidance embedding was trained on, and the one at which it is judged."""
+class GuidanceConditioning(NamedTuple):
+    """The range of guidance scales that a student with a guidance embedding was trained on, and the scale that it is evaluated at."""
 
-    least: float
-    most: float
-    scale: float
+    low: float
+    high: float
+    evaluated_at: float
 
 
 def no_guidance_below_1(guidance_scale: float) -> float:

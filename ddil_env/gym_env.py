@@ -98,7 +98,7 @@ def apply_reset_options(mdp: DenoisingMDP, options: dict[str, Any], drawn: State
         raise ValueError(f"unknown reset options {sorted(unknown)}; known: x_t, t, c, and reset_mask for a vector env")
     if not options.keys() & {"x_t", "t", "c"}:
         return drawn
-    return mdp.at(option("x_t", drawn.x_t), option("t", drawn.t), None if drawn.c is None else option("c", drawn.c))
+    return mdp.state_at(option("x_t", drawn.x_t), option("t", drawn.t), None if drawn.c is None else option("c", drawn.c))
 
 
 class DenoisingGymEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):

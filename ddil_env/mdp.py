@@ -7,8 +7,9 @@
     kernel  `ddim`:    the next state is the action itself, P = δ(a)             DDIL §3.1
             `renoise`: the action's implied estimate x̂_0 is diffused to s anew   Song et al. 2023, Alg. 1
 
-The kernel is the MDP's transition. Both take the same actions, so that every policy runs under both: `renoise` computes x̂_0 from the
-action by the inverse of the DDIM step (Salimans & Ho 2021, App. G) and replaces the action's noise by a fresh draw.
+The kernel is the MDP's transition: `ddim` samples as diffusers' DDIMScheduler does, `renoise` as its LCMScheduler. Both take the same
+actions, so that every policy runs under both: `renoise` computes x̂_0 from the action by the inverse of the DDIM step (Salimans & Ho 2021,
+App. G) and replaces the action's noise by a fresh draw.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class DenoisingMDP:
         chosen = generators if rows is None else [generators[row] for row in rows]
         return torch.stack([torch.randn(self.expert.sample_shape, generator=g, device=self.device) for g in chosen])
 
-    def at(self, x_t: Tensor, t: Tensor, c: Tensor | None) -> State:
+    def state_at(self, x_t: Tensor, t: Tensor, c: Tensor | None) -> State:
         """The state at a chosen latent and time.
 
         Args:

@@ -34,13 +34,13 @@ class DdimPolicy(TensorDictModuleBase):
 
     Attributes:
         nfe_per_action: Forwards that an action takes for each sample.
-        by_expert: Whether an expert acts: one bool for all samples or, in a policy that mixes, (b,) bool for the last actions.
+        acted_by_expert: Whether an expert acted: one bool for all samples or, in a policy that mixes, (b,) bool for the last actions.
 
     Raises:
         ValueError: substeps is less than 1.
     """
 
-    by_expert: bool | Tensor = False
+    acted_by_expert: bool | Tensor = False
 
     def __init__(
         self,
@@ -83,15 +83,15 @@ class DdimPolicy(TensorDictModuleBase):
         if self.max_batch is not None and len(x_t) > self.max_batch:
             columns = [[None] * len(x_t) if a is None else a.split(self.max_batch) for a in (x_t, t, s, c, w)]
             return torch.cat([self.act(*part) for part in zip(*columns, strict=False)])
-        for now, after in pairwise(self.times(t, s)):
+        for now, after in pairwise(self.substep_times(t, s)):
             x_t = self.predict(x_t, now, c, w).projected(self.support).latent(after, self.schedule)
         return x_t
 
-    def times(self, t: Tensor, s: Tensor) -> Tensor:
+    def substep_times(self, t: Tensor, s: Tensor) -> Tensor:
         """The times (substeps + 1, b) that an action steps over, from t (b,) to s (b,)."""
         return substep_times(self.schedule, t, s, self.substeps)
 
-    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, noise: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
+    def act_renoise(self, x_t: Tensor, t: Tensor, s: Tensor, noise: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Tensor:
         """The next latents under the `renoise` kernel: the actions' estimates of x_0, diffused to s with fresh noise.
 
         Args:
@@ -121,7 +121,7 @@ class ExpertPolicy(DdimPolicy):
         ValueError: substeps is less than 1, or a guidance scale that the expert does not support.
     """
 
-    by_expert = True
+    acted_by_expert = True
 
     def __init__(
         self,
@@ -149,8 +149,8 @@ class ExpertPolicy(DdimPolicy):
     def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
         return self.expert.guided(x_t, t, c, self.guidance_scale if w is None else w)
 
-    def times(self, t: Tensor, s: Tensor) -> Tensor:
-        return self.expert.times_between(t, s, self.substeps)
+    def substep_times(self, t: Tensor, s: Tensor) -> Tensor:
+        return self.expert.substep_times(t, s, self.substeps)
 
 
 class StudentPolicy(DdimPolicy):

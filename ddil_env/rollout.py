@@ -41,7 +41,7 @@ def unroll(
     for i, (t, s) in enumerate(pairwise(grid.times)):
         if kernel == "renoise" and i + 1 < grid.num_steps:
             noise = torch.randn(x_T.shape, generator=generator, device=x_T.device, dtype=x_T.dtype)
-            x_t = policy.jump(x_t, t.expand(n), s.expand(n), noise, c)
+            x_t = policy.act_renoise(x_t, t.expand(n), s.expand(n), noise, c)
         else:
             x_t = policy.act(x_t, t.expand(n), s.expand(n), c)  # x_t is contiguous, a column of x is not
         x[:, i + 1] = x_t

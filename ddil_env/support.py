@@ -180,7 +180,7 @@ class Folded:
         return torch.where(x_0.abs() <= self.bound, x_0, folded)  # the wave would round values inside the box too
 
 
-class Metered:
+class CountingSupport:
     """Wraps a support and counts, on the device, how many entries its projection changes.
 
     Args:
@@ -199,12 +199,12 @@ class Metered:
             self._num_moved = self._num_moved + (projected != x_0).sum()
         return projected
 
-    def take(self) -> Tensor:
-        """Returns the share of entries that were changed since the last call, a scalar, and starts again; NaN if none were projected."""
-        moved, total = self.take_counts()
+    def pop_fraction(self) -> Tensor:
+        """Returns the fraction of entries that were changed since the last call, a scalar, and starts again; NaN if none were projected."""
+        moved, total = self.pop_counts()
         return moved / total
 
-    def take_counts(self) -> Tensor:
+    def pop_counts(self) -> Tensor:
         """Returns the number of entries changed since the last call, and of all entries, (2,) int64 on the device; starts again."""
         moved = torch.as_tensor(self._num_moved)
         counts = torch.stack([moved, torch.full_like(moved, self._num_projected)])
@@ -297,13 +297,13 @@ _CLASS_OF_KIND: dict[str, type[Any]] = {
 
 
 def support_to_dict(support: Support) -> dict[str, Any]:
-    """Describes a support as {"kind": …, its fields}, ready for JSON; for a `Metered` support, the one that it wraps.
+    """Describes a support as {"kind": …, its fields}, ready for JSON; for a `CountingSupport` support, the one that it wraps.
 
     Raises:
         ValueError: a support of another class than this module's.
     """
     inner: Any = support
-    while isinstance(inner, Metered):
+    while isinstance(inner, CountingSupport):
         inner = inner.support
     for kind, cls in _CLASS_OF_KIND.items():
         if type(inner) is cls:

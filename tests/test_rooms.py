@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from ddil_agents.commands.parse import agent_names
+
 ORDER = (  # packages, and the files that lie beside them; the algorithms and commands, one a file, are last
     "devices",
     "settings",
@@ -14,6 +16,7 @@ ORDER = (  # packages, and the files that lie beside them; the algorithms and co
     "agent",
     "training",
     "algorithm",
+    "action_matching",
     "evaluation",
     "commands",
     "comparison",
@@ -66,6 +69,14 @@ def test_no_files_import_each_other_in_a_circle(package: str) -> None:
         for module in ends:
             del graph[module]
     assert sorted(graph) == []
+
+
+def test_an_algorithms_file_can_be_deleted_without_breaking_another() -> None:
+    known = modules("ddil_agents")
+    algorithms = {f"ddil_agents.{name}" for name in agent_names() if f"ddil_agents.{name}" in known}
+    assert len(algorithms) >= 10
+    importers = {module: imports(path, known) & algorithms for module, path in known.items() if module != "ddil_agents"}
+    assert {module: sorted(found) for module, found in importers.items() if found} == {}
 
 
 def test_the_environment_knows_no_agents() -> None:

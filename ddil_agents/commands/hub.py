@@ -30,10 +30,10 @@ def check_push(repo: str) -> None:
     try:
         account = api.whoami()
     except LocalTokenNotFoundError as error:
-        raise ValueError(f"{given}: there is no token of the hub here; run `hf auth login`, or set HF_TOKEN") from error
+        raise ValueError(f"{given}: no Hugging Face token found; run `hf auth login`, or set HF_TOKEN") from error
     except Exception as error:  # an error of requests or httpx, depending on the version of huggingface_hub
         raise ValueError(
-            f"{given}: {api.endpoint} did not say who the token is of ({_first_line(error)}); check the network and the token "
+            f"{given}: could not verify the token at {api.endpoint} ({_first_line(error)}); check the network and the token "
             f"(`hf auth login`), or leave push_to_hub out and run `{upload_command('RUN/student', repo)}` later"
         ) from error
     owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]

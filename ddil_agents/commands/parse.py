@@ -23,7 +23,7 @@ from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import ranks
 from ddil_agents.evaluation.settings import Evaluation, Validation
 from ddil_agents.settings import build_dataclass, nested_flags, read_arguments
-from ddil_agents.states.beta import SHARES, Beta
+from ddil_agents.states.beta import SOURCES, Beta
 from ddil_agents.training.callbacks import Callback
 from ddil_agents.training.tracking import Tracker
 from ddil_env import Expert
@@ -206,7 +206,7 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     cfg = read_arguments(parser, argv)
     if "beta.forward" in known:
         resolve_beta(agent, cfg, [*map(read_yaml, defaults), *contents, nested_flags(argv[len(before) :])])
-        argv += [f"--beta.{name}={getattr(cfg.beta, name)!r}" for name in SHARES]
+        argv += [f"--beta.{name}={getattr(cfg.beta, name)!r}" for name in SOURCES]
         argv += [f"--stages={json.dumps(cfg.stages)}"] if "stages" in known else []
     if print_config:
         read_arguments(parser, [*argv, *print_config])  # exits
@@ -280,8 +280,8 @@ def resolve_beta(agent: type[Agent], cfg: Namespace, layers: list[dict[str, Any]
     beta: Beta = agent.Config().beta
     for layer in layers:
         beta = beta.with_shares(**_shares(layer.get("beta")))
-    parsed = [getattr(cfg.beta, name) for name in SHARES]
-    vars(cfg.beta).update(zip(SHARES, beta.shares, strict=True))
+    parsed = [getattr(cfg.beta, name) for name in SOURCES]
+    vars(cfg.beta).update(zip(SOURCES, beta.shares, strict=True))
     if not _are_close(parsed, beta.shares):
         given = _shares(layers[-1].get("beta")) or _shares(layers[-2].get("beta"))
         _print_on_main_rank(
@@ -289,7 +289,7 @@ def resolve_beta(agent: type[Agent], cfg: Namespace, layers: list[dict[str, Any]
         )
     for number, stage in enumerate(getattr(cfg, "stages", ()), 1):
         if given := _shares(stage.get("beta")):
-            stage["beta"] = stage["beta"] | dict(zip(SHARES, beta.with_shares(**given).shares, strict=True))
+            stage["beta"] = stage["beta"] | dict(zip(SOURCES, beta.with_shares(**given).shares, strict=True))
             if not _are_close([stage["beta"][name] for name in given], list(given.values())):
                 _print_on_main_rank(f"stage {number}: shares sum to 1, so that β is {_describe_beta(beta.with_shares(**given))}")
 
@@ -297,7 +297,7 @@ def resolve_beta(agent: type[Agent], cfg: Namespace, layers: list[dict[str, Any]
 def _shares(given: Any) -> dict[str, float]:
     """The shares in a mapping of β's settings or in a YAML file of them; empty for anything else."""
     given = read_yaml(Path(given)) if isinstance(given, str) and Path(given).is_file() else given
-    return {name: float(given[name]) for name in SHARES if name in given} if isinstance(given, dict) else {}
+    return {name: float(given[name]) for name in SOURCES if name in given} if isinstance(given, dict) else {}
 
 
 def _are_close(a: Sequence[float], b: Sequence[float]) -> bool:
@@ -305,7 +305,7 @@ def _are_close(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def _describe_beta(beta: Beta) -> str:
-    return ", ".join(f"{name} {share:.3g}" for name, share in zip(SHARES, beta.shares, strict=True))
+    return ", ".join(f"{name} {share:.3g}" for name, share in zip(SOURCES, beta.shares, strict=True))
 
 
 def _print_on_main_rank(message: str) -> None:

@@ -18,8 +18,6 @@ from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.training.stages import Stage, evaluation_config
 from ddil_env import Expert
 
-COUNTED = ("bc", "dagger", "dart", "lcm", "dmd2")  # agents for which there are formulas
-
 
 @dataclass(frozen=True)
 class Forwards:
@@ -51,7 +49,7 @@ class Forwards:
 def forwards(
     config: LearnerConfig, guided: bool = False, j: float | None = None, beta: tuple[float, float, float] | None = None
 ) -> Forwards:
-    """Computes the forwards per update of bc, dagger, dart, lcm and dmd2.
+    """Computes the forwards per update by the formula that the config names, `forwards_formula`.
 
     Args:
         config: The agent's config.
@@ -62,9 +60,9 @@ def forwards(
     c: Any = config  # with settings that only some agents have
     b, n, g, k, p = config.batch_size, config.num_steps, 2 if guided else 1, config.substeps, config.p_expert
     _, teacher, student = beta or config.beta(1.0)
-    collected = config.collect_size / config.updates_per_collect  # states per update
-    if hasattr(config, "critic_updates"):  # dmd2
-        m = b if c.on_policy else collected
+    collect_size, collect_every = config.collect_schedule
+    m = collect_size / collect_every  # states per update
+    if config.forwards_formula == "distribution_matching":
         j = (n - 1) / 2 if j is None else j
         student_turn = 1 / c.critic_updates  # fraction of the updates in which the student takes a step
         gan = c.gan_weight > 0
@@ -76,12 +74,12 @@ def forwards(
             trained_critic=b * (1 + 2 * gan),
         )
     all_states = config.states_per_rollout == "all"
-    consistency = hasattr(config, "solver_steps")  # lcm
+    consistency = config.forwards_formula == "consistency"
     lengths = c.inference_steps if consistency else (n,)
-    steps = sum((m - 1) / (m if all_states else 2) for m in lengths) / len(lengths)  # of a rollout, per state
+    steps = sum((length - 1) / (length if all_states else 2) for length in lengths) / len(lengths)  # of a rollout, per state
     solver, k, target = (c.solver_steps, 1, b) if consistency else (n, k, 0)
     acting = 0 if all_states else teacher * (solver - 1) / 2 + student * p * steps  # steps of the teacher that are not labels
-    return Forwards(collected * (1 + acting) * k * g, collected * student * (1 - p) * steps + target, 0, b, 0)
+    return Forwards(m * (1 + acting) * k * g, m * student * (1 - p) * steps + target, 0, b, 0)
 
 
 def mean_beta(config: LearnerConfig) -> tuple[float, float, float]:
@@ -146,11 +144,11 @@ def print_plan(
         row = [str(number), names[stage.teacher] + (", guided" if guided else ""), f"{c.teacher_steps} → {c.num_steps}"]
         row += [f"{c.num_updates:,}", batch]
         row += [round_count(states) for states in states_collected(c)] if isinstance(c, LearnerConfig) else [""] * 3
-        if agent.name in COUNTED:
-            per_update, on_policy = forwards(c, guided, beta=mean_beta(c)), getattr(c, "on_policy", False)
-            collections = c.num_updates if on_policy else -(-c.num_updates // c.updates_per_collect) * c.updates_per_collect
+        if isinstance(c, LearnerConfig) and c.forwards_formula is not None:
+            per_update, (_, collect_every) = forwards(c, guided, beta=mean_beta(c)), c.collect_schedule
+            num_updates = -(-c.num_updates // collect_every) * collect_every  # that the collections serve
             row += [
-                round_count(per_update.teacher * collections * ranks.world_size()),
+                round_count(per_update.teacher * num_updates * ranks.world_size()),
                 round_count(per_update.student_nfe * c.num_updates * ranks.world_size()),
             ]
         rows.append(row + [""] * (len(head) - len(row)))
@@ -170,10 +168,8 @@ def print_plan(
 
 def states_collected(config: LearnerConfig) -> tuple[float, ...]:
     """About how many states of each source a run collects, in all processes."""
-    on_policy = getattr(config, "on_policy", False)  # dmd2
-    total = (
-        config.num_updates * config.batch_size if on_policy else -(-config.num_updates // config.updates_per_collect) * config.collect_size
-    )
+    collect_size, collect_every = config.collect_schedule
+    total = -(-config.num_updates // collect_every) * collect_size
     return tuple(share * total * ranks.world_size() for share in mean_beta(config))
 
 

@@ -139,7 +139,10 @@ def make_callbacks(agent: type[Agent], parser: ArgumentParser, cfg: Namespace, s
         teacher = ExpertPolicy(expert, settings.substeps, settings.guidance_scale)
         callbacks.append(EvalCallback(cfg.evaluate_every, Validation(**vars(cfg.validation)), teacher))
     if callbacks and not issubclass(agent, TrainedAgent):
-        raise ValueError(f"callbacks: {agent.name} is trained by a library of its own; leave --callbacks and --evaluate_every out")
+        raise ValueError(
+            f"callbacks: {agent.name} is trained by stable-baselines3 and does not support callbacks; leave --callbacks and "
+            "--evaluate_every out"
+        )
     return callbacks
 
 

@@ -45,7 +45,7 @@ def save_and_evaluate(
     """
     name = f"{learner.name}@{config.num_steps}"
     with folder_atomically(out / "student") as student:
-        expert.save_student(learner.ema_student, student, config.num_steps, config.grid, learner.kernel, *learner.guidance_input())
+        expert.save_student(learner.ema_student, student, config.num_steps, config.grid, learner.kernel, *learner.guidance_conditioning())
     store = out / "evaluation" if evaluation.n > evaluation.batch_size else None  # where a killed evaluation goes on
     evaluator = Evaluator(ExpertPolicy(expert, config.substeps, config.guidance_scale), learner.grid, evaluation, store)
     rows = read_metrics(out / "metrics.jsonl")

@@ -56,7 +56,7 @@ class Comparison:
         if self.seeds < 1 or self.first_seed < 0:
             raise ValueError(f"seeds={self.seeds}, first_seed={self.first_seed}: need at least 1, from 0 or more")
         if self.baseline_arm not in self.arms:
-            raise ValueError(f"baseline={self.baseline!r} is no arm; the arms are {', '.join(self.arms)}")
+            raise ValueError(f"baseline={self.baseline!r}: unknown arm; choose one of {', '.join(self.arms)}")
         if self.primary not in METRICS:
             raise ValueError(f"primary={self.primary!r}; choose one of: {', '.join(METRICS)}")
         if not 0.5 <= self.level < 1:

@@ -1,1 +1,1 @@
-"""What a policy is worth: samples against data, trajectories against the expert's."""
+"""Evaluates policies: samples against data, trajectories against the expert's."""

@@ -1,7 +1,15 @@
-"""The cache of an evaluation: the folder in which finished batches, features and scores are stored, and the names of its files.
+"""The cache of an evaluation: the folder in which finished batches, features and scores are stored, so that a killed evaluation continues.
 
-A killed evaluation continues from its cache, and evaluations of the same teacher share the teacher's samples. The file of a model is
-named after a digest of how that model samples, so a file is read only for the model that it was computed for.
+The file of a model is named after a digest of how that model samples, so a file is read only for the model that it was computed for:
+
+    settings.json                            the settings that all files of the folder were computed under
+    NAME-DIGEST-00000.safetensors            a batch of samples: features, classes, scores, first trajectories, seconds (samples.py)
+    NAME-DIGEST-lpips-000.json               LPIPS diversity of one condition's samples (samples.py)
+    images-DIGEST-000000.safetensors         features of up to 1024 pictures of a folder, the reference of FID (quality.py)
+    teacher@32-on-data-DIGEST-actions.safetensors       the teacher's actions on noised data (evaluator.py)
+    teacher@4-beside-teacher@32-DIGEST-scores.json      the metrics of the teacher in few steps (evaluator.py)
+
+Files of the teacher and of the reference lie in `Evaluation.store`/seedN if that is given; the runs of a comparison share them so.
 """
 
 from __future__ import annotations
@@ -13,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from ddil_agents.training.checkpoint import write_atomically
 from ddil_env import DdimPolicy, TimeGrid
 from ddil_env.mdp import Kernel
+from ddil_env.weights import read_tensors
 
 
 def open_cache(folder: Path, settings: dict[str, Any]) -> Path:
@@ -80,6 +90,25 @@ def tensor_digest(x: Tensor) -> str:
 def text_digest(texts: list[str]) -> str:
     """Twelve hex digits of a list of texts."""
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
+
+
+def read_cached(path: Path | None, lost: str) -> dict[str, Tensor] | None:
+    """Reads the tensors of a safetensors file of a cache; None where there is no such file or no cache.
+
+    Args:
+        path: The file; None where nothing is cached.
+        lost: What is computed again if a damaged file is removed, such as `the batch is drawn`.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return read_tensors(path, f"remove it, and {lost} again") if path is not None and path.is_file() else None
+
+
+def write_cached(path: Path | None, tensors: dict[str, Tensor]) -> None:
+    """Writes tensors to a safetensors file of a cache, atomically; nothing where `path` is None."""
+    if path is not None:
+        write_atomically(path, save({key: value.cpu().contiguous() for key, value in tensors.items()}))
 
 
 def read_or_compute(path: Path | None, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class EvalCallback(Callback):
                     config = agent.config
                     (folder / "student").mkdir()
                     agent.expert.save_student(
-                        agent.ema_student, folder / "student", config.num_steps, config.grid, agent.kernel, *agent.guidance_input()
+                        agent.ema_student, folder / "student", config.num_steps, config.grid, agent.kernel, *agent.guidance_conditioning()
                     )
                     (folder / "evaluation.json").write_text(json.dumps(row))
             with explain_write_errors(self.out / "eval.jsonl"), (self.out / "eval.jsonl").open("a") as file:

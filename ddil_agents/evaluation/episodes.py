@@ -1,4 +1,4 @@
-"""What a policy is worth in a world: what its episodes earn, and how far its samples are from the expert's where they lead it.
+"""Evaluates policies in a world: return, success, and error against the expert on the conditions that their episodes visit.
 
     e_own(frame)     E (x_0 − x_0*)²  on the conditions that the policy's own episodes visit
     e_expert(frame)  the same on those of the expert's episodes, from the same seeds

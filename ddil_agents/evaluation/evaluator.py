@@ -1,7 +1,7 @@
 """Evaluating a policy: its samples against data, and its trajectories against the expert's from the same noise.
 
 samples.py    draws samples and holds the data     quality.py    FID, recall and other scores of samples
-cache.py      file names, digests, JSON            shift.py      covariate shift, step by step
+cache.py      the files of the cache               shift.py      covariate shift, step by step
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from ddil_agents.evaluation.cache import read_or_compute
+from ddil_agents.evaluation.cache import read_cached, read_or_compute, write_cached
 from ddil_agents.evaluation.episodes import EpisodeEvaluator
 from ddil_agents.evaluation.metrics.distances import split_half
 from ddil_agents.evaluation.metrics.diversity import LPIPS, pairwise_distance
@@ -26,11 +25,9 @@ from ddil_agents.evaluation.quality import frechet_between_halves, read_folder_f
 from ddil_agents.evaluation.samples import DrawnSamples, SampleDrawer
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.evaluation.shift import shift_between_halves, shift_from_data, shift_from_expert
-from ddil_agents.training.checkpoint import write_atomically
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, TimeGrid
 from ddil_env.mdp import Kernel
 from ddil_env.time_grid import GridKind
-from ddil_env.weights import read_tensors
 
 if TYPE_CHECKING:
     from ddil_agents.agent import Agent
@@ -184,12 +181,11 @@ class Evaluator(SampleDrawer):
         m = noised.shape[1]
         c = None if self.real_c is None else self.real_c[:m]
         path = self._cache_path(f"{self._baseline_names()[0]}-on-data", self.expert_policy, self.grid, "ddim", "actions.safetensors")
-        if path is not None and path.is_file():
-            return list(zip(noised, read_tensors(path, "remove it, and it is computed again")["actions"].to(noised.device), strict=True))
+        if (cached := read_cached(path, "it is computed")) is not None:
+            return list(zip(noised, cached["actions"].to(noised.device), strict=True))
         steps = zip(noised, self.grid.times[:-1], self.grid.times[1:], strict=True)
         actions = torch.stack([self.expert_policy.act(x_t, t.expand(m), s.expand(m), c) for x_t, t, s in steps])
-        if path is not None:
-            write_atomically(path, save({"actions": actions.cpu()}))
+        write_cached(path, {"actions": actions})
         return list(zip(noised, actions, strict=True))
 
     def baselines(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Samples for the eye: grids of pictures, and scatter plots of samples in the plane."""
+"""Writes sample grids of pictures, and scatter plots of samples in the plane."""
 
 from __future__ import annotations
 

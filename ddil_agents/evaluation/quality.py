@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from ddil_agents.evaluation.cache import read_cached, write_cached
 from ddil_agents.evaluation.metrics.extractor import Extractor
 from ddil_agents.evaluation.metrics.features import Features
 from ddil_agents.evaluation.metrics.frechet import frechet_distance
@@ -18,8 +18,6 @@ from ddil_agents.evaluation.metrics.kid import kernel_distance
 from ddil_agents.evaluation.metrics.pictures import load_pictures, picture_files
 from ddil_agents.evaluation.metrics.precision_recall import precision_recall_density_coverage
 from ddil_agents.evaluation.metrics.vendi import vendi_score
-from ddil_agents.training.checkpoint import write_atomically
-from ddil_env.weights import read_tensors
 
 PICTURES_PER_FILE = 1024  # real pictures whose features one file of the cache holds
 
@@ -39,8 +37,8 @@ def read_folder_features(extractor: Extractor, folder: Path, folder_id: str, cac
         for start in range(0, len(files), PICTURES_PER_FILE):
             part = files[start : start + PICTURES_PER_FILE]
             path = None if cache is None else cache / f"images-{folder_id}-{start:06d}.safetensors"
-            if path is not None and path.is_file():
-                values.append(read_tensors(path, "remove it, and its pictures are read again")["features"])
+            if (cached := read_cached(path, "its pictures are read")) is not None:
+                values.append(cached["features"])
                 bar.update(len(part))
                 continue
             batches = []
@@ -48,8 +46,7 @@ def read_folder_features(extractor: Extractor, folder: Path, folder_id: str, cac
                 batches.append(extractor.features(pictures))
                 bar.update(len(pictures))
             values.append(torch.cat(batches).cpu())
-            if path is not None:
-                write_atomically(path, save({"features": values[-1]}))
+            write_cached(path, {"features": values[-1]})
     return Features(extractor.name, torch.cat(values).to(device))
 
 

@@ -11,22 +11,28 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from ddil_agents.devices import out_of_memory
-from ddil_agents.evaluation.cache import is_cacheable, open_cache, policy_digest, read_or_compute, tensor_digest, text_digest
+from ddil_agents.evaluation.cache import (
+    is_cacheable,
+    open_cache,
+    policy_digest,
+    read_cached,
+    read_or_compute,
+    tensor_digest,
+    text_digest,
+    write_cached,
+)
 from ddil_agents.evaluation.metrics.diversity import group_diversity, lpips_distance
 from ddil_agents.evaluation.metrics.features import Features
 from ddil_agents.evaluation.metrics.frechet import frechet_name
 from ddil_agents.evaluation.metrics.pictures import folder_digest, resize
 from ddil_agents.evaluation.settings import Evaluation, Score, Scorer, extractor_for, load_scorers
 from ddil_agents.states.collect import stream_seed
-from ddil_agents.training.checkpoint import write_atomically
 from ddil_env import DdimPolicy, ExpertPolicy, NoDataError, TimeGrid, unroll
 from ddil_env.mdp import Kernel
-from ddil_env.weights import read_tensors
 
 LPIPS_CONDITIONS, LPIPS_SAMPLES = 50, 10  # prompts, and samples of each, in the LPIPS diversity of DDIL, Section 5
 
@@ -55,8 +61,8 @@ class ProgressPolicy:
     def act(self, *args: Any) -> Tensor:
         return self._advance(self.policy.act(*args))
 
-    def jump(self, *args: Any) -> Tensor:
-        return self._advance(self.policy.jump(*args))
+    def act_renoise(self, *args: Any) -> Tensor:
+        return self._advance(self.policy.act_renoise(*args))
 
     def _advance(self, x_s: Tensor) -> Tensor:
         self.bar.update()
@@ -173,13 +179,12 @@ class SampleDrawer:
         with tqdm(total=num_batches * grid.num_steps, desc=name or "samples", unit="step", leave=False) as bar:
             for k in range(num_batches):
                 path = None if stem is None else stem.with_name(f"{stem.name}{k:05d}.safetensors")
-                if path is not None and path.is_file():
-                    cached = read_tensors(path, "remove it, and the batch is drawn again")
-                    if cached.keys() >= set(self.settings.scores):
-                        other_scores = set(get_args(Score)) - set(self.settings.scores)  # that an earlier evaluation asked for
-                        batches.append({key: value for key, value in cached.items() if key not in other_scores})
-                        bar.update(grid.num_steps)
-                        continue
+                cached = read_cached(path, "the batch is drawn")
+                if cached is not None and cached.keys() >= set(self.settings.scores):
+                    other_scores = set(get_args(Score)) - set(self.settings.scores)  # that an earlier evaluation asked for
+                    batches.append({key: value for key, value in cached.items() if key not in other_scores})
+                    bar.update(grid.num_steps)
+                    continue
                 start = time.monotonic()
                 c = None if self.c is None else self.c[k * b : (k + 1) * b]
                 with out_of_memory.explain(f"while evaluating {min(b, self.n)} samples at a time", "lower the evaluation's batch_size"):
@@ -191,8 +196,7 @@ class SampleDrawer:
                     num_paths = max(self.settings.n_paths - k * b, 0)
                     measured = self._measure_batch(states[:, -1], c)
                     batches.append(measured | {"path": states[:num_paths].clone(), "seconds": seconds})
-                if path is not None:
-                    write_atomically(path, save({key: value.cpu().contiguous() for key, value in batches[-1].items()}))
+                write_cached(path, batches[-1])
         device = self.expert.device
         joined = {key: torch.cat([batch[key].to(device) for batch in batches]) for key in batches[0] if key != "seconds"}
         features = Features(self.extractor.name, joined.pop("features"))
@@ -266,7 +270,7 @@ class SampleDrawer:
         }
 
     def _captions_digest(self) -> str | None:
-        """A digest of the captions of all samples; None where conditions are no texts."""
+        """A digest of the captions of all samples; None where conditions are not texts."""
         try:
             captions = None if self.c is None else self.expert.captions(self.c)
         except ValueError:

@@ -88,7 +88,7 @@ def record(
         t, s = t.expand(len(x_T)), s.expand(len(x_T))
         action = policy.act(x_t, t, s, c)
         actors.append(
-            torch.as_tensor(policy.by_expert, device=x_T.device).expand(len(x_T))
+            torch.as_tensor(policy.acted_by_expert, device=x_T.device).expand(len(x_T))
         )  # before the expert acts, which may be the same object
         errors.append((action - expert_policy.act(x_t, t, s, c)).square().flatten(1).mean(1))  # (n,)
         pred = invert_ddim(policy.schedule, x_t, t, action, s)

@@ -1,4 +1,4 @@
-"""β: the probability of drawing a training state from each source, and how it changes over a run.
+"""β: the probability of drawing a training state from each source, how it changes over a run, and where it is applied.
 
     s ~ Σᵢ βᵢ ρᵢ ,   i ∈ {forward, teacher, student}            DDIL §4.1, Alg. 1
 
@@ -8,16 +8,23 @@ and student in the proportion of their shares.
 
 Each method has defaults of its own: `Beta()`, only forward states, is plain distillation; DAgger mixes all three sources; DMD2 trains on
 the student's own states. Presets for a teacher without data (configs/dagger/text_to_image.yaml) have a forward share of 0.
+
+β is applied twice: `split_collection` says how many states of each source a collection draws (collect.py), and `draw_sources` the source
+of each state of a batch (buffer.py; in DMD2, which draws fresh states, simulation.py).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, get_args
 
+import torch
+from torch import Tensor
+
 Schedule = Literal["constant", "linear", "cosine", "exponential", "dagger", "per_round"]
-SHARES = ("forward", "teacher", "student")
+SOURCES = ("forward", "teacher", "student")
 
 _THE_REST = float("nan")  # the default of `forward`, known by its identity: what teacher and student leave
 
@@ -73,7 +80,7 @@ class Beta:
         if self.schedule == "per_round" and not (self.per_round and all(0 <= f <= 1 for f in self.per_round)):
             raise ValueError(f"beta.per_round={self.per_round}: schedule `per_round` needs the forward share of each round, in [0, 1]")
         if abs((total := sum(shares)) - 1) > 1e-9:  # shares that sum to 1 stay as they are, to the last bit
-            for name, share in zip(SHARES, shares, strict=True):
+            for name, share in zip(SOURCES, shares, strict=True):
                 object.__setattr__(self, name, share / total)
 
     @property
@@ -87,7 +94,7 @@ class Beta:
         Raises:
             ValueError: the given shares sum to more than 1, or to less while the others have no share to divide the rest by.
         """
-        others = {name: share for name, share in zip(SHARES, self.shares, strict=True) if name not in given}
+        others = {name: share for name, share in zip(SOURCES, self.shares, strict=True) if name not in given}
         shares: dict[str, Any] = {**given}
         rest, present = 1 - sum(given.values()), sum(others.values())
         if not others or not all(share >= 0 for share in given.values()):
@@ -120,3 +127,38 @@ class Beta:
         else:
             forward = floor + (1 - floor) * falling[self.schedule]
         return forward, (1 - forward) * self.teacher / rest, (1 - forward) * self.student / rest
+
+
+def draw_sources(shares: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Draws the source of each of n states.
+
+    Args:
+        shares: Weights of the sources, (k,); they need not sum to 1.
+        n: Number of states.
+        generator: On the device of the shares.
+
+    Returns:
+        Indices into `shares`, (n,) int64.
+    """
+    return torch.multinomial(shares, n, replacement=True, generator=generator)
+
+
+def split_collection(n: int, shares: Sequence[float], units: Sequence[int], remainder: list[float]) -> list[int]:
+    """Divides a collection of n states among the sources.
+
+    Args:
+        n: Number of states.
+        shares: β.
+        units: Number of states that one draw of each source gives.
+        remainder: Number of states of each source that earlier collections left out because they made no whole draw; updated in place, so
+            that small collections add up to β exactly.
+
+    Returns:
+        The number of draws of each source.
+    """
+    counts = []
+    for i, (share, unit) in enumerate(zip(shares, units, strict=True)):
+        remainder[i] += n * share
+        counts.append(int(remainder[i] / unit + 1e-9))
+        remainder[i] -= counts[i] * unit
+    return counts

@@ -27,11 +27,10 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 from torchrl.data.replay_buffers.writers import Writer
 
+from ddil_agents.states.beta import SOURCES, draw_sources
 from ddil_env.expert import check_device
 
 logging.getLogger("torchrl").setLevel(logging.WARNING)  # its INFO line for each buffer says nothing to a user
-
-SOURCES = ("forward", "teacher", "student")
 
 
 class _OnDisk:
@@ -125,7 +124,7 @@ class SourceSampler(_OnDisk, Sampler):
             raise ValueError(f"nothing to draw with beta={self.beta}: the buffer holds {held}; first collect a source that beta draws")
         device, generator = self.priorities.device, self._rng
         beta, source, last = torch.tensor(drawn, dtype=torch.float64).T.to(device, non_blocking=True)  # each (number of sources drawn,)
-        choice = torch.multinomial(beta, batch_size, replacement=True, generator=generator)  # (b,)
+        choice = draw_sources(beta, batch_size, generator)  # (b,)
         u = torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
         # In pieces that torch searches in one thread: on a busy machine a second one costs 8 ms to wake, the search 5 µs.
         pieces = (source[choice] + u).split(batch_size if device.type != "cpu" else 128)

@@ -28,8 +28,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from ddil_agents.devices import ranks
-from ddil_agents.states.buffer import SOURCES
-from ddil_agents.states.episodes import visit
+from ddil_agents.states.beta import SOURCES, split_collection
+from ddil_agents.states.episodes import collect_episode_states
 from ddil_env import ExpertPolicy, StudentPolicy, TimeGrid
 from ddil_env.mdp import Kernel
 from ddil_env.worlds.world import World
@@ -40,12 +40,12 @@ StatesPerRollout = Literal[1, "all"]
 
 
 def stream_seed(seed: int, name: str) -> int:
-    """A seed of its own for each named stream of a run: 32 bits of a hash, since torch's generator on the CPU keeps no more of a seed."""
+    """Derives the seed of a named random stream: 32 bits of a hash, since torch's generator on the CPU keeps no more of a seed."""
     return int.from_bytes(hashlib.blake2b(f"{seed}, {name}".encode(), digest_size=4).digest())
 
 
-def own_seed(seed: int, name: str) -> int:
-    """A seed for this rank's own stream of that name; rank 0's is that of a single process."""
+def rank_stream_seed(seed: int, name: str) -> int:
+    """Derives the seed of a named random stream of this rank; rank 0 has that of a single process."""
     return stream_seed(seed, f"{name}, rank {ranks.rank()}" if ranks.rank() else name)
 
 
@@ -100,7 +100,7 @@ class Collector:
         self.p_expert = p_expert
         self.guidance_range = guidance_range
         self.states_per_rollout = states_per_rollout
-        seeds = {name: (stream_seed if name in self.shared else own_seed)(seed, name) for name in STREAMS}
+        seeds = {name: (stream_seed if name in self.shared else rank_stream_seed)(seed, name) for name in STREAMS}
         self.streams = {
             name: torch.Generator("cpu" if name in self.shared + self.on_host else self.expert.device).manual_seed(seeds[name])
             for name in STREAMS
@@ -108,12 +108,12 @@ class Collector:
         self.world, self.world_steps = world, 0
         self.unlabelled: TensorDict | None = None
         if world is not None:
-            self.streams["world"] = torch.Generator().manual_seed(own_seed(seed, "world"))
-        self._owed = [0.0] * len(SOURCES)  # states that each source's share still owes, so that small collects add up to β exactly
+            self.streams["world"] = torch.Generator().manual_seed(rank_stream_seed(seed, "world"))
+        self._remainder = [0.0] * len(SOURCES)  # states of each source's share that earlier collections left out
 
     @torch.no_grad()
     def collect(self, n: int, beta: tuple[float, float, float], version: int) -> TensorDict:
-        """About n labelled states, βᵢ n of source i, what does not divide carried to the next call.
+        """Collects about n labelled states, βᵢ n of source i; what does not divide is carried to the next call.
 
         Args:
             n: States asked for.
@@ -136,26 +136,21 @@ class Collector:
         return torch.cat(parts) if parts else TensorDict(batch_size=[0], device=self.expert.device)
 
     def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:
-        """Forward draws and rollouts of this collection, by source."""
-        counts = []
-        for i, (share, unit) in enumerate(zip(beta, self.states_per_draw(), strict=True)):
-            self._owed[i] += n * share
-            counts.append(int(self._owed[i] / unit + 1e-9))
-            self._owed[i] -= counts[i] * unit
-        return counts
+        """Returns the number of forward draws, teacher rollouts and student rollouts of the next collection."""
+        return split_collection(n, beta, self.states_per_draw(), self._remainder)
 
     def states_per_draw(self) -> tuple[int, int, int]:
-        """States that one forward draw, one teacher and one student rollout give."""
-        teacher, student = (len(self.visited(p)) - 1 if self.states_per_rollout == "all" else 1 for p in (1.0, 0.0))
+        """Number of states that one forward draw, one teacher rollout and one student rollout give."""
+        teacher, student = (len(self.rollout_times(p)) - 1 if self.states_per_rollout == "all" else 1 for p in (1.0, 0.0))
         return 1, teacher, student
 
     def forward(self, n: int) -> TensorDict:
-        """n forward-diffused states, labelled."""
+        """Draws n forward-diffused states and labels them."""
         x_0, c = self.draw_data(n)
         step = torch.randint(self.grid.num_steps, (n,), generator=self.streams["time"], device=x_0.device)
         t = self.grid.times[step]
-        x_t = self.noised(x_0, t)
-        s, w = self.grid.previous(t), self.guidance(n)
+        x_t = self.add_noise(x_0, t)
+        s, w = self.grid.previous(t), self.draw_guidance(n)
         before = self.expert.nfe
         x_s = self.label(x_t, t, s, c, w)
         actors = torch.zeros(n, self.grid.num_steps, dtype=torch.bool, device=x_0.device)
@@ -170,54 +165,54 @@ class Collector:
         return x_0
 
     def rollout(self, n: int, p_expert: float) -> TensorDict:
-        """States that n denoisings visit, labelled; the actor of every step is drawn with p_expert, in a world that of every denoising."""
+        """Unrolls n trajectories and labels visited states; the expert acts with p_expert, drawn per step (in a world, per denoising)."""
         if self.world is not None:
-            return self.in_world(self.world, n, p_expert)
-        return self.every_state(n, p_expert) if self.states_per_rollout == "all" else self.one_state(n, p_expert)
+            return self._rollout_in_world(self.world, n, p_expert)
+        return self._rollout_all_states(n, p_expert) if self.states_per_rollout == "all" else self._rollout_one_state(n, p_expert)
 
-    def one_state(self, n: int, p_expert: float) -> TensorDict:
-        """A state of each of n denoisings, which stop there: the j-th of m, j ~ U{0 … m − 1}."""
-        times = self.visited(p_expert)  # (m + 1,), the last is 0
+    def _rollout_one_state(self, n: int, p_expert: float) -> TensorDict:
+        """Unrolls n trajectories, each up to its j-th state of m, j ~ U{0 … m − 1}, and labels that state."""
+        times = self.rollout_times(p_expert)  # (m + 1,), the last is 0
         m, device = len(times) - 1, self.expert.device
-        x_t, c, w, by_expert = self.start(n, m, p_expert)
-        j = self.stops(n, m)  # (n,), falling, so that the rollouts that go on are the first of their batch
+        x_t, c, w, expert_acts = self.start(n, m, p_expert)
+        j = self.draw_stop_steps(n, m)  # (n,), falling, so that the rollouts that go on are the first of their batch
         for i, (t, u) in enumerate(pairwise(times[:-1])):
             k = int((j > i).sum())  # of numbers on the host
             if not k:
                 break
             c_k, w_k = (None if a is None else a[:k] for a in (c, w))
-            x_t[:k] = self.follow(x_t[:k], t.expand(k), u.expand(k), c_k, w_k, by_expert[:k, i])
+            x_t[:k] = self.step(x_t[:k], t.expand(k), u.expand(k), c_k, w_k, expert_acts[:k, i])
         taken = torch.zeros(n, self.grid.num_steps, dtype=torch.bool)
-        taken[:, :m] = by_expert & (torch.arange(m) < j[:, None])
+        taken[:, :m] = expert_acts & (torch.arange(m) < j[:, None])
         j, actors = j.to(device, non_blocking=True), taken.to(device, non_blocking=True)
         t = times[j]
-        s, acted = self.grid.previous(t), self.cost(self.expert_policy) * actors.sum(1)
+        s, acted = self.grid.previous(t), self.forwards_per_action(self.expert_policy) * actors.sum(1)
         before = self.expert.nfe
         x_s = self.label(x_t, t, s, c, w)
         nfe = (self.expert.nfe - before) // n + acted
         states = self.states(x_t=x_t, t=t, s=s, c=c, w=w, x_s=x_s, actors=actors, nfe=nfe)
         return states[torch.rand(n, generator=self.streams["rollout"], device=device).argsort()]  # a ring that is short cuts no time off
 
-    def in_world(self, world: World, n: int, p_expert: float) -> TensorDict:
-        """n of the states that episodes visit, labelled."""
+    def _rollout_in_world(self, world: World, n: int, p_expert: float) -> TensorDict:
+        """Runs episodes in a world and labels n of the states that they visit."""
         before = self.expert.nfe
-        states = visit(self, world, n, p_expert)
+        states = collect_episode_states(self, world, n, p_expert)
         x_t, t, c, w = (states.get(key, None) for key in ("x_t", "t", "c", "w"))
         s = self.grid.previous(t)
         states["s"], states["x_s"] = s, self.label(x_t, t, s, c, w)
         states["nfe"] = torch.full((n,), (self.expert.nfe - before) // n, dtype=torch.int64, device=t.device)
         return states
 
-    def stops(self, n: int, m: int) -> Tensor:
-        """j of n rollouts, falling, (n,) int64 on the host: of each of 0 … m − 1 n/m on average, and in one call that to within one."""
+    def draw_stop_steps(self, n: int, m: int) -> Tensor:
+        """Draws the stop steps j of n rollouts: stratified uniform in 0 … m − 1, sorted descending, (n,) int64 on the host."""
         v = torch.rand(1, generator=self.streams["path"], dtype=torch.float64)
         return ((torch.arange(n) + v) * m / n).long().clamp(max=m - 1).flip(0)
 
-    def every_state(self, n: int, p_expert: float) -> TensorDict:
-        """All m states of each of n denoisings."""
-        times = self.visited(p_expert)  # (m + 1,), the last is 0
+    def _rollout_all_states(self, n: int, p_expert: float) -> TensorDict:
+        """Unrolls n trajectories to the end and labels all m states of each."""
+        times = self.rollout_times(p_expert)  # (m + 1,), the last is 0
         m, device = len(times) - 1, self.expert.device
-        x_T, c, w, by_expert = self.start(n, m, p_expert)
+        x_T, c, w, expert_acts = self.start(n, m, p_expert)
         x = x_T.new_empty(n, m, *x_T.shape[1:])
         x_s = torch.empty_like(x)  # the label at each state: where the expert acts, the next state
         x[:, 0] = x_T
@@ -228,10 +223,10 @@ class Collector:
             if p_expert > 0:
                 x_s[:, i] = self.label(x[:, i], t, s, c, w)
             if i + 1 < m:  # the sample itself is no state to train on
-                x[:, i + 1] = self.follow(x[:, i], t, u, c, w, by_expert[:, i], x_s[:, i] if p_expert > 0 else None)
+                x[:, i + 1] = self.step(x[:, i], t, u, c, w, expert_acts[:, i], x_s[:, i] if p_expert > 0 else None)
         earlier = torch.ones(m, m, dtype=torch.bool).tril(-1)  # state i has seen steps 0 … i−1
         taken = torch.zeros(n, m, self.grid.num_steps, dtype=torch.bool)
-        taken[..., :m] = by_expert[:, None] & earlier
+        taken[..., :m] = expert_acts[:, None] & earlier
         x_t, x_s, actors = (a.flatten(0, 1) for a in (x, x_s, taken.to(device, non_blocking=True)))  # (n · m, …)
         c, w = (None if a is None else a.repeat_interleave(m, dim=0) for a in (c, w))
         t, s = times[:-1].repeat(n), self.grid.previous(times[:-1]).repeat(n)
@@ -240,40 +235,40 @@ class Collector:
         return self.states(x_t=x_t, t=t, s=s, c=c, w=w, x_s=x_s, actors=actors, nfe=(self.expert.nfe - before) // (n * m))
 
     def start(self, n: int, m: int, p_expert: float) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """x_T (n, *sample_shape), conditions and guidance scales of n rollouts of m steps, and their `actors`."""
+        """Draws x_T (n, *sample_shape), conditions and guidance scales of n rollouts of m steps, and the actors of their steps."""
         x_T = torch.randn(n, *self.expert.sample_shape, generator=self.streams["rollout"], device=self.expert.device)
         c = self.expert.sample_condition(n, self.streams["rollout"])
-        return x_T, c, self.guidance(n), self.actors(n, m, p_expert)
+        return x_T, c, self.draw_guidance(n), self.draw_actors(n, m, p_expert)
 
-    def actors(self, n: int, m: int, p_expert: float) -> Tensor:
-        """Whether the expert acts in each of m steps of n rollouts, (n, m) bool on the host."""
+    def draw_actors(self, n: int, m: int, p_expert: float) -> Tensor:
+        """Draws whether the expert acts in each of m steps of n rollouts, (n, m) bool on the host."""
         return torch.rand(n, m, generator=self.streams["path"]) < p_expert
 
-    def noised(self, x_0: Tensor, t: Tensor) -> Tensor:
-        """Data x_0 (n, *sample_shape), diffused to t (n,)."""
+    def add_noise(self, x_0: Tensor, t: Tensor) -> Tensor:
+        """Diffuses data x_0 (n, *sample_shape) to times t (n,)."""
         eps = torch.randn(x_0.shape, generator=self.streams["noise"], device=x_0.device)
         return self.expert.schedule.add_noise(x_0, eps, t)
 
     def label(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None, w: Tensor | None) -> Tensor:
-        """The expert's answer at the states: its action x_s, (n, *sample_shape)."""
+        """Returns the expert's action x_s (the label) at each state, (n, *sample_shape)."""
         return self.expert_policy.act(x_t, t, s, c, w)
 
-    def visited(self, p_expert: float) -> Tensor:
-        """The times of a rollout's states, and 0, (m + 1,)."""
+    def rollout_times(self, p_expert: float) -> Tensor:
+        """Returns the times of a rollout's m states, and 0, (m + 1,)."""
         return self.grid.times
 
-    def follow(
-        self, x_t: Tensor, t: Tensor, u: Tensor, c: Tensor | None, w: Tensor | None, by_expert: Tensor, action: Tensor | None = None
+    def step(
+        self, x_t: Tensor, t: Tensor, u: Tensor, c: Tensor | None, w: Tensor | None, expert_acts: Tensor, action: Tensor | None = None
     ) -> Tensor:
-        """The next state of a rollout, at u: the expert's action where it acts, elsewhere the student's step.
+        """Takes one step of a rollout to the states at u: the expert's action where it acts, elsewhere the student's.
 
         Args:
             x_t, t, u, c, w: States, the times that they are at and go to, conditions and guidance scales, each of n.
-            by_expert: Whether the expert acts, (n,) bool on the host.
+            expert_acts: Whether the expert acts, (n,) bool on the host.
             action: The expert's actions, where they are known; else it is run where it acts.
         """
         n = len(x_t)
-        theirs, own = by_expert.nonzero().squeeze(1), (~by_expert).nonzero().squeeze(1)
+        theirs, own = expert_acts.nonzero().squeeze(1), (~expert_acts).nonzero().squeeze(1)
         if len(own) == n:
             return self.student_step(x_t, t, u, c, w)
         if len(theirs) == n:
@@ -287,25 +282,25 @@ class Collector:
         return x_u
 
     def student_step(self, x_t: Tensor, t: Tensor, u: Tensor, c: Tensor | None, w: Tensor | None) -> Tensor:
-        """Where the student goes from x_t (n, *sample_shape), by its kernel."""
+        """Takes the student's step from x_t (n, *sample_shape), with its kernel."""
         if self.kernel == "ddim":
             return self.student_policy.act(x_t, t, u, c, w)
         noise = torch.randn(x_t.shape, generator=self.streams["rollout"], device=x_t.device)
-        return self.student_policy.jump(x_t, t, u, noise, c, w)
+        return self.student_policy.act_renoise(x_t, t, u, noise, c, w)
 
-    def guidance(self, n: int) -> Tensor | None:
-        """w ~ U(guidance_range), (n,), or None where there is one scale for all."""
+    def draw_guidance(self, n: int) -> Tensor | None:
+        """Draws w ~ U(guidance_range), (n,); None where there is one scale for all."""
         if self.guidance_range is None:
             return None
         low, high = self.guidance_range
         return low + (high - low) * torch.rand(n, generator=self.streams["guidance"], device=self.expert.device)
 
-    def cost(self, policy: ExpertPolicy) -> int:
-        """Forwards of one action of the expert, at a state as they come from here: one with a w of its own takes the guided pair."""
+    def forwards_per_action(self, policy: ExpertPolicy) -> int:
+        """Number of forwards of one action of the expert; a state with its own w takes the guided pair in each."""
         return policy.nfe_per_action if self.guidance_range is None else policy.substeps * self.expert.guided_nfe
 
     def states(self, nfe: int | Tensor, **fields: Tensor | None) -> TensorDict:
-        """The fields that are there as one TensorDict (n,)."""
+        """Joins the fields that are not None into a TensorDict (n,)."""
         present = {k: v for k, v in fields.items() if v is not None}
         t = present["t"]
         present["nfe"] = nfe if isinstance(nfe, Tensor) else torch.full_like(t, nfe, dtype=torch.int64)
@@ -314,10 +309,10 @@ class Collector:
     def state_dict(self) -> dict[str, Any]:
         steps = {} if self.world is None else {"world_steps": self.world_steps}
         kept = {} if self.unlabelled is None else {"unlabelled": self.unlabelled.to_dict()}
-        return steps | kept | {"owed": list(self._owed), "streams": {name: g.get_state() for name, g in self.streams.items()}}
+        return steps | kept | {"owed": list(self._remainder), "streams": {name: g.get_state() for name, g in self.streams.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._owed = list(state["owed"])
+        self._remainder = list(state["owed"])
         self.world_steps = state.get("world_steps", 0)
         if "unlabelled" in state:
             kept = state["unlabelled"]

@@ -1,4 +1,4 @@
-"""States that whole episodes in a world visit: the student's own samples decide what it is asked next.
+"""Collects training states from episodes in a world, where a student's own samples determine its next conditions.
 
     c_0 ~ world ;   x_T ~ N(0, I), x_{t_1}, …, x_0 by the actor of this denoising ;   c_{k+1} = world.step(x_0)
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from ddil_agents.states.collect import Collector
 
 
-def visit(collector: Collector, world: World, n: int, p_expert: float, step: int | None = None) -> TensorDict:
-    """n states of whole episodes, drawn from all that were visited.
+def collect_episode_states(collector: Collector, world: World, n: int, p_expert: float, step: int | None = None) -> TensorDict:
+    """Collects n states of whole episodes, drawn from all that were visited.
 
     Args:
         collector: Whose policies act, and whose streams are drawn from.
@@ -38,22 +38,22 @@ def visit(collector: Collector, world: World, n: int, p_expert: float, step: int
         (n,) `x_t`, `t`, `c`, `w` with a guidance range, `actors` (n, N) bool, true where the expert acted in a step of this
         denoising that lies before the state.
     """
-    device, times = collector.expert.device, collector.visited(p_expert)  # (m + 1,), the last is 0
+    device, times = collector.expert.device, collector.rollout_times(p_expert)  # (m + 1,), the last is 0
     keep = p_expert == 1 and step is None
     m, parts = len(times) - 1, [collector.unlabelled] if keep and collector.unlabelled is not None else []
 
     def act(c: Tensor, rows: Tensor, frame: int) -> Tensor:
         k = len(rows)
         x = torch.randn(k, *collector.expert.sample_shape, generator=collector.streams["rollout"], device=device)
-        w = collector.guidance(k)
-        by_expert = torch.rand(k, generator=collector.streams["path"]) < p_expert
+        w = collector.draw_guidance(k)
+        expert_acts = torch.rand(k, generator=collector.streams["path"]) < p_expert
         j = torch.randint(m, (k,), generator=collector.streams["path"]) if step is None else torch.full((k,), step)
         stop, x_t = j.to(device), x
         for i, (t, u) in enumerate(pairwise(times)):
             x_t = torch.where((stop == i).reshape(-1, *[1] * (x.ndim - 1)), x, x_t)
-            x = collector.follow(x, t.expand(k), u.expand(k), c, w, by_expert)
+            x = collector.step(x, t.expand(k), u.expand(k), c, w, expert_acts)
         actors = torch.zeros(k, collector.grid.num_steps, dtype=torch.bool)
-        actors[:, :m] = by_expert[:, None] & (torch.arange(m) < j[:, None])
+        actors[:, :m] = expert_acts[:, None] & (torch.arange(m) < j[:, None])
         fields = {"x_t": x_t, "t": times[stop], "c": c, "actors": actors.to(device)}
         parts.append(TensorDict(fields if w is None else fields | {"w": w}, batch_size=[k]))
         return collector.execute(x)

@@ -19,15 +19,16 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from ddil_agents.states.beta import draw_sources
 from ddil_agents.states.collect import Collector
-from ddil_agents.states.episodes import visit
+from ddil_agents.states.episodes import collect_episode_states
 
 
 class BackwardSimulation(Collector):
     """Collects states at one time t_j of the student's grid per collection, without labels: DMD2's loss needs none.
 
     Args:
-        noise_level: The time to unroll to; the grid's nearest time is used. None draws one at random for each collection.
+        noise_level: The time t_j (not a σ) to unroll to; the grid's nearest time is used. None draws one at random for each collection.
 
     Raises:
         ValueError: noise_level is greater than the last time of the teacher's schedule.
@@ -53,8 +54,7 @@ class BackwardSimulation(Collector):
 
     def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:
         """States of each source: n draws with the probabilities β."""
-        shares = torch.tensor(beta, dtype=torch.float64)
-        source = torch.multinomial(shares, n, replacement=True, generator=self.streams["mixture"])
+        source = draw_sources(torch.tensor(beta, dtype=torch.float64), n, self.streams["mixture"])
         return torch.bincount(source, minlength=3).tolist()
 
     def forward(self, n: int) -> TensorDict:
@@ -67,16 +67,16 @@ class BackwardSimulation(Collector):
 
     def rollout(self, n: int, p_expert: float) -> TensorDict:
         if self.world is not None:
-            states = visit(self, self.world, n, p_expert, self.j)
+            states = collect_episode_states(self, self.world, n, p_expert, self.j)
             return self._arrived(states["x_t"], states["c"], states["actors"][:, : self.j])
-        x_t, c, _, by_expert = self.start(n, self.j, p_expert)
+        x_t, c, _, expert_acts = self.start(n, self.j, p_expert)
         for i, (t, s) in enumerate(pairwise(self.grid.times[: self.j + 1])):
-            x_t = self.follow(x_t, t.expand(n), s.expand(n), c, None, by_expert[:, i])
-        return self._arrived(x_t, c, by_expert.to(x_t.device, non_blocking=True))
+            x_t = self.step(x_t, t.expand(n), s.expand(n), c, None, expert_acts[:, i])
+        return self._arrived(x_t, c, expert_acts.to(x_t.device, non_blocking=True))
 
-    def _arrived(self, x_t: Tensor, c: Tensor | None, by_expert: Tensor) -> TensorDict:
+    def _arrived(self, x_t: Tensor, c: Tensor | None, expert_acts: Tensor) -> TensorDict:
         t = self.grid.times[self.j].repeat(len(x_t))
         actors = torch.zeros(len(x_t), self.grid.num_steps, dtype=torch.bool, device=x_t.device)
-        actors[:, : by_expert.shape[1]] = by_expert
-        nfe = self.cost(self.expert_policy) * actors.sum(1)
+        actors[:, : expert_acts.shape[1]] = expert_acts
+        nfe = self.forwards_per_action(self.expert_policy) * actors.sum(1)
         return self.states(x_t=x_t, t=t, s=self.grid.previous(t), c=c, actors=actors, nfe=nfe)

@@ -1,9 +1,32 @@
-"""Exact, atomic checkpoints.
+"""Writes and reads checkpoints: networks, optimisers, the averaged student, buffer, random streams and counters.
 
-A checkpoint is a folder `step_00000500/` with `state.pt`, which is read with weights_only, and `manifest.json`, which holds the file's
-SHA-256. It is written under another name, flushed to the disk and then renamed, so that a run that is killed at any moment, or finds the
+A checkpoint is written under another name, flushed to the disk and then renamed, so that a run that is killed at any moment, or finds the
 disk full, leaves only complete checkpoints. A damaged checkpoint is an error; an older one is never loaded in its place.
-With several processes `state.pt` is the main rank's, and the states and random streams of the others are in `rank_0001.pt`, ….
+
+A checkpoint is a folder `step_00000500/` of these files:
+
+    manifest.json           step, agent (its name), config, expert (its identity), sha256 of state.pt, and with several processes
+                            `ranks`, the SHA-256 of each rank's file
+    state.pt                the state below, read with weights_only
+    rank_0001.pt, …         with several processes, the keys of another rank whose values differ from the main rank's (`PER_RANK`)
+
+The state, as `Trainer.state_dict` and `TrainedAgent.state_dict` make it:
+
+    step                    updates so far
+    horizon                 updates at the end of training, which the schedules of learning rate and β refer to
+    gradient_accumulation   parts of a batch; more than the config's after a batch was halved to save memory
+    trainables              of each network in training, by name: network (weights), optimizer (moments), and of its learning rate
+                            last_epoch (steps so far), horizon (steps in all), last_learning_rate
+    ema                     the averaged student: its weights, and n_averaged, the steps so far
+    scaler                  the loss scale of fp16; else None
+    nfe                     teacher and student forwards so far
+    random, random_cuda     torch's global generators
+    callbacks               of each callback that keeps a state, by name
+    buffer                  build (capacities and settings), states, writer (ring positions), sampler (priorities), generator
+    collector               streams (random streams by name), owed (`Collector.counts`), world_steps and unlabelled (states) in a world
+    support                 the calibrated quantiles that estimates are projected onto; None without
+
+What lies beside the checkpoints in a run directory is in training/metrics.py (metrics.jsonl, support.json).
 """
 
 from __future__ import annotations
@@ -30,7 +53,7 @@ if TYPE_CHECKING:
     from ddil_agents.training.trained_agent import TrainedAgent
 
 NUM_KEPT = 2  # checkpoints of a run that are kept
-PER_RANK = ("buffer", "collector", "nfe", "random")  # keys of an agent's state whose values differ between processes
+PER_RANK = ("buffer", "collector", "nfe", "random", "random_cuda")  # keys of an agent's state whose values differ between processes
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # error codes of a full disk, quota or file size limit
 MAY_DIFFER_ON_RESUME = {"halve_batch_on_oom"}  # settings that a resumed run may change: they depend on the machine
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ddil_agents.devices import ranks
 from ddil_agents.states.batch import Batch
-from ddil_agents.states.buffer import SOURCES
+from ddil_agents.states.beta import SOURCES
 from ddil_agents.training.callbacks import Callback, Stopwatch
 from ddil_agents.training.checkpoint import explain_write_errors, write_atomically, write_support
 from ddil_agents.training.tracking import Tracker, start_tracker
-from ddil_env.support import Metered
+from ddil_env.support import CountingSupport
 
 if TYPE_CHECKING:
     from ddil_agents.agent import Agent
@@ -208,8 +208,8 @@ class MetricsCallback(Callback):
 
 def clipped_shares(agent: Algorithm) -> dict[str, Tensor]:
     """The fraction of entries that thresholding has changed since the last call, by role, over all ranks; NaN if there were no entries."""
-    meters = {role: support for role, support in agent.thresholds.items() if isinstance(support, Metered)}
-    counts = [meter.take_counts().to(agent.expert.device) for meter in meters.values()]  # (2,) each; on the CPU if there were no entries
+    meters = {role: support for role, support in agent.thresholds.items() if isinstance(support, CountingSupport)}
+    counts = [meter.pop_counts().to(agent.expert.device) for meter in meters.values()]  # (2,) each; on the CPU if there were no entries
     shares = [changed / seen for changed, seen in ranks.sum_over_ranks(torch.stack(counts))] if counts else []
     return dict(zip(meters, shares, strict=True))
 

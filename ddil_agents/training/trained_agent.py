@@ -108,7 +108,10 @@ class TrainedAgent(Agent):
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of buffer, collector and calibration, in tensors and plain values; the trainer adds its own and the networks'."""
+        """The state of buffer, collector and calibration, in tensors and plain values.
+
+        `Trainer.state_dict` adds its own and the networks'; training/checkpoint.py lists all keys.
+        """
         return {"buffer": self.buffer.state_dict(), "collector": self.collector.state_dict(), "support": self._calibration()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ddil_agents.devices import out_of_memory, ranks, sharding
 from ddil_agents.states.batch import Batch
-from ddil_agents.states.collect import own_seed
+from ddil_agents.states.collect import rank_stream_seed
 from ddil_agents.training.callbacks import Callback, CheckpointCallback, ProgressBarCallback, Stopwatch
 from ddil_agents.training.checkpoint import save_checkpoint
 from ddil_agents.training.ema import EMAModel
@@ -83,7 +83,7 @@ class Trainer:
         self.accelerator = ranks.make_accelerator(config.mixed_precision, expert.device)
         sharding.shard(self.ema.module, expert.device)
         if not ranks.is_main():
-            torch.manual_seed(own_seed(config.seed, "dropout"))  # the main rank keeps the caller's state, as a single process does
+            torch.manual_seed(rank_stream_seed(config.seed, "dropout"))  # the main rank keeps the caller's state, as a single process does
         self.trainables = {
             step.network: Trainable(
                 algorithm.networks[step.network],
@@ -287,7 +287,7 @@ class Trainer:
         return [(f"{name} {names[:i].count(name)}", callback) for i, (name, callback) in enumerate(zip(names, self.callbacks, strict=True))]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next updates depend on, in tensors and plain values; the keys in `checkpoint.PER_RANK` differ between processes."""
+        """All that the next updates depend on, in tensors and plain values; training/checkpoint.py lists the keys."""
         algorithm, scaler, device = self.algorithm, self.accelerator.scaler, self.algorithm.expert.device
         return {
             "step": algorithm.step,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ddil_env.data.encoding import Embed, Encode, Encoder, Kept
+from ddil_env.data.encoding import Embed, Encode, Encoder, ReusableRows
 from ddil_env.data.files import Skipped
 from ddil_env.data.hashes import Hashes
 from ddil_env.data.shards import MANIFEST, NULL, VERSION, Shard, is_cache, read_manifest, shard_path, stale_path, write_file, write_shard
@@ -98,7 +98,7 @@ def cache_pairs(
         if not _is_finished(folder, found, manifest):
             if found["stretches"] != manifest["stretches"]:
                 _set_stale_shards_aside(source, folder, found, manifest, hashes.values)
-            encoder = Encoder(encode, embed, height, width, batch_size, workers, Kept(folder))
+            encoder = Encoder(encode, embed, height, width, batch_size, workers, ReusableRows(folder))
             _make_shards(source, folder, manifest, encoder, hashes.values, max_broken)
     return folder
 
@@ -153,7 +153,7 @@ def _finish(source: Source, folder: Path, manifest: dict[str, Any], skipped: dic
 
 
 def _set_stale_shards_aside(source: Source, folder: Path, found: dict[str, Any], manifest: dict[str, Any], hashes: list[str]) -> None:
-    """Renames the shards whose pairs changed, from which `Kept` takes what did not.
+    """Renames the shards whose pairs changed, from which `ReusableRows` takes the pairs that did not.
 
     Raises:
         ValueError: fewer than half of the cache's pictures are in the source.

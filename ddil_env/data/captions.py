@@ -1,4 +1,4 @@
-"""Captions and prompts: what counts as a text."""
+"""Reads captions and prompts."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ def read_caption(value: object) -> str:
         value: The text, or what JSON holds in its place.
 
     Raises:
-        ValueError: the value is no text, is empty, stands for a missing text, or holds half a character.
+        ValueError: the value is not a string, is empty, is a missing-value placeholder, or contains an unpaired surrogate.
     """
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
         value = next((each for each in value if each.strip()), "")
     if not isinstance(value, str):
-        raise ValueError(f"{value!r:.60} is no text")
+        raise ValueError(f"{value!r:.60} is not a string")
     caption = " ".join(value.split())
     if not caption:
         raise ValueError("the text is empty")
     if caption in MISSING:
-        raise ValueError(f"the text is {caption!r}, which stands for a missing one")
+        raise ValueError(f"the text {caption!r} is a missing-value placeholder")
     try:
         caption.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text {caption!r:.60} holds half a character, {caption[error.start]!r}") from error
+        raise ValueError(f"the text {caption!r:.60} contains an unpaired surrogate, {caption[error.start]!r}") from error
     return caption

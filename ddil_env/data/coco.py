@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ddil_env.data.captions import read_caption
-from ddil_env.data.files import Pair, Skipped, Tree, make_pair, shown
+from ddil_env.data.files import FileTree, Pair, Skipped, make_pair, shown
 
 
-def find_annotations(tree: Tree) -> list[str]:
+def find_annotations(tree: FileTree) -> list[str]:
     """Names of the captions files in COCO's folder: captions_*.json, there or in annotations/."""
     names = [name for name in tree.files if name.removeprefix("annotations/").startswith("captions_") and name.endswith(".json")]
     return [name for name in names if "/" not in name.removeprefix("annotations/")]
 
 
-def choose_annotations(tree: Tree, names: list[str]) -> Path:
+def choose_annotations(tree: FileTree, names: list[str]) -> Path:
     """The captions file that is read: the one for training if there are several.
 
     Raises:
@@ -30,7 +30,7 @@ def choose_annotations(tree: Tree, names: list[str]) -> Path:
     return tree.files[training[0]]
 
 
-def list_coco(path: Path, images: str | Path | None, tree: Tree | None = None) -> Iterator[Pair | Skipped]:
+def list_coco(path: Path, images: str | Path | None, tree: FileTree | None = None) -> Iterator[Pair | Skipped]:
     """Lists the pairs of a captions file, in order of image ids.
 
     Args:

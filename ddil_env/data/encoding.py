@@ -21,8 +21,8 @@ Embed = Callable[[Sequence[str]], Mapping[str, Tensor]]  # b captions → named 
 Row = dict[str, Tensor]  # name → tensor of one pair
 
 
-class Kept:
-    """The rows of the shards that were set aside, by the hash of a picture's file and by caption.
+class ReusableRows:
+    """Rows of an earlier cache that need not be encoded again: of pictures, by the hash of their file; of captions, by their text.
 
     Args:
         folder: The cache.
@@ -37,11 +37,11 @@ class Kept:
             self._captions |= {caption: (shard, row) for row, caption in enumerate(map(shard.caption, range(len(shard))))}
 
     def picture(self, sha256: str) -> Row | None:
-        """What a shard keeps of a picture; None if it has to be encoded."""
+        """Returns the row of a picture; None if it has to be encoded."""
         return self._row(self._pictures.get(sha256), lambda name: name in ("latents", "pictures", "files"))
 
     def caption(self, caption: str) -> Row | None:
-        """The embeddings of a caption; None if it has to be encoded."""
+        """Returns the embeddings of a caption; None if it has to be encoded."""
         return self._row(self._captions.get(caption), lambda name: name.startswith("embeddings."))
 
     @staticmethod
@@ -57,14 +57,16 @@ class Encoder:
 
     Args:
         encode, embed, height, width, batch_size, workers: As in `cache_pairs`.
-        kept: What need not be encoded again.
+        reusable: Rows that need not be encoded again.
 
     Attributes:
         pictures, captions: Number of those that were encoded.
     """
 
-    def __init__(self, encode: Encode, embed: Embed, height: int, width: int, batch_size: int, workers: int, kept: Kept) -> None:
-        self.encode, self.embed, self.kept = encode, embed, kept
+    def __init__(
+        self, encode: Encode, embed: Embed, height: int, width: int, batch_size: int, workers: int, reusable: ReusableRows
+    ) -> None:
+        self.encode, self.embed, self.reusable = encode, embed, reusable
         self.reader, self.batch_size, self.workers = PictureReader(height, width), batch_size, workers
         self.pictures = self.captions = 0
 
@@ -85,7 +87,7 @@ class Encoder:
             ValueError: as `cache_pairs`.
         """
         batches = [[stretch[i : i + self.batch_size] for i in range(0, len(stretch), self.batch_size)] for stretch in stretches]
-        unread = [[pair for pair, sha256 in batch if self.kept.picture(sha256) is None] for each in batches for batch in each]
+        unread = [[pair for pair, sha256 in batch if self.reusable.picture(sha256) is None] for each in batches for batch in each]
         # torchrl sets the start method to spawn, by which every worker would import the user's script; these workers only read pictures.
         context = "fork" if self.workers and sys.platform == "linux" else None
         loader = DataLoader(
@@ -105,7 +107,7 @@ class Encoder:
                 for batch in each:
                     whole: list[tuple[Pair, Picture | Row]] = []
                     for pair, sha256 in batch:
-                        picture = self.kept.picture(sha256) or _unchanged(next(read), pair, sha256)
+                        picture = self.reusable.picture(sha256) or _unchanged(next(read), pair, sha256)
                         if isinstance(picture, str):
                             skipped.append(Skipped(pair.name, picture))
                         else:
@@ -131,7 +133,7 @@ class Encoder:
             }
             self._add(rows, list(pictures), self._check(encoded, [batch[i][0].name for i in pictures]))
             self.pictures += len(pictures)
-        kept = [self.kept.caption(pair.caption) for pair, _ in batch]
+        kept = [self.reusable.caption(pair.caption) for pair, _ in batch]
         for row, embeddings in zip(rows, kept, strict=True):
             row.update(embeddings or {})
         if texts := [i for i, embeddings in enumerate(kept) if embeddings is None]:

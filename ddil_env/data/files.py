@@ -77,16 +77,16 @@ def make_pair(name: str, caption: str, path: Path) -> Pair | Skipped:
     return Pair(shown(name), caption, str(path), 0, status.st_size)
 
 
-class Tree:
-    """The files of a folder and its subfolders. Who reads one takes it, and `left` names all that nobody took.
+class FileTree:
+    """The files of a folder and its subfolders, and which of them have been read: `take` marks one as read, `left` lists the others.
 
-    Links are followed, but not into a folder that holds the link. What is hidden (its name begins with a dot) is left out.
+    Symlinks are followed, but not into a folder that holds the link. Hidden files (with a name that begins with a dot) are skipped.
 
     Args:
         root: The folder.
 
     Attributes:
-        files: Name relative to the folder, with "/" → path, of each file that nobody took, in order of name.
+        files: Name relative to the folder, with "/" → path, of each file that has not been taken, in order of name.
     """
 
     def __init__(self, root: Path) -> None:
@@ -128,7 +128,7 @@ class Tree:
         return path
 
     def left(self, reason_of_pictures: str) -> Iterator[Skipped]:
-        """Names all that nobody took: file by file, or as one folder where nothing in it was taken."""
+        """Yields what has not been taken: file by file, or as one folder where nothing in it was taken."""
         yield from sorted(self._skipped)
         whole: Counter[str] = Counter()
         for name in self.files:

@@ -1,4 +1,4 @@
-"""Pictures as the encoders read them: decoded, cropped and resized, with the broken ones named."""
+"""Reads pictures for the encoders, cropped and resized, and converts decoded tensors to pictures."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ddil_env.data.files import Pair, formats
+from ddil_env.errors import BROKEN_LATENTS, check_finite
 
 
 class Picture(NamedTuple):
@@ -83,3 +84,14 @@ class PictureReader(Dataset[Picture | str]):
             return "no picture of a format that Pillow reads here"
         except Exception as error:  # Pillow's plug-ins raise errors of many kinds for damaged files
             return f"{type(error).__name__}: {error}"
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """Converts floats in [−1, 1], (b, 3 or 1, h, w), to uint8 (b, h, w, 3) on the CPU.
+
+    Raises:
+        ValueError: NaN or infinite values, which would be black.
+    """
+    check_finite(pictures, BROKEN_LATENTS)
+    levels = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return levels.expand(-1, -1, -1, 3).contiguous().cpu()

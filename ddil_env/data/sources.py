@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ddil_env.data.captions import read_caption
 from ddil_env.data.coco import choose_annotations, find_annotations, list_coco
-from ddil_env.data.files import Pair, Skipped, Tree, is_picture, make_pair, shown
+from ddil_env.data.files import FileTree, Pair, Skipped, is_picture, make_pair, shown
 from ddil_env.data.webdataset import expand, list_webdataset
 
 __all__ = ["Pair", "Skipped", "Source", "read_pairs", "read_pictures"]
@@ -61,7 +61,7 @@ def read_pairs(path: str | Path, images: str | Path | None = None) -> Source:
     root = Path(path).expanduser()
     found: Iterable[Pair | Skipped]
     if root.is_dir():
-        kind, found = _list_folder(Tree(root), images)
+        kind, found = _list_folder(FileTree(root), images)
     elif ".tar" in root.name:
         kind, found = "webdataset", list_webdataset(expand(str(root)))
     elif root.suffix.lower() == ".json":
@@ -94,7 +94,7 @@ def read_pictures(path: str | Path, known: tuple[str, ...] = ()) -> Source:
         ValueError: the folder does not exist, or has no picture.
     """
     root = Path(path).expanduser()
-    tree = Tree(root)
+    tree = FileTree(root)
     names = [name for name in tree.files if is_picture(name)]
     captions = {os.path.splitext(name)[0] + ".txt" for name in names}
     for name in [name for name in tree.files if name in known or name in captions or name.rpartition("/")[2] == METADATA]:
@@ -117,7 +117,7 @@ def _divide(found: Iterable[Pair | Skipped]) -> tuple[list[Pair], list[Skipped]]
     return pairs, skipped
 
 
-def _list_folder(tree: Tree, images: str | Path | None) -> tuple[str, Iterator[Pair | Skipped]]:
+def _list_folder(tree: FileTree, images: str | Path | None) -> tuple[str, Iterator[Pair | Skipped]]:
     """The kind of a folder, and its pairs and all else that is in it.
 
     Raises:
@@ -148,11 +148,11 @@ def _list_folder(tree: Tree, images: str | Path | None) -> tuple[str, Iterator[P
     return kind, chain(listed, _list_captioned(tree, texts), _left(tree, NO_CAPTION))
 
 
-def _left(tree: Tree, reason_of_pictures: str) -> Iterator[Skipped]:
+def _left(tree: FileTree, reason_of_pictures: str) -> Iterator[Skipped]:
     yield from tree.left(reason_of_pictures)  # looked at when all that came before was taken
 
 
-def _list_captioned(tree: Tree, texts: dict[str, str]) -> Iterator[Pair | Skipped]:
+def _list_captioned(tree: FileTree, texts: dict[str, str]) -> Iterator[Pair | Skipped]:
     """Pictures with their captions; `texts` has the name of the .txt of each stem."""
     taken = set()
     for name in [name for name in tree.files if is_picture(name)]:
@@ -171,7 +171,7 @@ def _list_captioned(tree: Tree, texts: dict[str, str]) -> Iterator[Pair | Skippe
         tree.take(text)
 
 
-def _list_metadata(listing: Path, tree: Tree | None = None) -> Iterator[Pair | Skipped]:
+def _list_metadata(listing: Path, tree: FileTree | None = None) -> Iterator[Pair | Skipped]:
     root, number = listing.parent if tree is None else tree.root, 0
     try:
         for number, line in enumerate(listing.read_text(encoding="utf-8-sig").split("\n"), 1):

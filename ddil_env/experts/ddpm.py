@@ -14,9 +14,10 @@ from diffusers import DDPMPipeline, UNet2DModel
 from torch import Tensor, nn
 
 from ddil_env.data.pairs import Pairs
+from ddil_env.data.pictures import to_uint8
 from ddil_env.data.sources import read_pictures
 from ddil_env.pipelines.data import OwnData
-from ddil_env.pipelines.expert import Dtype, PipelineExpert, to_uint8
+from ddil_env.pipelines.expert import Dtype, PipelineExpert
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.networks import PipelineNetwork
 from ddil_env.pipelines.samplers import DiffusionNoise

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ddil_env.denoiser import NetworkDenoiser
 from ddil_env.expert import Expert
-from ddil_env.guidance import Told, no_guidance_below_1
+from ddil_env.guidance import GuidanceConditioning, no_guidance_below_1
 from ddil_env.prediction import Prediction
 from ddil_env.time_grid import TimeGrid
 from ddil_env.worlds.world import World
@@ -93,10 +93,10 @@ class Distilled(Expert):
         self.nfe += len(x_t)
         return self.student.predict(x_t, t, c, scales)
 
-    def times_between(self, t: Tensor, s: Tensor, k: int) -> Tensor:
+    def substep_times(self, t: Tensor, s: Tensor, k: int) -> Tensor:
         """The times (k + 1, b) that the expert's policy steps over from t (b,) to s (b,): times of its grid, evenly by index."""
         if self.grid is None:
-            return self.origin.times_between(t, s, k)
+            return self.origin.substep_times(t, s, k)
         i, j = ((self.grid.times[:, None] > u).sum(0) for u in (t, s))  # t = grid.times[i], s = grid.times[j]; (b,) each
         index = i + (j - i) * torch.arange(1, k, device=t.device)[:, None] // k
         return torch.cat([t[None], self.grid.times[index], s[None]])
@@ -140,9 +140,9 @@ class Distilled(Expert):
         num_steps: int,
         grid: str = "linspace",
         kernel: str = "ddim",
-        told: Told | None = None,
+        guidance: GuidanceConditioning | None = None,
     ) -> None:
-        self.origin.save_student(student, directory, num_steps, grid, kernel, *([] if told is None else [told]))
+        self.origin.save_student(student, directory, num_steps, grid, kernel, *([] if guidance is None else [guidance]))
 
     def load_student(self, directory: Path, *args: Any, **overrides: Any) -> NetworkDenoiser:
         return self.origin.load_student(directory, *args, **overrides)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ddil_env.data.pairs import Pairs
 from ddil_env.data.sources import Source, read_pictures
 from ddil_env.denoiser import NetworkDenoiser
-from ddil_env.guidance import Told
+from ddil_env.guidance import GuidanceConditioning
 from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.expert import Dtype
 from ddil_env.pipelines.find import read_json
@@ -169,9 +169,9 @@ class ClassConditionalDiT(LatentExpert):
         num_steps: int,
         grid: str = "linspace",
         kernel: str = "ddim",
-        told: Told | None = None,
+        guidance: GuidanceConditioning | None = None,
     ) -> None:
-        super().save_student(student, directory, num_steps, grid, kernel, told)
+        super().save_student(student, directory, num_steps, grid, kernel, guidance)
         if self.labels:  # the classes' names, which DiTPipeline reads but does not write
             path = directory / "model_index.json"
             path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": self.labels}, indent=2))

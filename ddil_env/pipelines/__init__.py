@@ -1,7 +1,7 @@
 """What the experts that are diffusers pipelines share; a family itself is one file of ddil_env.experts.
 
 find.py             finds a pipeline's folder: a path, the hub's cache or the hub
-followed.py         the entries of configurations that are followed; whatever else they say is refused
+supported_config.py the entries of configurations that are supported; any other raises an error
 folder.py           checks and reads a pipeline's files, without running any code of theirs
 samplers.py         reads a scheduler as a NoiseSchedule, and makes the scheduler that samples as this library does
 prompts.py          texts, and the tables of their embeddings

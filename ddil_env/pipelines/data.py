@@ -33,7 +33,7 @@ class OwnData:
         workers: Number of processes that read pictures.
 
     Raises:
-        ValueError: images or data_cache without data of pictures, or data of several files without data_cache.
+        ValueError: images or data_cache without data of pictures, or a pattern of several files without data_cache.
     """
 
     data: str | None = None
@@ -50,7 +50,7 @@ class OwnData:
         if unused and is_cache(self.path):
             raise ValueError(f"{unused}: these belong to data of pictures, and data={self.data!r} is a cache of them; leave them out")
         if self.data is not None and self.data_cache is None and MAGIC & set(self.data) and not self.path.exists():
-            raise ValueError(f"data={self.data!r} is of several files, beside which no cache is put; name its folder, --env.data_cache")
+            raise ValueError(f"data={self.data!r} matches several files; set --env.data_cache, the folder of the cache")
 
     @property
     def path(self) -> Path:

@@ -26,9 +26,9 @@ from ddil_env.data.pairs import Pairs
 from ddil_env.data.shards import read_manifest
 from ddil_env.data.sources import Source, read_pairs
 from ddil_env.denoiser import NetworkDenoiser
-from ddil_env.errors import BROKEN_LATENTS, check_choice, check_finite
+from ddil_env.errors import check_choice
 from ddil_env.expert import Expert
-from ddil_env.guidance import Told
+from ddil_env.guidance import GuidanceConditioning
 from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.networks import PipelineNetwork
@@ -295,7 +295,7 @@ class PipelineExpert(Expert):
         num_steps: int,
         grid: str = "linspace",
         kernel: str = "ddim",
-        told: Told | None = None,
+        guidance: GuidanceConditioning | None = None,
     ) -> None:
         """Writes a pipeline that `DiffusionPipeline.from_pretrained` loads and that samples as this library does; arguments as in `Expert`.
 
@@ -307,7 +307,7 @@ class PipelineExpert(Expert):
         Raises:
             ValueError: the student is not one of this expert's, or what `check_export` refuses.
         """
-        write_student(self, student, directory, num_steps, grid, kernel, told)
+        write_student(self, student, directory, num_steps, grid, kernel, guidance)
 
     def load_student(
         self,
@@ -342,14 +342,3 @@ class PipelineExpert(Expert):
         if self.num_conditions:
             return f"noise and {self.num_conditions} conditions (prompts or classes), without pictures"
         return "noise alone"
-
-
-def to_uint8(pictures: Tensor) -> Tensor:
-    """Converts floats in [−1, 1], (b, 3 or 1, h, w), to uint8 (b, h, w, 3) on the CPU.
-
-    Raises:
-        ValueError: NaN or infinite values, which would be black.
-    """
-    check_finite(pictures, BROKEN_LATENTS)
-    levels = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return levels.expand(-1, -1, -1, 3).contiguous().cpu()

@@ -19,7 +19,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from ddil_env.pipelines.find import ADAPTER_KEYS, INDEX, how_to_convert, locate, read_json
-from ddil_env.pipelines.followed import check_class, check_followed, check_index
+from ddil_env.pipelines.supported_config import check_class, check_index, check_supported
 
 STEM = "diffusion_pytorch_model"  # name of the file of weights of diffusers' models
 STEMS = {"text_encoder": "model"}  # … and of transformers' models
@@ -46,7 +46,7 @@ class PipelineFolder:
 
     Raises:
         ValueError: model_index.json is missing or of another pipeline; a component is missing or of another class, says something that is
-            not followed (followed.py), or its weights are missing, pickled or cut short; or no component has that variant.
+            not supported (supported_config.py), or its weights are missing, pickled or cut short; or no component has that variant.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PipelineFolder:
         self.tokenizers = {name: cls for name, cls in (tokenizers or {}).items() if name not in self.absent}
         for name, cls in self.models.items():
             check_class(path / INDEX, name, self.index.get(name), cls)
-            check_followed(self.part(name) / "config.json", self.config(name), cls, self.follows.get(name, ()))
+            check_supported(self.part(name) / "config.json", self.config(name), cls, self.follows.get(name, ()))
             self._check_weights(name)
         if variant is not None and not any(self.weights(name)[1] for name in self.models):
             raise ValueError(f"variant={variant!r}: no component of {path} has weights of that name; leave variant out")

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ddil_env.data.cache import Embed
 from ddil_env.data.pairs import Pairs
+from ddil_env.data.pictures import to_uint8
 from ddil_env.data.sources import Source, read_pairs
 from ddil_env.errors import BROKEN_LATENTS, check_finite
 from ddil_env.pipelines.data import OwnData
-from ddil_env.pipelines.expert import PipelineExpert, to_uint8
+from ddil_env.pipelines.expert import PipelineExpert
 from ddil_env.pipelines.folder import PipelineFolder
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from ddil_env.adapters import LORA_FILE, adapter_layers
 from ddil_env.denoiser import NetworkDenoiser
-from ddil_env.guidance import Told
+from ddil_env.guidance import GuidanceConditioning
 from ddil_env.pipelines.find import HUB_ID
 
 if TYPE_CHECKING:
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def model_card(
-    expert: PipelineExpert, student: NetworkDenoiser, num_steps: int, call: dict[str, Any], kernel: str, told: Told | None
+    expert: PipelineExpert,
+    student: NetworkDenoiser,
+    num_steps: int,
+    call: dict[str, Any],
+    kernel: str,
+    guidance: GuidanceConditioning | None,
 ) -> str:
     """The text of the card, with the metadata that the hub reads at its top.
 
@@ -27,7 +32,7 @@ def model_card(
         student: Whose folder the card is for.
         num_steps, kernel: How it samples.
         call: The arguments of the pipeline's call, beside its subject.
-        told: The guidance of a student with a guidance embedding, if it is known.
+        guidance: The guidance of a student with a guidance embedding, if it is known.
     """
     pipeline = expert.files.pipeline
     licence = expert.files.licence()
@@ -37,16 +42,16 @@ def model_card(
     if re.fullmatch(HUB_ID, expert.model) and not Path(expert.model).is_dir():
         head["base_model"] = expert.model
     scales = "any of the range that it was trained on"
-    if told is not None:
-        scales += f", {told.least:g} to {told.most:g}"
-    guidance = GUIDANCE_IS_AN_INPUT.format(scales) if student.guidance_embedding else GUIDANCE_IS_LEARNED
+    if guidance is not None:
+        scales += f", {guidance.low:g} to {guidance.high:g}"
+    about_guidance = GUIDANCE_IS_AN_INPUT.format(scales) if student.guidance_embedding else GUIDANCE_IS_LEARNED
     return CARD.format(
         head=yaml.safe_dump(head, sort_keys=False),
         num_steps=num_steps,
         pipeline=pipeline.__name__,
         absent="".join(f", {name}=None" for name in expert.files.absent),  # diffusers learns of absent components from the call alone
         call=", ".join([expert.example, *(f"{name}={value}" for name, value in call.items())]),
-        guidance=guidance if "guidance_scale" in call else "",
+        guidance=about_guidance if "guidance_scale" in call else "",
         noise=FRESH_NOISE if kernel == "renoise" and num_steps > 1 else "",
         adapters=_describe_adapters(student, pipeline),
         data=expert.describe_data(),

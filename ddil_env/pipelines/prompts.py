@@ -58,7 +58,7 @@ def read_prompts(prompts: str | list[str] | None) -> tuple[str, ...]:
     kept = []
     for number, prompt in enumerate(prompts, 1):
         if not isinstance(prompt, str):
-            raise ValueError(f"{source} holds {prompt!r:.60} as number {number}, which is no text; remove it")
+            raise ValueError(f"{source} holds {prompt!r:.60} as number {number}, which is not a string; remove it")
         if prompt := prompt.strip():
             _check_prompt(prompt, number, source)
             kept.append(prompt)

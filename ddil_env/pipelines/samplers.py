@@ -23,7 +23,7 @@ from ddil_env.errors import check_choice
 from ddil_env.mdp import Kernel
 from ddil_env.pipelines.find import INDEX, read_json
 from ddil_env.pipelines.folder import PipelineFolder
-from ddil_env.pipelines.followed import check_scheduler
+from ddil_env.pipelines.supported_config import check_scheduler
 from ddil_env.prediction import PredictionType
 from ddil_env.schedule import Kind, NoiseSchedule
 from ddil_env.time_grid import LCM_SOLVER_STEPS, TimeGrid

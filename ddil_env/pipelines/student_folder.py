@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from ddil_env.adapters import LORA_FILE, LoRA, adapter_layers, load_adapters, merge_adapters, save_adapters
 from ddil_env.denoiser import NetworkDenoiser
-from ddil_env.guidance import Told
+from ddil_env.guidance import GuidanceConditioning
 from ddil_env.pipelines.find import read_json
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.model_card import model_card
@@ -25,7 +25,13 @@ SAMPLING = "sampling.json"  # how a student samples: the arguments of its pipeli
 
 
 def write_student(
-    expert: PipelineExpert, student: NetworkDenoiser, directory: Path, num_steps: int, grid: str, kernel: str, told: Told | None
+    expert: PipelineExpert,
+    student: NetworkDenoiser,
+    directory: Path,
+    num_steps: int,
+    grid: str,
+    kernel: str,
+    guidance: GuidanceConditioning | None,
 ) -> None:
     """Writes the pipeline, the adapters if the student has any, how it is called, and the model card; errors as in `save_student`.
 
@@ -33,7 +39,7 @@ def write_student(
         expert: Gives the pipeline and its other components.
         student: One of its students.
         directory: An existing folder.
-        num_steps, grid, kernel, told: How the student samples, as in `Expert.save_student`.
+        num_steps, grid, kernel, guidance: How the student samples, as in `Expert.save_student`.
     """
     network = expert.network_of(student, "save a {} as a pipeline")
     sampler = expert.sampler(student.prediction_type, num_steps, grid, kernel)
@@ -46,15 +52,15 @@ def write_student(
     _write_size(expert, directory / expert.denoiser / "config.json")
     if adapter_layers(network.core):
         save_adapters(network.core, directory / LORA_FILE, expert.denoiser)
-    call = sampler.arguments | _call(expert, student, told)
+    call = sampler.arguments | _call(expert, student, guidance)
     sampling = {"call": call, "num_steps": num_steps, "grid": grid, "kernel": kernel, "dtype": "float32"}
-    sampling |= {} if told is None else {"guidance_range": [told.least, told.most]}
+    sampling |= {} if guidance is None else {"guidance_range": [guidance.low, guidance.high]}
     (directory / SAMPLING).write_text(json.dumps(sampling, indent=1), encoding="utf-8")
-    (directory / "README.md").write_text(model_card(expert, student, num_steps, call, kernel, told), encoding="utf-8")
+    (directory / "README.md").write_text(model_card(expert, student, num_steps, call, kernel, guidance), encoding="utf-8")
 
 
 def _write_size(expert: PipelineExpert, path: Path) -> None:
-    """Makes a UNet's configuration name the size of the student's pictures, which its pipeline draws where it is told none."""
+    """Makes a UNet's configuration name the size of the student's pictures, which its pipeline draws by default."""
     if expert.picture_size == expert.own_picture_size() or not isinstance(expert.network.core, UNet2DConditionModel):
         return  # transformers build their embedding of positions from their size
     height, width = expert.sample_shape[-2:]
@@ -63,11 +69,11 @@ def _write_size(expert: PipelineExpert, path: Path) -> None:
         path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _call(expert: PipelineExpert, student: NetworkDenoiser, told: Told | None) -> dict[str, Any]:
+def _call(expert: PipelineExpert, student: NetworkDenoiser, guidance: GuidanceConditioning | None) -> dict[str, Any]:
     """The arguments of the pipeline's call beside its times and its subject, as far as they are not what the pipeline does by itself."""
     takes, call = inspect.signature(expert.files.pipeline.__call__).parameters, {}
     if "guidance_scale" in takes:
-        scale = told.scale if told is not None else expert.guidance_scale
+        scale = guidance.evaluated_at if guidance is not None else expert.guidance_scale
         call["guidance_scale"] = float(scale) if student.guidance_embedding else 1.0
     if "height" in takes and expert.picture_size != expert.own_picture_size():
         call["height"], call["width"] = expert.picture_size

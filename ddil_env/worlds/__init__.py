@@ -1,4 +1,4 @@
-"""Worlds: where a sample goes, and where the next condition comes from."""
+"""Worlds: environments that map a generated sample to the next condition and a reward."""
 
 from ddil_env.worlds.autoregressive import Autoregressive
 from ddil_env.worlds.episodes import Episodes, run_episodes

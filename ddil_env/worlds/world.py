@@ -1,9 +1,9 @@
-"""A world takes samples and answers with the next conditions.
+"""A world is an environment that maps a generated sample to the next condition and a reward.
 
     (x_t, t, s, c) → … → x_0 ;   (c', r, done) = world.step(x_0) ;   the next denoising starts at x_T ~ N(0, I), t_max, c'
 
 A diffusion policy's world is a simulator: a sample is an action, a condition an observation. An autoregressive model's world is its own
-history: a sample is a frame, a condition the frames before it. In a world the samples of a student decide what it is asked next.
+history: a sample is a frame, a condition the frames before it. In a world a student's samples determine its next conditions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class World(ABC):
-    """A batch of independent worlds. A subclass implements `start`, `advance` and, to be seen, `render`.
+    """A batch of independent worlds. A subclass implements `start`, `advance` and optionally `render`.
 
     Args:
         num_worlds: How many.
@@ -62,11 +62,11 @@ class World(ABC):
         """
 
     def render(self, row: int = 0) -> Tensor | None:
-        """A picture of a world, uint8 (height, width, 3); None if it cannot be seen."""
+        """A picture of a world, uint8 (height, width, 3); None if it cannot be rendered."""
         return None
 
     def succeeded(self, total_reward: Tensor) -> Tensor | None:
-        """Of episodes with these sums of rewards (n,), which were a success, (n,) bool; None if the world does not say."""
+        """Of episodes with these sums of rewards (n,), which were a success, (n,) bool; None if success is undefined."""
         return None
 
     def metrics(self, episodes: Episodes) -> dict[str, float]:

@@ -27,7 +27,7 @@ class HuberDaggerConfig(DaggerConfig):
 
 
 class HuberDagger(Dagger):
-    """DAgger's states and labels, held against in the pseudo-Huber distance."""
+    """DAgger's states and labels, with the pseudo-Huber distance as loss."""
 
     name = "huber_dagger"
     Config: ClassVar[type[LearnerConfig]] = HuberDaggerConfig

@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from ddil_agents import LCM, Algorithm, Beta, Dagger, DaggerConfig, LCMConfig
-from ddil_agents.bc import Weighting
+from ddil_agents.action_matching import Weighting
 from ddil_agents.lcm import Distance
 from ddil_agents.states.batch import Batch
 from ddil_env import ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, NoiseSchedule, TimeGrid, invert_ddim, unroll

@@ -473,7 +473,7 @@ def test_with_a_forward_share_they_are() -> None:
         ({"ema": 1.0}, r"ema=1.0: need a number in \[0, "),
         (
             {"collect_size": 49, "beta": Beta(0, 1, 0), "states_per_rollout": "all"},
-            r"collect_size=49: its shares .* hold not one rollout of 50 states",
+            r"collect_size=49 is too small: .* no source gets a full rollout of 50 states",
         ),
     ],
 )

@@ -381,15 +381,18 @@ def test_a_single_poisoned_source_is_named_alone() -> None:
         ({"warmup_updates": -1}, "warmup_updates=-1: need 0 or more"),
         ({"capacity": 0}, "capacity=0: need at least 1, or null"),
         ({"student_collections": 0}, "student_collections=0: need at least 1, or null to hold as many as capacity"),
-        ({"teacher_steps": 30}, "teacher_steps=30 is no multiple of num_steps=4"),
+        ({"teacher_steps": 30}, "teacher_steps=30 is not a multiple of num_steps=4"),
         ({"gradient_accumulation": 3}, "batch_size=16 does not divide into gradient_accumulation=3 parts"),
         ({"mixed_precision": "fp8"}, "unknown mixed_precision 'fp8'; choose one of: no, fp16, bf16"),
         ({"weighting": "snr"}, "unknown weighting 'snr'; choose one of: truncated_snr, snr_plus_one, velocity"),
         (
             {"collect_size": 3, "beta": Beta(0, 0, 1), "states_per_rollout": "all"},
-            "collect_size=3: its shares .* hold not one rollout of 4 states; raise collect_size, or set states_per_rollout to 1",
+            "collect_size=3 is too small: .* no source gets a full rollout of 4 states; raise collect_size, or set states_per_rollout to 1",
         ),
-        ({"collect_size": 1, "beta": Beta(0.5, 0.5, 0)}, "collect_size=1: its shares .* hold not one state; raise collect_size$"),
+        (
+            {"collect_size": 1, "beta": Beta(0.5, 0.5, 0)},
+            "collect_size=1 is too small: .* no source gets a full state; raise collect_size$",
+        ),
         ({"states_per_rollout": 2}, "states_per_rollout=2: need 1 or all"),
     ],
 )

@@ -160,7 +160,7 @@ def test_a_pipelines_student_is_trained(tmp_path: Path) -> None:
         ({"seed": -1}, "seed=-1: need 0 or more"),
         ({"batch_size": 30}, "batch_size=30: need a divisor, at least 2, of num_envs · episodes · num_steps = 40, a rollout"),
         ({"batch_size": 1}, "batch_size=1: need a divisor, at least 2"),
-        ({"teacher_steps": 6}, "teacher_steps=6 is no multiple of num_steps=4"),
+        ({"teacher_steps": 6}, "teacher_steps=6 is not a multiple of num_steps=4"),
         ({"hidden": (8, 0)}, r"hidden=\(8, 0\): need at least one unit in every layer"),
         ({"gamma": 1.1}, r"gamma=1.1: need a number in \[0, 1\]"),
         ({"learning_rate": 0.0}, "learning_rate=0.0: need a positive, finite number"),

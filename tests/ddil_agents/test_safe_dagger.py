@@ -32,7 +32,7 @@ def test_an_open_gate_without_a_budget_is_dagger(changed: dict[str, Any]) -> Non
 @pytest.mark.parametrize("source", [0, 2])
 @pytest.mark.parametrize("glance", [1, 3])
 def test_the_gate_opens_where_a_glance_finds_most(make_expert: Callable[[], GaussianMixtureExpert], source: int, glance: int) -> None:
-    gated = make(SafeDagger, expert := make_expert(), gate=0.25, glance_substeps=glance, teacher_steps=16)
+    gated = make(SafeDagger, expert := make_expert(), gate=0.25, check_substeps=glance, teacher_steps=16)
     everywhere = make(Dagger, make_expert(), teacher_steps=16).collector.collect(48, only(source), 0)
     x_t, t, s, c, *_ = fields(everywhere)
     own = gated.collector.student_policy.act(x_t, t, s, c)
@@ -79,8 +79,8 @@ def test_the_price_of_a_collection_is_known_before_it_is_paid(changed: dict[str,
     collector = learner.collector
     assert isinstance(collector, GatedCollector)
     told: list[int] = []
-    price = collector.price
-    collector.price = lambda counts: told.append(price(counts)) or told[-1]  # type: ignore[method-assign, func-returns-value]
+    price = collector.count_teacher_forwards
+    collector.count_teacher_forwards = lambda counts: told.append(price(counts)) or told[-1]  # type: ignore[method-assign, func-returns-value]
     for _ in range(7):
         before = learner.expert.nfe
         learner.trainer.collect()

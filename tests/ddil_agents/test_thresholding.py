@@ -18,14 +18,14 @@ import yaml
 from helpers import Dataless, Killed, same_students, weights
 from torch import Tensor
 
-from ddil_agents import DMD2, LCM, Algorithm, BehaviourCloning, Beta, Dagger, bc, dagger
+from ddil_agents import DMD2, LCM, ActionMatching, Algorithm, BehaviourCloning, Beta, Dagger, bc, dagger
 from ddil_agents.commands.load import load_run
 from ddil_agents.states.batch import Batch
 from ddil_agents.training.callbacks import Callback
 from ddil_agents.training.metrics import clipped_shares, read_metrics
 from ddil_agents.training.trainer import Trainer
 from ddil_env import Expert, GaussianMixtureExpert, NoDataError, invert_ddim, unroll
-from ddil_env.support import ChannelQuantiles, Metered, Thresholding
+from ddil_env.support import ChannelQuantiles, CountingSupport, Thresholding
 
 pytestmark = pytest.mark.usefixtures("own_generator")
 
@@ -94,7 +94,7 @@ def test_every_subset_of_the_roles_is_a_run_of_its_own(agent: str) -> None:
     results = {(): plain}
     for roles in subsets(agent)[1:]:
         learner = made(agent, thresholding=Thresholding(kind="static", bound=0.2, roles=roles))  # tighter than the data
-        assert {role for role, support in learner.thresholds.items() if isinstance(support, Metered)} == set(roles)
+        assert {role for role, support in learner.thresholds.items() if isinstance(support, CountingSupport)} == set(roles)
         results[roles] = learned(learner)
     assert len(results) == 8
     for one, other in combinations(results, 2):
@@ -176,7 +176,7 @@ class Count(Callback):
             return pred
 
         def trained(batch: Any) -> Tensor:
-            if isinstance(learner, BehaviourCloning):
+            if isinstance(learner, ActionMatching):
                 self.add("target", invert_ddim(expert.schedule, batch.x_t, batch.t, batch.expert_action, batch.s).x_0)
             return loss(batch)
 

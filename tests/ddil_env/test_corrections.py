@@ -145,7 +145,7 @@ def test_a_shifted_step_is_the_policys_own_from_the_other_time() -> None:
     other = policy.shifted(x, t, s)
     assert (other > t).all()
     assert torch.equal(policy.act(x, t, s), inner.act(x, other, s))
-    assert torch.equal(policy.jump(x, t, s, fresh), inner.jump(x, other, s, fresh))
+    assert torch.equal(policy.act_renoise(x, t, s, fresh), inner.act_renoise(x, other, s, fresh))
 
 
 @pytest.mark.parametrize("p", [0.2, 0.7])
@@ -210,7 +210,7 @@ def test_the_judge_and_the_environment_take_a_corrected_policy() -> None:
     ("build", "message"),
     [
         (lambda p: ScaledEpsilon(p, 0.0), "scale=0.0: .*need a positive number near 1"),
-        (lambda p: ScaledEpsilon(TimeShifted(p, 4, 0), 1.1), "a TimeShifted is made of other policies; scale those"),
+        (lambda p: ScaledEpsilon(TimeShifted(p, 4, 0), 1.1), "a TimeShifted wraps other policies; apply ScaledEpsilon to the inner policy"),
         (lambda p: TimeShifted(p, -1, 0), "window=-1: need a number ≥ 0"),
         (lambda p: TimeShifted(p, 4, math.nan), "cutoff=nan"),
         (lambda p: Mixed(p, p, 1.2), r"p=1.2: need a probability in \[0, 1\]"),

@@ -42,7 +42,7 @@ def test_the_renoise_kernel_diffuses_the_actions_estimate_anew(schedule: Any) ->
 def test_the_renoise_kernel_ends_at_the_action_also_where_the_schedule_does_not_end_at_the_data() -> None:
     expert = mixture(schedule=NoiseSchedule(set_alpha_to_one=False))  # at time 0 it still holds a little noise
     mdp = DenoisingMDP(expert, 4, kernel="renoise")
-    state = mdp.at(latents(3, 2), torch.tensor([250.0, 250.0, 500.0]), None)
+    state = mdp.state_at(latents(3, 2), torch.tensor([250.0, 250.0, 500.0]), None)
     action = mdp.expert_action(state)
     after, _, terminated = mdp.step(state, action, lambda: latents(3, 2, seed=3))
     assert terminated.tolist() == [True, True, False]
@@ -67,7 +67,7 @@ def test_expert_loglik_is_the_density_of_the_ddpm_posterior_around_the_expert(sc
     mdp = DenoisingMDP(mixture((2, 3, 4, 4), schedule=schedule), 4, reward="expert_loglik")
     x_t, c = latents(3, 2, 3, 4, 4), torch.tensor([0, 1, 0])
     for t in mdp.grid.times[:-1]:
-        state = mdp.at(x_t, t.expand(3).clone(), c)
+        state = mdp.state_at(x_t, t.expand(3).clone(), c)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = (map(float, mdp.expert.schedule.coefficients(u[0])) for u in (state.t, state.s))
         # Gaussian x_s | x_0 of variance σ_s², seen through x_t | x_s = N((α_t/α_s) x_s, σ_t² − (α_t/α_s)² σ_s²): precisions add
         ratio = alpha_t / alpha_s

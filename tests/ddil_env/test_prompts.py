@@ -37,7 +37,7 @@ def test_a_file_of_another_format_is_refused_by_its_name(tmp_path, name):
         (b"a cat\rand a dog", r"prompt 1: 'a cat\\rand a dog' holds a carriage return"),
         (b'a cat\n{"text": "a dog"}\n', r"prompt 2: .* is a JSON object; write its prompt alone on the line"),
         ("a cat\n".encode("utf-16"), r"cannot read the prompts file .*must be a UTF-8 text file"),
-        (b"a cat\nNone\n", r"prompt 2: the text is 'None', which stands for a missing one; mend or remove it"),
+        (b"a cat\nNone\n", r"prompt 2: the text 'None' is a missing-value placeholder; mend or remove it"),
         (b"\n \n", "holds no prompt"),
     ],
 )
@@ -60,8 +60,8 @@ def test_coco_captions_are_read_whatever_the_case_of_the_suffix(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (coco((1, None)), r"c\.json, annotation id=9 of image_id=1: None is no text; mend or remove it"),
-        (coco((1, "a"), (2, "half \ud83d")), r"annotation id=8 of image_id=2: the text 'half \\ud83d' holds half a character"),
+        (coco((1, None)), r"c\.json, annotation id=9 of image_id=1: None is not a string; mend or remove it"),
+        (coco((1, "a"), (2, "half \ud83d")), r"annotation id=8 of image_id=2: the text 'half \\ud83d' contains an unpaired surrogate"),
         (
             coco(
                 (
@@ -70,7 +70,7 @@ def test_coco_captions_are_read_whatever_the_case_of_the_suffix(tmp_path):
                 ),
                 (2, 3),
             ),
-            r"annotation id=8 of image_id=2: 3 is no text",
+            r"annotation id=8 of image_id=2: 3 is not a string",
         ),
         (coco((1, "a"), (2, " ")), r"annotation id=8 of image_id=2: the text is empty, and the image has no other"),
         (["a cat", "a dog"], r"is no COCO captions file \(TypeError.*pass one, .* or a \.txt with one prompt a line"),
@@ -86,7 +86,7 @@ def test_a_caption_that_is_no_text_is_refused_with_its_place(tmp_path, content, 
 def test_a_list_of_prompts_is_checked_too():
     assert read_prompts(["a cat ", "", "a\ndog"]) == ("a cat", "a\ndog")
     for prompts in (["a cat", None], ["a cat", 3]):
-        with pytest.raises(ValueError, match=r"the list of prompts holds (None|3) as number 2, which is no text; remove it"):
+        with pytest.raises(ValueError, match=r"the list of prompts holds (None|3) as number 2, which is not a string; remove it"):
             read_prompts(prompts)
-    with pytest.raises(ValueError, match=r"prompt 1: the text 'a \\ud83d' holds half a character"):
+    with pytest.raises(ValueError, match=r"prompt 1: the text 'a \\ud83d' contains an unpaired surrogate"):
         read_prompts(["a \ud83d"])

@@ -18,9 +18,9 @@ from ddil_env import Box, GaussianMixtureExpert, NoDataError, NoiseSchedule, Pre
 from ddil_env.schedule import Kind
 from ddil_env.support import (
     ChannelQuantiles,
+    CountingSupport,
     DynamicPercentile,
     Folded,
-    Metered,
     Role,
     SupportKind,
     Thresholding,
@@ -50,13 +50,13 @@ BOUNDED: dict[str, Callable[[tuple[int, ...]], Support]] = {
     "dynamic of the largest": lambda shape: DynamicPercentile(1.0, 1.3),
     "channels": channel_box,
     "folded": lambda shape: Folded(0.7),
-    "metered": lambda shape: Metered(Folded(1.1)),
+    "metered": lambda shape: CountingSupport(Folded(1.1)),
 }
 
 
 def limits(support: Support, x_0: Tensor) -> tuple[Tensor, Tensor]:
     """Lowest and highest value of every entry, in x_0's precision."""
-    inner: Any = support.support if isinstance(support, Metered) else support
+    inner: Any = support.support if isinstance(support, CountingSupport) else support
     if isinstance(inner, ChannelQuantiles):
         sides = torch.tensor([inner.low, inner.high], dtype=torch.float64).to(x_0.dtype)
         low, high = sides.reshape(2, -1, *(1,) * (x_0.ndim - 2))
@@ -144,7 +144,7 @@ def test_a_projected_belief_still_adds_up_to_x_t(name: str, shape: tuple[int, ..
 
 def test_all_of_space_returns_the_belief_itself() -> None:
     pred = prediction("cosine", (2,), 3)
-    for support in (Unbounded(), Metered(Unbounded())):
+    for support in (Unbounded(), CountingSupport(Unbounded())):
         assert pred.projected(support) is pred
         assert pred.projected(support, straight_through=True) is pred
 
@@ -154,8 +154,8 @@ def test_no_projection_waits_for_the_device(name: str) -> None:
     x_0 = torch.empty(3, 4, 6, 6, device="meta")  # without values: to read one raises
     support = BOUNDED[name]((4, 6, 6))
     assert support.project(x_0).device.type == "meta"
-    if isinstance(support, Metered):
-        assert support.take().device.type == "meta"
+    if isinstance(support, CountingSupport):
+        assert support.pop_fraction().device.type == "meta"
 
 
 # Gradients
@@ -300,9 +300,9 @@ def test_projection_leaves_the_exact_posterior_mean_of_data_inside(shape: tuple[
         projected = pred.projected(support)
         assert torch.equal(projected.x_0, pred.x_0)
         assert torch.equal(projected.eps, pred.eps)
-    meter = Metered(Box(1.0))
+    meter = CountingSupport(Box(1.0))
     pred.projected(meter)
-    assert float(meter.take()) == 0
+    assert float(meter.pop_fraction()) == 0
 
 
 # The meter
@@ -312,8 +312,8 @@ def test_projection_leaves_the_exact_posterior_mean_of_data_inside(shape: tuple[
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_meter_projects_as_its_support_and_tells_the_share_moved(shape: tuple[int, ...], name: str) -> None:
     support = BOUNDED[name](shape)
-    meter = Metered(support)
-    assert math.isnan(float(meter.take()))
+    meter = CountingSupport(support)
+    assert math.isnan(float(meter.pop_fraction()))
     moved = seen = 0
     for b in BATCHES:
         x_0 = latents(b, *shape, seed=b)
@@ -321,26 +321,26 @@ def test_a_meter_projects_as_its_support_and_tells_the_share_moved(shape: tuple[
         assert torch.equal(projected, support.project(x_0))
         moved += int((projected != x_0).sum())
         seen += x_0.numel()
-    share = meter.take()
+    share = meter.pop_fraction()
     assert share.shape == ()
     assert 0 < moved < seen or name == "dynamic"
     assert float(share) == pytest.approx(moved / seen)
-    assert math.isnan(float(meter.take()))
+    assert math.isnan(float(meter.pop_fraction()))
 
 
 def test_a_meter_counts_entries_across_batches_of_different_size() -> None:
-    meter = Metered(Box(1.0))
+    meter = CountingSupport(Box(1.0))
     meter.project(torch.tensor([[2.0, 0.0]]))
     meter.project(torch.zeros(3, 2))
-    assert float(meter.take()) == 1 / 8
+    assert float(meter.pop_fraction()) == 1 / 8
     meter.project(torch.tensor([[-3.0, 1.0]]))
-    assert float(meter.take()) == 1 / 2
+    assert float(meter.pop_fraction()) == 1 / 2
 
 
 def test_a_meter_around_all_of_space_sees_and_moves_nothing() -> None:
-    meter = Metered(Unbounded())
+    meter = CountingSupport(Unbounded())
     meter.project(10 * latents(3, 2))
-    assert float(meter.take()) == 0
+    assert float(meter.pop_fraction()) == 0
 
 
 # The config and what it builds
@@ -424,7 +424,7 @@ def test_a_support_survives_json_number_for_number(support: Support) -> None:
     assert again == support
     x_0 = 3 * latents(5, 2)
     assert torch.equal(again.project(x_0), support.project(x_0))
-    assert support_to_dict(Metered(Metered(support))) == support_to_dict(support)
+    assert support_to_dict(CountingSupport(CountingSupport(support))) == support_to_dict(support)
 
 
 def test_the_record_names_the_kinds_of_the_config() -> None:
@@ -438,7 +438,7 @@ def test_a_support_of_another_class_is_not_stored() -> None:
             return x_0 / x_0.flatten(1).norm(dim=1).clamp(min=1)[:, None]
 
     with pytest.raises(ValueError, match="Ball cannot be stored; supports that can: Unbounded, Box, DynamicPercentile"):
-        support_to_dict(Metered(Ball()))
+        support_to_dict(CountingSupport(Ball()))
 
 
 @pytest.mark.parametrize("stored", [{"kind": "ball"}, {"kind": "expert"}, {"kind": ["static"]}, {"bound": 1.0}, {}, None, [1]])

@@ -31,7 +31,7 @@ from ddil_agents.comparison.page.figures import (
 from ddil_agents.comparison.page.tables import BUDGETS
 from ddil_agents.comparison.statistics import performance_profile
 from ddil_agents.evaluation.results import DIRECTIONS, METRICS, metric_heading, read_result
-from ddil_agents.states.buffer import SOURCES
+from ddil_agents.states.beta import SOURCES
 from ddil_agents.training.metrics import read_metrics
 from ddil_env.presets import read_yaml
 

@@ -68,7 +68,7 @@ def _read_picture(path: Path) -> Image.Image:
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
             return on_white(image)
     except Exception as error:  # Pillow's plug-ins raise all kinds of errors on a damaged file
-        raise ValueError(f"{path} is no picture that can be read ({error}); mend it or leave it out of the paths") from error
+        raise ValueError(f"cannot read image {path} ({error}); repair it, or leave it out of the paths") from error
 
 
 def picture_files(folder: Path) -> list[Path]:

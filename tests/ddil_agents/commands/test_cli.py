@@ -392,7 +392,7 @@ def test_an_expert_of_ones_own_is_found_by_its_class_path() -> None:
         ([*ENV, "--evaluate.n", "3"], "n=3: the metrics need at least 10"),
         ([*ENV, "--log_every", "0"], "log_every.*0"),
         ([*ENV, "--checkpoint_every", "-1"], "checkpoint_every.*-1"),
-        ([*ENV, "--teacher_steps", "30"], "teacher_steps=30 is no multiple of num_steps=4"),
+        ([*ENV, "--teacher_steps", "30"], "teacher_steps=30 is not a multiple of num_steps=4"),
         (["--resume", "nowhere"], "nothing to resume in nowhere"),
     ],
     ids=lambda value: " ".join(value)[-40:] if isinstance(value, list) else "",

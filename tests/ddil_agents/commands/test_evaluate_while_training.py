@@ -75,4 +75,4 @@ def test_what_cannot_be_evaluated_while_it_trains_is_refused(capsys: pytest.Capt
         load("plain", checkpoint="best")
     assert "validation.metrics=['fid']: unknown metric 'fid'" in refused(dagger.main, [*SMALL, "--validation.metrics", "[fid]"], capsys)
     message = refused(ppo.main, ["--env", "gaussian_mixture", "--evaluate_every", "5", "--out", "ppo"], capsys)
-    assert "ppo is trained by a library of its own; leave --callbacks and --evaluate_every out" in message
+    assert "ppo is trained by stable-baselines3 and does not support callbacks; leave --callbacks and --evaluate_every out" in message

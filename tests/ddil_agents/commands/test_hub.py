@@ -172,7 +172,7 @@ def test_a_finished_run_is_published_by_its_resume(hub: Hub) -> None:
         ("fast", "right", "write", "push_to_hub=fast: pass OWNER/NAME"),
         ("me/fa st", "right", "write", r"push_to_hub=me/fa st: .*; pass OWNER/NAME"),
         ("you/fast", "right", "write", r"the token is of me, which may write to the repositories of: me, lab; choose one of these owners"),
-        ("me/fast", "wrong", "write", r"did not say who the token is of \(.*\); check the network and the token \(`hf auth login`\)"),
+        ("me/fast", "wrong", "write", r"could not verify the token at .* \(.*\); check the network and the token \(`hf auth login`\)"),
         ("me/fast", "right", "read", "the token of me may only read; create one that may write"),
     ],
 )
@@ -192,12 +192,12 @@ def test_what_the_hub_would_refuse_is_refused_before_training(
 def test_no_token_and_no_network_are_told(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(ValueError, match="there is no token of the hub here; run `hf auth login`, or set HF_TOKEN"):
+    with pytest.raises(ValueError, match="no Hugging Face token found; run `hf auth login`, or set HF_TOKEN"):
         check_push("me/fast")
     monkeypatch.setenv("HF_TOKEN", "right")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     with pytest.raises(
-        ValueError, match=r"127.0.0.1:9 did not say who .* leave push_to_hub out and run `hf upload me/fast RUN/student \.`"
+        ValueError, match=r"could not verify the token at .*127.0.0.1:9 .* leave push_to_hub out and run `hf upload me/fast RUN/student \.`"
     ):
         check_push("me/fast")
     with pytest.raises(ValueError, match=r"not uploaded .*; upload it with: hf upload me/fast .* \. --private"):

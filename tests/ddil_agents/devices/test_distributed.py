@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from ddil_agents import DMD2, LCM, Algorithm, Beta, Dagger, Gail
 from ddil_agents.devices import ranks as ranks_module
 from ddil_agents.devices import sharding
-from ddil_agents.states.collect import STREAMS, own_seed, stream_seed
+from ddil_agents.states.collect import STREAMS, rank_stream_seed, stream_seed
 from ddil_agents.training.metrics import read_metrics
 from ddil_agents.training.trainer import Trainer
 from ddil_env import GaussianMixtureExpert, load_expert
@@ -295,7 +295,7 @@ def test_ranks_draw_from_streams_of_their_own_and_the_first_one_from_those_of_a_
     seeds = []
     for rank in range(512):
         with as_rank(rank):
-            seeds += [own_seed(seed, name) for seed in (0, 1) for name in names]
+            seeds += [rank_stream_seed(seed, name) for seed in (0, 1) for name in names]
     assert seeds[: 2 * len(names)] == [stream_seed(seed, name) for seed in (0, 1) for name in names]
     assert len(set(seeds)) == len(seeds)
 

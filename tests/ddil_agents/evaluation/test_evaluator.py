@@ -396,7 +396,7 @@ def test_what_an_expert_lacks_is_refused_before_anything_is_drawn(tmp_path: Path
     ):
         with pytest.raises(ValueError, match=message):
             extractor_for(line, Evaluation(**settings))
-    with pytest.raises(ValueError, match="Digits's conditions are no texts"):
+    with pytest.raises(ValueError, match="Digits is not conditioned on text"):
         extractor_for(load_expert("digits8"), Evaluation(scores=("clip_score",)))
     with pytest.raises(ValueError, match="images=nowhere: no such folder"):
         Evaluation(images="nowhere")

@@ -10,7 +10,8 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 
-from ddil_agents.states.buffer import SOURCES, SourceBuffer
+from ddil_agents.states.beta import SOURCES
+from ddil_agents.states.buffer import SourceBuffer
 
 WIDTH = 6
 BATCH_SIZES = [WIDTH, 1, 4, 64]  # equal to the latent's width, and not

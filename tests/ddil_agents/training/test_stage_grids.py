@@ -57,9 +57,9 @@ def test_a_student_that_teaches_is_asked_at_all_times_of_its_own_grid_and_no_oth
         assert asked == trained
 
 
-def test_a_glance_of_fewer_steps_is_at_times_of_that_grid_too() -> None:
+def test_a_check_of_fewer_steps_is_at_times_of_that_grid_too() -> None:
     beta = {"forward": 0.5, "student": 0.5, "teacher": 0.0}
-    first, second = {"num_steps": 6, "gate": 1.0}, {"num_steps": 2, "glance_substeps": 2, "gate": 0.5, "beta": beta}
+    first, second = {"num_steps": 6, "gate": 1.0}, {"num_steps": 2, "check_substeps": 2, "gate": 0.5, "beta": beta}
     config = SafeDaggerConfig(**{**SMALL, "num_steps": 2, "gate": 1.0, "teacher_steps": 6, "stages": (first, second)})
     ((trained, asked),) = asked_of_students(SafeDagger, config)
     assert asked == trained
@@ -124,4 +124,4 @@ def test_the_original_expert_steps_in_equal_strides_as_ever(k: int) -> None:
 
 def test_a_student_whose_grid_nobody_names_steps_in_equal_strides() -> None:
     expert, t, s = corners(), torch.tensor([999.0, 749, 500, 250]), torch.tensor([749.0, 500, 250, 0])
-    assert torch.equal(Distilled(expert, expert.make_student()).times_between(t, s, 3), substep_times(expert.schedule, t, s, 3))
+    assert torch.equal(Distilled(expert, expert.make_student()).substep_times(t, s, 3), substep_times(expert.schedule, t, s, 3))

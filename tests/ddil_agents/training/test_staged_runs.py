@@ -283,7 +283,7 @@ def test_stages_calibrate_their_support_once(unbroken: Path) -> None:
     [
         ("[{}, {bath_size: 3}]", r"stage 2 of 2: .*bath_size"),
         ("[{num_steps: 4}, {num_steps: 2, expert: first}]", "stage 2 of 2: expert='first'"),
-        ("[{num_steps: 3}]", "stage 1 of 1: teacher_steps=32 is no multiple of num_steps=3"),
+        ("[{num_steps: 3}]", "stage 1 of 1: teacher_steps=32 is not a multiple of num_steps=3"),
         ("[4, 2]", "stages"),
     ],
 )

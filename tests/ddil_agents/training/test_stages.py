@@ -139,8 +139,8 @@ def test_guidance_of_a_stage_whose_teacher_has_it_built_in_is_refused(changes: d
         (({"expert": "last"},), "stage 1 of 1: expert='last': .*the first stage's is the original"),
         (({"expert": "same"},), "stage 1 of 1: expert='same': .*the first stage's is the original"),
         (({}, {"stages": []}), "stage 2 of 2: stages cannot be set for one stage"),
-        (({"num_steps": 4}, {"num_steps": 3}), "stage 2 of 2: teacher_steps=4 is no multiple of num_steps=3"),
-        (({"num_steps": 2}, {"num_steps": 4}), "stage 2 of 2: teacher_steps=2 is no multiple of num_steps=4"),
+        (({"num_steps": 4}, {"num_steps": 3}), "stage 2 of 2: teacher_steps=4 is not a multiple of num_steps=3"),
+        (({"num_steps": 2}, {"num_steps": 4}), "stage 2 of 2: teacher_steps=2 is not a multiple of num_steps=4"),
         (({"weighting": "snr"},), r"stage 1 of 1: .*weighting"),
     ],
 )

@@ -309,7 +309,7 @@ def test_flags_that_do_not_go_together_are_refused(folders: dict[str, Path], coc
         ({"prompts": ["a", "b"]}, r"prompts=a list of 2: the captions"),
         ({"data": None}, r"data_cache='.*': these belong to data of pictures, and data=None is not given"),
         ({"data": None, "data_cache": None, "images": "there"}, r"images='there': these belong"),
-        ({"data": "x/{00..10}.tar", "data_cache": None}, r"is of several files.*name its folder, --env.data_cache"),
+        ({"data": "x/{00..10}.tar", "data_cache": None}, r"matches several files; set --env.data_cache"),
         ({"data": "/nowhere/coco"}, r"'/nowhere/coco' is no source of pictures and captions"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -194,15 +194,15 @@ def test_what_lies_among_pictures_without_captions_is_named(tmp_path):
 CAPTIONS = [
     (["", "first", "second"], "first"),
     (" two\n words\u2028here ", "two words here"),
-    (float("nan"), "nan is no text"),
-    ({"en": "a cat"}, "{'en': 'a cat'} is no text"),
-    (True, "True is no text"),
-    (3, "3 is no text"),
-    (None, "None is no text"),
-    ([["a"]], r"[['a']] is no text"),
+    (float("nan"), "nan is not a string"),
+    ({"en": "a cat"}, "{'en': 'a cat'} is not a string"),
+    (True, "True is not a string"),
+    (3, "3 is not a string"),
+    (None, "None is not a string"),
+    ([["a"]], r"[['a']] is not a string"),
     ([], "the text is empty"),
-    ("None", "the text is 'None', which stands for a missing one"),
-    ("half \ud83d", r"the text 'half \ud83d' holds half a character"),
+    ("None", "the text 'None' is a missing-value placeholder"),
+    ("half \ud83d", r"the text 'half \ud83d' contains an unpaired surrogate"),
 ]
 
 

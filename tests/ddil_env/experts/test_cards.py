@@ -17,7 +17,7 @@ from tiny_sd import write_tiny_sd
 
 from ddil_agents import BCConfig, BehaviourCloning
 from ddil_env import StudentPolicy, TimeGrid, load_expert, unroll
-from ddil_env.guidance import Told
+from ddil_env.guidance import GuidanceConditioning
 
 SEED = 7
 FAMILIES = {"sd15": write_tiny_sd, **WRITERS}
@@ -53,14 +53,14 @@ def our_picture(expert: Any, student: Any, num_steps: int, grid: Any, kernel: An
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "told", "grid", "kernel"),
+    ("family", "options", "guidance", "grid", "kernel"),
     [
         ("sd15", {}, None, "linspace", "ddim"),
-        ("sd15", WIDE, Told(2.0, 4.0, 3.0), "linspace", "ddim"),
+        ("sd15", WIDE, GuidanceConditioning(2.0, 4.0, 3.0), "linspace", "ddim"),
         ("sd15", WIDE, None, "lcm", "renoise"),
         ("sd15", {"height": 24, "width": 24}, None, "dmd2", "ddim"),
         ("ssd1b", {}, None, "lcm", "renoise"),
-        ("ssd1b", WIDE, Told(2.0, 4.0, 3.0), "linspace", "ddim"),
+        ("ssd1b", WIDE, GuidanceConditioning(2.0, 4.0, 3.0), "linspace", "ddim"),
         ("ssd1b", {"height": 24, "width": 24}, None, "linspace", "ddim"),
         ("sd3", {}, None, "linspace", "ddim"),
         ("sd3", {"height": 24, "width": 20}, None, "lcm", "renoise"),
@@ -72,7 +72,7 @@ def our_picture(expert: Any, student: Any, num_steps: int, grid: Any, kernel: An
 def test_a_cards_code_draws_our_picture(
     family: str,
     options: dict[str, int],
-    told: Told | None,
+    guidance: GuidanceConditioning | None,
     grid: str,
     kernel: str,
     folders: dict[str, Path],
@@ -80,15 +80,15 @@ def test_a_cards_code_draws_our_picture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expert = expert_of(family, folders[family], **options)
-    student = trained(expert, guidance_embedding=told is not None)
-    expert.save_student(student, tmp_path / "student", 4, grid, kernel, told)
+    student = trained(expert, guidance_embedding=guidance is not None)
+    expert.save_student(student, tmp_path / "student", 4, grid, kernel, guidance)
     theirs = picture_of_the_card(tmp_path / "student", monkeypatch)
-    ours = our_picture(expert, student, 4, grid, kernel, None if told is None else told.scale)
+    ours = our_picture(expert, student, 4, grid, kernel, None if guidance is None else guidance.evaluated_at)
     assert theirs.shape == ours.shape
     assert np.abs(theirs.astype(int) - ours).max() <= 1
     sampling = json.loads((tmp_path / "student" / "sampling.json").read_text())
     assert {key: sampling["call"].get(key) for key in options} == options
-    if told is not None:
+    if guidance is not None:
         assert (sampling["call"]["guidance_scale"], sampling["guidance_range"]) == (3.0, [2.0, 4.0])
         assert "any of the range that it was trained on, 2 to 4;" in (tmp_path / "student" / "README.md").read_text()
 
@@ -104,5 +104,5 @@ def test_the_size_is_in_the_saved_configuration_where_its_class_has_room_for_it(
 def test_an_agent_says_what_its_student_is_told(folders: dict[str, Path]) -> None:
     expert = expert_of("sd15", folders["sd15"])
     config = BCConfig(num_steps=2, teacher_steps=4, guidance_range=(2.0, 4.0), guidance_scale=3.0)
-    assert BehaviourCloning(expert, config).guidance_input() == [Told(2.0, 4.0, 3.0)]
-    assert BehaviourCloning(expert, BCConfig(num_steps=2, teacher_steps=4)).guidance_input() == []
+    assert BehaviourCloning(expert, config).guidance_conditioning() == [GuidanceConditioning(2.0, 4.0, 3.0)]
+    assert BehaviourCloning(expert, BCConfig(num_steps=2, teacher_steps=4)).guidance_conditioning() == []

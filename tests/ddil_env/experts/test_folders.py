@@ -31,7 +31,7 @@ from ddil_env.experts.stable_diffusion_3 import StableDiffusion3
 from ddil_env.experts.stable_diffusion_xl import StableDiffusionXL
 from ddil_env.pipelines import find
 from ddil_env.pipelines.data import OwnData
-from ddil_env.pipelines.followed import ARCHITECTURE, check_followed
+from ddil_env.pipelines.supported_config import ARCHITECTURE, check_supported
 
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "sd": (write_tiny_sd, StableDiffusion, {"prompts": WORDS}),
@@ -68,29 +68,29 @@ def test_every_entry_is_on_a_list_or_refused_by_name(name: str, entries: set[str
     parameters = inspect.signature(cls).parameters
     assert entries <= parameters.keys()
     for key in parameters.keys() - entries:
-        check_followed(tmp_path, {"_class_name": name, key: parameters[key].default}, cls, ())
-        check_followed(tmp_path, {"_class_name": name, key: "strange"}, cls, [key])
-        with pytest.raises(ValueError, match=f"has {key}='strange', which this expert does not follow"):
-            check_followed(tmp_path, {"_class_name": name, key: "strange"}, cls, ())
+        check_supported(tmp_path, {"_class_name": name, key: parameters[key].default}, cls, ())
+        check_supported(tmp_path, {"_class_name": name, key: "strange"}, cls, [key])
+        with pytest.raises(ValueError, match=f"has {key}='strange', which this expert does not support"):
+            check_supported(tmp_path, {"_class_name": name, key: "strange"}, cls, ())
     with pytest.raises(ValueError, match=r"has of_tomorrow=1\.0, which the \w+ of diffusers .* does not know; update diffusers"):
-        check_followed(tmp_path, {"of_tomorrow": 1.0}, cls, ())
+        check_supported(tmp_path, {"of_tomorrow": 1.0}, cls, ())
 
 
 @pytest.mark.parametrize(
     ("family", "file", "entries", "message"),
     [
-        ("sd", "unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type='timestep', which this expert does not follow"),
-        ("sd", "unet/config.json", {"num_class_embeds": 10}, "num_class_embeds=10, which this expert does not follow"),
+        ("sd", "unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type='timestep', which this expert does not support"),
+        ("sd", "unet/config.json", {"num_class_embeds": 10}, "num_class_embeds=10, which this expert does not support"),
         ("sd", "unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type='text_time'"),
         ("sd", "unet/config.json", {"encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type='image_proj'"),
         ("sd", "unet/config.json", {"attention_type": "gated"}, "attention_type='gated'"),
         ("sd", "unet/config.json", {"quantization_config": {"load_in_4bit": True}}, "quantization_config=.*does not know"),
         ("sd", "unet/config.json", {"cross_attention_dim": 24}, "cross_attention_dim=24, but a UNet over this text encoder has 16"),
-        ("sd", "vae/config.json", {"shift_factor": 0.1}, "shift_factor=0.1, which this expert does not follow"),
-        ("sd", "vae/config.json", {"latents_mean": [0.1] * 4}, "latents_mean=.*, which this expert does not follow"),
-        ("sd", "vae/config.json", {"in_channels": 4}, "in_channels=4, which this expert does not follow"),
-        ("sd", "text_encoder/config.json", {"use_attention_mask": True}, "use_attention_mask=True, which is not followed"),
-        ("sd", "model_index.json", {"strength": 0.5}, "strength=0.5, which this expert does not follow"),
+        ("sd", "vae/config.json", {"shift_factor": 0.1}, "shift_factor=0.1, which this expert does not support"),
+        ("sd", "vae/config.json", {"latents_mean": [0.1] * 4}, "latents_mean=.*, which this expert does not support"),
+        ("sd", "vae/config.json", {"in_channels": 4}, "in_channels=4, which this expert does not support"),
+        ("sd", "text_encoder/config.json", {"use_attention_mask": True}, "use_attention_mask=True, which is not supported"),
+        ("sd", "model_index.json", {"strength": 0.5}, "strength=0.5, which this expert does not support"),
         ("sdxl", "unet/config.json", {"addition_time_embed_dim": 16}, "projection_class_embeddings_input_dim=60, but a UNet over these"),
         ("sdxl", "unet/config.json", {"cross_attention_dim": 16}, "cross_attention_dim=16, but a UNet over these text encoders has 40"),
         ("sdxl", "vae/config.json", {"latents_std": [1.0] * 4}, "latents_mean and latents_std of 4 numbers each, or neither"),
@@ -239,7 +239,7 @@ def test_latents_that_are_not_finite_are_no_black_picture(folders: dict[str, Pat
     for expert in (opened("sd", folders["sd"]), opened("ddpm", folders["ddpm"]), Digits("digits8")):
         x_0 = torch.zeros(3, *expert.sample_shape)
         x_0[1, 0, 0, 0] = torch.nan
-        with pytest.raises(ValueError, match="NaN or infinite values in 1 of 3 samples, which are no pictures"):
+        with pytest.raises(ValueError, match=r"non-finite values \(NaN or infinite\) in 1 of 3 samples"):
             expert.decode(x_0)
 
 
@@ -389,5 +389,5 @@ def test_a_folder_of_data_whose_name_looks_like_a_pattern_is_a_folder(folders: d
         (data / f"{i}.txt").write_text(WORDS[i % 3])
     assert len(StableDiffusion(str(folders["sd"]), data=str(data), workers=1).pairs or ()) == 12
     assert (tmp_path / "pics [1024px] {a,b}.pairs").is_dir()
-    with pytest.raises(ValueError, match=r"is of several files, beside which no cache is put; name its folder, --env.data_cache"):
+    with pytest.raises(ValueError, match=r"matches several files; set --env.data_cache, the folder of the cache"):
         OwnData(str(tmp_path / "[01].tar"))

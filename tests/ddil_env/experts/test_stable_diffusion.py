@@ -587,5 +587,5 @@ def test_prompts_of_ones_own_are_sampled_as_if_the_expert_had_them(eps_folder: P
 
 def test_prompts_of_an_expert_without_texts_are_refused() -> None:
     agent = Dagger("digits8", DaggerConfig(num_steps=2, teacher_steps=4))
-    with pytest.raises(ValueError, match="conditions are no texts; pass condition ids, c"):
+    with pytest.raises(ValueError, match="is not conditioned on text; pass condition ids, c"):
         agent.sample(prompts="a seven")

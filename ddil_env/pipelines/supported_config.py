@@ -1,8 +1,8 @@
-"""The entries of a pipeline's configuration that are followed here.
+"""The entries of a pipeline's configuration that are supported here.
 
 A component's class builds itself from most entries of its config.json; a pipeline reads the others when it calls the component or uses what
-it returns. The lists below hold the entries of the first kind, for each class; a family names those of the second kind that it follows.
-Every other entry must be at its default, or the model is refused by the entry's name: what is not followed is never left out in silence.
+it returns. The lists below hold the entries of the first kind, for each class; a family names those of the second kind that it supports.
+Every other entry must be at its default, or an error names the entry: no entry is ignored.
 """
 
 from __future__ import annotations
@@ -52,22 +52,22 @@ _SAMPLER = """
 SAMPLER = set(_SAMPLER.split())
 
 
-def check_followed(path: Path, config: dict[str, Any], cls: Any, follows: Collection[str]) -> None:
-    """Checks that whatever a component's configuration says is followed.
+def check_supported(path: Path, config: dict[str, Any], cls: Any, supported: Collection[str]) -> None:
+    """Checks that every entry of a component's configuration is supported.
 
     Args:
         path: The configuration's file, for the message.
         config: Its content.
         cls: The component's class. What a class of transformers is built from is its own; nothing of it is checked but attention masks.
-        follows: Entries beside the class's own ones that the caller follows.
+        supported: Entries beside the class's own ones that the caller supports.
 
     Raises:
-        ValueError: it is of another class, or an entry that is neither the class's nor in `follows` is not at its default.
+        ValueError: it is of another class, or an entry that is neither the class's nor in `supported` is not at its default.
     """
     if not issubclass(cls, diffusers.ModelMixin):
         if config.get("use_attention_mask"):  # the one entry of a text encoder that pipelines read
             raise ValueError(
-                f"{path} has use_attention_mask=True, which is not followed: texts are read without a mask; pass another model"
+                f"{path} has use_attention_mask=True, which is not supported: texts are read without a mask; pass another model"
             )
         return
     named = config.get("_class_name", cls.__name__)
@@ -75,7 +75,7 @@ def check_followed(path: Path, config: dict[str, Any], cls: Any, follows: Collec
         raise ValueError(f"{path} is of a {named}; this expert reads a {cls.__name__} there; pass a pipeline that has one")
     known = inspect.signature(getattr(diffusers, named)).parameters
     for key, value in config.items():
-        if key.startswith("_") or key in ARCHITECTURE[cls.__name__] or key in follows:
+        if key.startswith("_") or key in ARCHITECTURE[cls.__name__] or key in supported:
             continue
         if key not in known:
             if value in (None, False):
@@ -87,7 +87,7 @@ def check_followed(path: Path, config: dict[str, Any], cls: Any, follows: Collec
         default = known[key].default
         if value != (list(default) if isinstance(default, tuple) else default):
             raise ValueError(
-                f"{path} has {key}={short(value)}, which this expert does not follow: its pictures would not be the pipeline's; "
+                f"{path} has {key}={short(value)}, which this expert does not support: its pictures would not be the pipeline's; "
                 f"need {short(default)}: pass another model"
             )
 
@@ -114,11 +114,11 @@ def check_index(path: Path, index: dict[str, Any], pipeline: Any) -> None:
         if key.startswith("_") or key in PIPELINE or (isinstance(value, list) and len(value) == 2) or value is None:
             continue
         if key not in known or value != known[key].default:
-            raise ValueError(f"{path} has {key}={short(value)}, which this expert does not follow; pass another model")
+            raise ValueError(f"{path} has {key}={short(value)}, which this expert does not support; pass another model")
 
 
 def check_scheduler(path: Path, class_name: str, config: dict[str, Any], noise: dict[str, tuple[Any, ...] | None]) -> dict[str, Any]:
-    """Checks that whatever a scheduler says of the noise is followed.
+    """Checks that every entry of a scheduler that concerns the noise is supported.
 
     Args:
         path: The scheduler's file, for the message.
