@@ -63,6 +63,8 @@ class DMD2Config(LearnerConfig):
     """Time t_j (not a σ) that every collection unrolls to, such as 500; the nearest of the grid is used. null: a random one of the grid."""
     on_policy: bool = True
     """Collect fresh states for every update; false: replay states from the buffer, as collect_size and updates_per_collect say."""
+    episodes_every: int = 16
+    """Updates between two runs of whole episodes in a world, whose conditions the states of the updates in between have."""
     critic_updates: int = 5
     """R: the critic takes a gradient step in every update, the student in every R-th."""
     critic_learning_rate: float = 3e-4
@@ -82,7 +84,7 @@ class DMD2Config(LearnerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, low in (("critic_updates", 1), ("gan_weight", 0), ("discriminator_weight", 0)):
+        for name, low in (("critic_updates", 1), ("episodes_every", 1), ("gan_weight", 0), ("discriminator_weight", 0)):
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: need at least {low}")
         if not 0 < self.critic_learning_rate < math.inf:
@@ -219,7 +221,9 @@ class DMD2(Algorithm):
         return super().student_nfe + int(self.networks["critic"].denoiser.nfe)
 
     def make_collector(self, student_policy: StudentPolicy, *args: Any, **settings: Any) -> Collector:
-        return super().make_collector(student_policy, BackwardSimulation, noise_level=self.config.noise_level)
+        return super().make_collector(
+            student_policy, BackwardSimulation, noise_level=self.config.noise_level, episodes_every=self.config.episodes_every
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ddil_agents.states.collect import Collector
 
 
-def collect_episode_states(collector: Collector, world: World, n: int, p_expert: float, step: int | None = None) -> TensorDict:
+def collect_episode_states(collector: Collector, world: World, n: int, p_expert: float) -> TensorDict:
     """Collects n states of whole episodes, drawn from all that were visited.
 
     Args:
@@ -32,22 +32,37 @@ def collect_episode_states(collector: Collector, world: World, n: int, p_expert:
         world: Every world runs one episode after the other until there are n states.
         n: States asked for.
         p_expert: Probability that the expert acts in a denoising.
-        step: The step of the denoising at which states are taken; default: drawn uniformly for each.
 
     Returns:
         (n,) `x_t`, `t`, `c`, `w` with a guidance range, `actors` (n, N) bool, true where the expert acted in a step of this
         denoising that lies before the state.
     """
-    device, times = collector.expert.device, collector.rollout_times(p_expert)  # (m + 1,), the last is 0
-    keep = p_expert == 1 and step is None
-    m, parts = len(times) - 1, [collector.unlabelled] if keep and collector.unlabelled is not None else []
+    keep = p_expert == 1
+    parts = [collector.unlabelled] if keep and collector.unlabelled is not None else []
+    while sum(map(len, parts)) < n:
+        parts.append(visit_states(collector, world, p_expert))
+    visited = torch.cat(parts)
+    visited = visited[torch.randperm(len(visited), generator=collector.streams["path"]).to(visited.device)]
+    if keep:
+        collector.unlabelled = visited[n:].clone()  # a copy, so that the rest is freed
+    return visited[:n]
+
+
+def visit_states(collector: Collector, world: World, p_expert: float) -> TensorDict:
+    """Runs an episode in every world and takes a state of each of its denoisings, at a time drawn uniformly.
+
+    Returns:
+        (m,) states, as `collect_episode_states` does.
+    """
+    device, times, parts = collector.expert.device, collector.rollout_times(p_expert), list[TensorDict]()
+    m = len(times) - 1  # the last time is 0
 
     def act(c: Tensor, rows: Tensor, frame: int) -> Tensor:
         k = len(rows)
         x = torch.randn(k, *collector.expert.sample_shape, generator=collector.streams["rollout"], device=device)
         w = collector.draw_guidance(k)
         expert_acts = torch.rand(k, generator=collector.streams["path"]) < p_expert
-        j = torch.randint(m, (k,), generator=collector.streams["path"]) if step is None else torch.full((k,), step)
+        j = torch.randint(m, (k,), generator=collector.streams["path"])
         stop, x_t = j.to(device), x
         for i, (t, u) in enumerate(pairwise(times)):
             x_t = torch.where((stop == i).reshape(-1, *[1] * (x.ndim - 1)), x, x_t)
@@ -58,12 +73,7 @@ def collect_episode_states(collector: Collector, world: World, n: int, p_expert:
         parts.append(TensorDict(fields if w is None else fields | {"w": w}, batch_size=[k]))
         return collector.execute(x)
 
-    while sum(map(len, parts)) < n:
-        seeds = torch.randint(2**62, (world.num_worlds,), generator=collector.streams["world"]).tolist()
-        episodes = run_episodes(world, [torch.Generator().manual_seed(seed) for seed in seeds], act)
-        collector.world_steps += int(episodes.alive.sum())
-    visited = torch.cat(parts)
-    visited = visited[torch.randperm(len(visited), generator=collector.streams["path"]).to(device)]
-    if keep:
-        collector.unlabelled = visited[n:].clone()  # a copy, so that the rest is freed
-    return visited[:n]
+    seeds = torch.randint(2**62, (world.num_worlds,), generator=collector.streams["world"]).tolist()
+    episodes = run_episodes(world, [torch.Generator().manual_seed(seed) for seed in seeds], act)
+    collector.world_steps += int(episodes.alive.sum())
+    return torch.cat(parts)

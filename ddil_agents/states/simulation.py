@@ -8,6 +8,9 @@ One index j is drawn for each collection. The state x_{t_j} is reached, by sourc
 
 With p_expert > 0 student rollouts are mixed: teacher and student alternate at random. At j = 0 the state is pure noise for every source,
 because the sampler starts from it.
+
+In a world the conditions of rollouts are those that whole episodes have visited: of the teacher, and of the student as it was up to
+`episodes_every` collections ago. So the student matches the teacher on conditions of its own making (Self-Forcing, Huang et al. 2025).
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from torch import Tensor
 
 from ddil_agents.states.beta import draw_sources
 from ddil_agents.states.collect import Collector
-from ddil_agents.states.episodes import collect_episode_states
+from ddil_agents.states.episodes import visit_states
+from ddil_env.worlds.world import World
 
 
 class BackwardSimulation(Collector):
@@ -29,6 +33,7 @@ class BackwardSimulation(Collector):
 
     Args:
         noise_level: The time t_j (not a σ) to unroll to; the grid's nearest time is used. None draws one at random for each collection.
+        episodes_every: Collections between two runs of episodes, in a world.
 
     Raises:
         ValueError: noise_level is greater than the last time of the teacher's schedule.
@@ -39,17 +44,22 @@ class BackwardSimulation(Collector):
     # fifths of their time waiting for one another.
     shared: ClassVar[tuple[str, ...]] = ("time", "mixture")
 
-    def __init__(self, *args: Any, noise_level: float | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, noise_level: float | None, episodes_every: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if noise_level is not None and noise_level > self.expert.schedule.num_train_steps:
             raise ValueError(f"noise_level={noise_level:g} lies beyond the teacher's chain of {self.expert.schedule.num_train_steps} steps")
         distance = None if noise_level is None else (self.grid.times[:-1] - noise_level).abs()
         self.fixed = None if distance is None else int(distance.argmin())
         self.j = 0
+        self.episodes_every, self.collections = episodes_every, 0
+        self.visited: dict[float, Tensor] = {}  # conditions of the newest episodes, by the probability that the expert acts
 
     def collect(self, n: int, beta: tuple[float, float, float], version: int) -> TensorDict:
         drawn = torch.randint(self.grid.num_steps, (1,), generator=self.streams["time"])
         self.j = int(drawn) if self.fixed is None else self.fixed
+        if self.collections % self.episodes_every == 0:
+            self.visited = {}
+        self.collections += 1
         return super().collect(n, beta, version)
 
     def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:
@@ -66,13 +76,27 @@ class BackwardSimulation(Collector):
         return self._arrived(x_t, c, torch.zeros(n, 0, dtype=torch.bool, device=x_0.device))
 
     def rollout(self, n: int, p_expert: float) -> TensorDict:
-        if self.world is not None:
-            states = collect_episode_states(self, self.world, n, p_expert, self.j)
-            return self._arrived(states["x_t"], states["c"], states["actors"][:, : self.j])
         x_t, c, _, expert_acts = self.start(n, self.j, p_expert)
+        if self.world is not None:  # one actor for each denoising, as in episodes
+            c, expert_acts = self.draw_visited(self.world, n, p_expert), self.draw_actors(n, 1, p_expert).expand(n, self.j)
         for i, (t, s) in enumerate(pairwise(self.grid.times[: self.j + 1])):
             x_t = self.step(x_t, t.expand(n), s.expand(n), c, None, expert_acts[:, i])
         return self._arrived(x_t, c, expert_acts.to(x_t.device, non_blocking=True))
+
+    def draw_visited(self, world: World, n: int, p_expert: float) -> Tensor:
+        """Draws n of the conditions that the newest episodes have visited, (n, *condition_shape)."""
+        if p_expert not in self.visited:
+            self.visited[p_expert] = visit_states(self, world, p_expert)["c"]
+        c = self.visited[p_expert]
+        return c[torch.randint(len(c), (n,), generator=self.streams["rollout"], device=c.device)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"collections": self.collections, "visited": self.visited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.collections = state["collections"]
+        self.visited = {p_expert: c.to(self.expert.device) for p_expert, c in state["visited"].items()}
 
     def _arrived(self, x_t: Tensor, c: Tensor | None, expert_acts: Tensor) -> TensorDict:
         t = self.grid.times[self.j].repeat(len(x_t))

@@ -75,6 +75,19 @@ def test_what_the_teachers_episodes_visit_is_labelled_before_more_are_run() -> N
     assert learner.teacher_nfe == 4 * 96 + 2 * 60  # 96 denoisings of 4 forwards, and 60 labels of 2
 
 
+def test_dmd2_runs_episodes_now_and_then_and_unrolls_from_the_conditions_that_they_visited() -> None:
+    config = DMD2Config(**{**SMALL, "beta": Beta(0, 0.5, 0.5), "episodes_every": 3, "num_updates": 7, "critic_updates": 2})
+    learner = DMD2(Steersman(), config)
+    collector = learner.collector
+    learner.learn(progress=False)
+    assert collector.world_steps == 3 * 2 * 8 * 6  # before updates 1, 4 and 7, of teacher and student, 8 worlds of 6 frames
+    pools, states = collector.visited, collector.collect(64, (0.0, 0.5, 0.5), 7)
+    for source, p_expert in ((1, 1.0), (2, 0.0)):
+        c = states["c"][states["source"] == source]
+        assert (c[:, None] == pools[p_expert]).all(-1).any(1).all()
+    assert pools[1.0].shape == pools[0.0].shape == (48, 2)
+
+
 def test_dart_disturbs_what_is_executed_and_the_conditions_of_demonstrations() -> None:
     """The teacher halves c in every frame, up to a spread of .05; noise of ν = 2 is added to its samples and to demonstrations."""
     config = DartConfig(
