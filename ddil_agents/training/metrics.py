@@ -198,12 +198,21 @@ class MetricsCallback(Callback):
             "held": dict(zip(SOURCES, held, strict=True)),
             "teacher_nfe": teacher_nfe,
             "student_nfe": student_nfe,
+            **world_steps(agent),
             "teacher_nfe_per_update": teacher_nfe / agent.step,
             "nfe_per_second": nfe / elapsed,
             "seconds": agent.trainer.clock.seconds,
         }
         for callback in agent.trainer.callbacks:
             callback.on_log(agent, row)
+
+
+def world_steps(agent: Algorithm) -> dict[str, int]:
+    """Samples that worlds have taken so far, over all ranks, as `world_steps`; empty without a world."""
+    collector = agent.collector
+    if collector.world is None:
+        return {}
+    return {"world_steps": int(ranks.sum_over_ranks(torch.tensor(collector.world_steps, device=agent.expert.device)))}
 
 
 def clipped_shares(agent: Algorithm) -> dict[str, Tensor]:

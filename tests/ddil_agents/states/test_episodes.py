@@ -13,6 +13,7 @@ from ddil_agents.dart import Dart, DartConfig
 from ddil_agents.evaluation.episodes import EpisodeEvaluator
 from ddil_agents.ppo import PPOAgent, PPOConfig
 from ddil_agents.safe_dagger import SafeDagger, SafeDaggerConfig
+from ddil_agents.training.metrics import read_metrics
 from ddil_agents.training.stages import iter_learners, plan_stages
 from ddil_env import unroll
 
@@ -122,6 +123,7 @@ def test_a_run_in_a_world_resumes_exactly(name: str, tmp_path: Path) -> None:
 
     whole = make()
     whole.train(tmp_path, progress=False, checkpoint_every=5)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["world_steps"] == whole.collector.world_steps
     resumed = make().load(tmp_path / "checkpoints" / "step_00000010")
     resumed.train(None, progress=False)
     for ours, theirs in zip(resumed.networks["student"].parameters(), whole.networks["student"].parameters(), strict=True):
