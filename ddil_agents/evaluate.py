@@ -86,6 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         out = None if args.out is None else Path(args.out)
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
             raise ValueError(f"--out {out}: need a file in a folder that exists")
+        if out is not None and out.is_file() and not holds_results(out):
+            raise ValueError(f"--out {out} holds something else than results of an evaluation; name another file")
+        cached = out is not None and (out.is_file() or not out.exists())  # not beside a device or a pipe
         env: dict[str, Any] = {key: value for key, value in (("device", args.device), ("prompts", args.captions)) if value is not None}
         if args.protocol is not None and args.captions is None:
             raise ValueError(
@@ -105,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         expert = load_expert(args.env or "digits", **env) if learner is None else learner.expert
         results = []
         for seed in args.seeds:
-            cache = None if out is None else out.with_name(f".{out.name}.seed{seed}")
+            cache = None if out is None or not cached else out.with_name(f".{out.name}.seed{seed}")
             evaluation = Evaluation(seed=seed, **settings)
             if learner is None:
                 results.append(evaluate_expert(expert, args.steps or [32, 8, 4, 2, 1], evaluation, args.guidance_scale, cache))
@@ -114,8 +117,17 @@ def main(argv: list[str] | None = None) -> None:
             print(table(results[-1]), flush=True)
         if out is not None:
             write_atomically(out, json.dumps(results, indent=1))
-            for seed in args.seeds:
+            for seed in args.seeds if cached else ():
                 shutil.rmtree(out.with_name(f".{out.name}.seed{seed}"))
+
+
+def holds_results(path: Path) -> bool:
+    """Whether a file is empty or what this command writes: a list of results."""
+    try:
+        results = json.loads(path.read_text() or "[]")
+    except (OSError, ValueError):
+        return False
+    return isinstance(results, list) and all(isinstance(result, dict) and "models" in result for result in results)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,12 @@ import argparse
 import itertools
 import shlex
 import sys
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
+import torch
+from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser, Namespace
 
 from ddil_agents.agent import Agent
@@ -45,21 +48,27 @@ from ddil_agents.training.tracking import check_tracker
 from ddil_agents.training.trained_agent import TrainedAgent
 from ddil_env import Expert, ExpertPolicy, check_expert
 
+LOCK = ".lock"  # a file in a run directory
+
 
 def run(agent: type[Agent], argv: list[str] | None = None) -> None:
     """Runs an agent's command: parses its command line, checks it, trains, evaluates, and writes the run directory."""
     argv = list(sys.argv[1:] if argv is None else argv)
     outer = argparse.ArgumentParser(prog=shlex.join(["python", *command_of(identify(agent))]))
     ranks.choose_device()
-    with one_line_errors(outer):
+    with one_line_errors(outer), ExitStack() as locks:
         # Parse and build.
         resume = take_flag(argv, "--resume")
         resumed = None if resume is None else Path(resume)
+        with ranks.sync_errors():
+            if resumed is not None and resumed.is_dir() and ranks.is_main():
+                lock_run(resumed, locks)
         parser, cfg = parse(agent, argv) if resumed is None else parse_resumed(agent, resumed, argv)
         expert, config = expert_and_config(agent, parser, cfg)
         stages = plan_stages(config)
         check_data(agent, expert, stages)
         learners = iter_learners(agent, expert, stages, resumed)
+        torch.manual_seed(config.seed)  # of a student's dropout; all else draws from streams of its own
         first = next(learners)
 
         # Check what would fail after the training.
@@ -74,7 +83,7 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
                     check_push(cfg.push_to_hub)
 
         # Create the run directory and announce the run.
-        out = ranks.broadcast_from_main(lambda: create_run_directory(agent, parser, cfg)) if resumed is None else resumed
+        out = ranks.broadcast_from_main(lambda: create_run_directory(agent, parser, cfg, locks)) if resumed is None else resumed
         if not (out / "config.yaml").is_file():
             raise ValueError(f"rank {ranks.rank()} does not see {out}; give an --out on a disk that all machines share")
         if ranks.is_main() and resumed is None:
@@ -146,7 +155,7 @@ def make_callbacks(agent: type[Agent], parser: ArgumentParser, cfg: Namespace, s
     return callbacks
 
 
-def create_run_directory(agent: type[Agent], parser: ArgumentParser, cfg: Namespace) -> Path:
+def create_run_directory(agent: type[Agent], parser: ArgumentParser, cfg: Namespace, locks: ExitStack) -> Path:
     """Creates the run directory with its config.yaml and returns its path: --out, or one in runs/ that is named after the run.
 
     Raises:
@@ -156,8 +165,23 @@ def create_run_directory(agent: type[Agent], parser: ArgumentParser, cfg: Namesp
     out = Path(cfg.out or f"runs/{agent.name}-{name_of_env(cfg)}-s{cfg.seed}-{stamp}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose another --out")
-    if out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):  # a killed run may have left .partial files
-        raise ValueError(f"{out} exists and is not empty; continue it with --resume {out}, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
+    lock_run(out, locks)
+    if any(path.suffix != ".partial" and path.name != LOCK for path in out.iterdir()):  # a killed run may have left .partial files
+        raise ValueError(f"{out} exists and is not empty; continue it with --resume {out}, or choose another --out")
     write_atomically(out / "config.yaml", parser.dump(Namespace({**vars(cfg.clone()), "out": None, "config": None})))
     return out
+
+
+def lock_run(out: Path, locks: ExitStack) -> None:
+    """Locks a run directory until `locks` ends, or the process.
+
+    Raises:
+        ValueError: another process has locked it.
+    """
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"{out} is in use by another process, which trains there; wait until it ends, or choose another --out") from error
+    locks.callback(lock.release)

@@ -117,6 +117,8 @@ def arm_settings(comparison: Comparison, arm: str) -> tuple[str, dict[str, Any]]
     settings = merge_settings(base, comparison.shared, own)
     if settings.get("env", comparison.env) != comparison.env:
         raise ValueError(f"env={settings['env']}: all arms use the comparison's env; to change the expert, name a YAML file there")
+    if "seed" in own | dict(comparison.shared):
+        raise ValueError(f"arm {arm!r} sets seed: each arm runs with the comparison's seeds; set seeds and first_seed instead")
     if "seed" in settings.get("evaluate", {}):
         raise ValueError(
             f"evaluate.seed={settings['evaluate']['seed']}: the noise of an evaluation comes from the seed of its run; leave it out"

@@ -82,6 +82,8 @@ class Evaluation:
         for name in ("weights_dir", "images"):
             if (folder := getattr(self, name)) is not None and not Path(folder).is_dir():
                 raise ValueError(f"{name}={folder}: no such folder")
+        if self.store is not None and Path(self.store).exists() and not Path(self.store).is_dir():
+            raise ValueError(f"store={self.store}: it is a file; name a folder, which need not exist yet")
         if self.protocol is not None and self.images is None:
             raise ValueError(f"protocol={self.protocol}: needs images, the folder of its pictures; or protocol=null, for other numbers")
 

@@ -86,15 +86,19 @@ def _errno_of(error: BaseException | None) -> int | None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file completely or not at all.
+    """Writes a file completely or not at all. A link is followed; a device or a pipe is written to.
 
     Raises:
         OSError: it was not written; the message names the file.
     """
+    path, data = path.resolve(), content.encode() if isinstance(content, str) else content
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # a name per process, because two runs may write the same file
     with explain_write_errors(path):
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
         try:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            partial.write_bytes(data)
             _flush(partial)
             os.replace(partial, path)
         except OSError:

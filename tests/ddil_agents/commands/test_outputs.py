@@ -1,0 +1,102 @@
+"""What commands write to: nothing of others is replaced, and no two runs share a directory."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from helpers import refused, same_students
+from torch import nn
+
+from ddil_agents import Beta, bc, compare, dagger, evaluate
+from ddil_agents.evaluation.settings import Evaluation
+from ddil_agents.training.checkpoint import write_atomically
+from ddil_env import GaussianMixtureExpert, NetworkDenoiser
+from ddil_env.presets import read_yaml
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+SMALL = shlex.split(
+    "--num_updates 6 --teacher_steps 4 --num_steps 2 --batch_size 16 --collect_size 32 --updates_per_collect 3 --checkpoint_every 3 "
+    "--student '{width: 8}' --evaluate.n 20 --evaluate.n_action 4"
+)
+
+
+def test_links_are_followed_and_pipes_are_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    write_atomically(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    write_atomically(tmp_path / "pipe", "through")
+    reader.join(10)
+    assert read == ["through"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_an_evaluation_replaces_its_own_results_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    argv = ["--env", "gaussian_mixture", "--steps", "1", "--n", "20", "--n_action", "4"]
+    error = refused(evaluate.main, [*argv, "--out", str(tmp_path / "config.yaml")], capsys)
+    assert "holds something else than results of an evaluation; name another file" in error
+    assert (tmp_path / "config.yaml").read_text() == "seed: 3\n"
+    for _ in range(2):
+        evaluate.main([*argv, "--out", str(tmp_path / "results.json")])
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "results.json"}
+    with pytest.raises(ValueError, match=r"store=.*config.yaml: it is a file; name a folder"):
+        Evaluation(store=str(tmp_path / "config.yaml"))
+
+
+def test_a_run_directory_that_another_process_trains_in_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    argv = ["--env", "gaussian_mixture", *SMALL, "--out", str(out)]
+    out.mkdir()
+    with FileLock(out / ".lock"):
+        assert "is in use by another process, which trains there" in refused(bc.main, argv, capsys)
+        assert {path.name for path in out.iterdir()} == {".lock"}
+    bc.main(argv)
+    with FileLock(out / ".lock"):
+        assert "is in use by another process" in refused(bc.main, ["--resume", str(out)], capsys)
+    bc.main(["--resume", str(out)])
+
+
+class Dropping(GaussianMixtureExpert):
+    """Its students have dropout, which draws from torch's global generator."""
+
+    def __init__(self) -> None:
+        super().__init__([[0.0, 1.0], [1.0, 0.0]], 0.2)
+
+    def make_student(self, **options: Any) -> NetworkDenoiser:
+        student = super().make_student(**options)
+        student.network.layers[1] = nn.Sequential(nn.SiLU(), nn.Dropout(0.5))
+        return student
+
+
+def test_a_run_with_dropout_is_the_same_each_time(tmp_path: Path) -> None:
+    (tmp_path / "dropping.yaml").write_text(f"expert: {__name__}.Dropping\n")
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)  # what ran before
+        dagger.main(["--env", str(tmp_path / "dropping.yaml"), *SMALL, "--out", str(tmp_path / name)])
+    assert same_students(tmp_path / "one", tmp_path / "two")
+
+
+def test_settings_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "twice.yaml").write_text("seed: 1\nbeta: {forward: 1.0, forward: 0.5}\n")
+    with pytest.raises(ValueError, match=r"'forward' stands twice; remove one of them\n.*line 2"):
+        read_yaml(tmp_path / "twice.yaml")
+    arms = {"one": {"agent": "bc", "seed": 3}, "two": {"agent": "dagger"}}
+    comparison = compare.Comparison(env="gaussian_mixture", arms=arms)
+    with pytest.raises(ValueError, match="arm 'one' sets seed: each arm runs with the comparison's seeds"):
+        compare.check_comparison(comparison, tmp_path)
+    with pytest.raises(ValueError, match="need shares ≥ 0 with a finite sum above 0"):
+        Beta(1e308, 0, 1e308)
