@@ -4,110 +4,76 @@ Each name below is imported when it is first used, so that `python -m ddil_agent
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from ddil_agents.action_matching import ActionMatching, ActionMatchingConfig
-    from ddil_agents.aggrevate import Aggrevate, AggrevateConfig
-    from ddil_agents.algorithm import Algorithm
-    from ddil_agents.bc import BCConfig, BehaviourCloning
-    from ddil_agents.check import check_agent
-    from ddil_agents.commands.load import load
-    from ddil_agents.comparison.arms import Comparison
-    from ddil_agents.config import LearnerConfig
-    from ddil_agents.dagger import Dagger, DaggerConfig
-    from ddil_agents.dart import Dart, DartConfig
-    from ddil_agents.dmd2 import DMD2, DMD2Config
-    from ddil_agents.evaluation.evaluator import Evaluator
-    from ddil_agents.evaluation.settings import Evaluation
-    from ddil_agents.gail import Gail, GailConfig
-    from ddil_agents.lcm import LCM, LCMConfig
+if TYPE_CHECKING:  # each as itself, so that type checkers take it for exported
+    from ddil_agents.action_matching import ActionMatching as ActionMatching
+    from ddil_agents.action_matching import ActionMatchingConfig as ActionMatchingConfig
+    from ddil_agents.aggrevate import Aggrevate as Aggrevate
+    from ddil_agents.aggrevate import AggrevateConfig as AggrevateConfig
+    from ddil_agents.algorithm import Algorithm as Algorithm
+    from ddil_agents.bc import BCConfig as BCConfig
+    from ddil_agents.bc import BehaviourCloning as BehaviourCloning
+    from ddil_agents.check import check_agent as check_agent
+    from ddil_agents.commands.load import load as load
+    from ddil_agents.comparison.arms import Comparison as Comparison
+    from ddil_agents.config import LearnerConfig as LearnerConfig
+    from ddil_agents.dagger import Dagger as Dagger
+    from ddil_agents.dagger import DaggerConfig as DaggerConfig
+    from ddil_agents.dart import Dart as Dart
+    from ddil_agents.dart import DartConfig as DartConfig
+    from ddil_agents.dmd2 import DMD2 as DMD2
+    from ddil_agents.dmd2 import DMD2Config as DMD2Config
+    from ddil_agents.evaluation.evaluator import Evaluator as Evaluator
+    from ddil_agents.evaluation.settings import Evaluation as Evaluation
+    from ddil_agents.gail import Gail as Gail
+    from ddil_agents.gail import GailConfig as GailConfig
+    from ddil_agents.lcm import LCM as LCM
+    from ddil_agents.lcm import LCMConfig as LCMConfig
     from ddil_agents.ppo import PPOAgent as PPOAgent
     from ddil_agents.ppo import PPOConfig as PPOConfig
-    from ddil_agents.safe_dagger import SafeDagger, SafeDaggerConfig
-    from ddil_agents.scheduled_sampling import ScheduledSampling, ScheduledSamplingConfig
-    from ddil_agents.states.batch import Batch
-    from ddil_agents.states.beta import SOURCES, Beta
-    from ddil_agents.states.buffer import SourceBuffer
-    from ddil_agents.states.collect import Collector
-    from ddil_agents.training.callbacks import Callback
-    from ddil_agents.training.trainer import GradientStep
+    from ddil_agents.safe_dagger import SafeDagger as SafeDagger
+    from ddil_agents.safe_dagger import SafeDaggerConfig as SafeDaggerConfig
+    from ddil_agents.scheduled_sampling import ScheduledSampling as ScheduledSampling
+    from ddil_agents.scheduled_sampling import ScheduledSamplingConfig as ScheduledSamplingConfig
+    from ddil_agents.states.batch import Batch as Batch
+    from ddil_agents.states.beta import SOURCES as SOURCES
+    from ddil_agents.states.beta import Beta as Beta
+    from ddil_agents.states.buffer import SourceBuffer as SourceBuffer
+    from ddil_agents.states.collect import Collector as Collector
+    from ddil_agents.training.callbacks import Callback as Callback
+    from ddil_agents.training.trainer import GradientStep as GradientStep
 
-_MODULE_OF = {
-    "ActionMatching": "action_matching",
-    "ActionMatchingConfig": "action_matching",
-    "Aggrevate": "aggrevate",
-    "AggrevateConfig": "aggrevate",
-    "Algorithm": "algorithm",
-    "Batch": "states.batch",
-    "Callback": "training.callbacks",
-    "GradientStep": "training.trainer",
-    "BCConfig": "bc",
-    "BehaviourCloning": "bc",
-    "Beta": "states.beta",
-    "SOURCES": "states.beta",
-    "SourceBuffer": "states.buffer",
-    "Collector": "states.collect",
-    "Comparison": "comparison.arms",
-    "check_agent": "check",
-    "load": "commands.load",
-    "Dagger": "dagger",
-    "DaggerConfig": "dagger",
-    "Dart": "dart",
-    "DartConfig": "dart",
-    "DMD2Config": "dmd2",
-    "DMD2": "dmd2",
-    "Evaluation": "evaluation.settings",
-    "Evaluator": "evaluation.evaluator",
-    "Gail": "gail",
-    "GailConfig": "gail",
-    "LCMConfig": "lcm",
-    "LCM": "lcm",
-    "LearnerConfig": "config",
-    "PPOAgent": "ppo",
-    "PPOConfig": "ppo",
-    "SafeDagger": "safe_dagger",
-    "SafeDaggerConfig": "safe_dagger",
-    "ScheduledSampling": "scheduled_sampling",
-    "ScheduledSamplingConfig": "scheduled_sampling",
+_NAMES = {
+    "action_matching": ("ActionMatching", "ActionMatchingConfig"),
+    "aggrevate": ("Aggrevate", "AggrevateConfig"),
+    "algorithm": ("Algorithm",),
+    "bc": ("BCConfig", "BehaviourCloning"),
+    "check": ("check_agent",),
+    "commands.load": ("load",),
+    "comparison.arms": ("Comparison",),
+    "config": ("LearnerConfig",),
+    "dagger": ("Dagger", "DaggerConfig"),
+    "dart": ("Dart", "DartConfig"),
+    "dmd2": ("DMD2Config", "DMD2"),
+    "evaluation.evaluator": ("Evaluator",),
+    "evaluation.settings": ("Evaluation",),
+    "gail": ("Gail", "GailConfig"),
+    "lcm": ("LCMConfig", "LCM"),
+    "ppo": ("PPOAgent", "PPOConfig"),
+    "safe_dagger": ("SafeDagger", "SafeDaggerConfig"),
+    "scheduled_sampling": ("ScheduledSampling", "ScheduledSamplingConfig"),
+    "states.batch": ("Batch",),
+    "states.beta": ("Beta", "SOURCES"),
+    "states.buffer": ("SourceBuffer",),
+    "states.collect": ("Collector",),
+    "training.callbacks": ("Callback",),
+    "training.trainer": ("GradientStep",),
 }
-
-__all__ = [  # without PPOAgent and PPOConfig, so that `import *` needs no stable-baselines3
-    "DMD2",
-    "LCM",
-    "SOURCES",
-    "ActionMatching",
-    "ActionMatchingConfig",
-    "Aggrevate",
-    "AggrevateConfig",
-    "Algorithm",
-    "BCConfig",
-    "Batch",
-    "BehaviourCloning",
-    "Beta",
-    "Callback",
-    "Collector",
-    "Comparison",
-    "DMD2Config",
-    "Dagger",
-    "DaggerConfig",
-    "Dart",
-    "DartConfig",
-    "Evaluation",
-    "Evaluator",
-    "Gail",
-    "GailConfig",
-    "GradientStep",
-    "LCMConfig",
-    "LearnerConfig",
-    "SafeDagger",
-    "SafeDaggerConfig",
-    "ScheduledSampling",
-    "ScheduledSamplingConfig",
-    "SourceBuffer",
-    "check_agent",
-    "load",
-]
+# An algorithm's file can be taken out: its names go with it.
+_MODULE_OF = {name: module for module, names in _NAMES.items() if find_spec(f"ddil_agents.{module}") is not None for name in names}
+__all__ = sorted(set(_MODULE_OF) - {"PPOAgent", "PPOConfig"})  # so that `import *` needs no stable-baselines3
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,8 @@ The student at (x_t, t) learns the x̂_0 whose single DDIM step t → s ends whe
     x_tgt = (x_s − r x_t)/(α_s − r α_t) ,  r = σ_s/σ_t          DDIL App. G
     L     = w_t ‖x̂_θ(x_t, t, c) − x_tgt‖²                        Salimans & Ho 2021, §4; w_t = max(α²/σ², 1), 1 + α²/σ² or 1/σ²
 
-The algorithms that derive from it differ in the states that they train on, and in who acts on the way there.
+The algorithms that derive from it differ in the states that they train on, and in who acts on the way there. A label, the expert's action
+x_s, is made where its state is collected: `Collector.label` in states/collect.py.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from ddil_agents.devices import ranks
 from ddil_agents.settings import check_arguments
 from ddil_agents.states.collect import stream_seed
 from ddil_env import DenoisingEnv, Expert, ExpertPolicy, NetworkDenoiser, StudentPolicy, Support, TimeGrid, load_expert, unroll
-from ddil_env.errors import BROKEN_LATENTS, check_finite
+from ddil_env.errors import BROKEN_LATENTS, check_finite, check_whole
 from ddil_env.guidance import GuidanceConditioning
 from ddil_env.mdp import Kernel
 
@@ -107,8 +107,7 @@ class Agent(ABC):
             FloatingPointError: the loss is not finite; names the step and the source.
         """
         num_updates = self.config.num_updates if num_updates is None else num_updates
-        if num_updates < 1:
-            raise ValueError(f"num_updates={num_updates}: need at least 1")
+        check_whole("num_updates", num_updates, 1)
         directory = None if out is None else Path(out)
         with ranks.sync_errors():  # all ranks look before the first one writes there
             if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -141,6 +140,7 @@ class Agent(ABC):
         generator = torch.Generator(self.expert.device).manual_seed(stream_seed(seed, "sample"))
         texts = [prompts] if isinstance(prompts, str) else [] if prompts is None else list(prompts)
         n = len(texts) or 1 if n is None else n
+        check_whole("n", n, 1)
         x_T = torch.randn(n, *self.expert.sample_shape, generator=generator, device=self.expert.device)
         if prompts is not None:
             if c is not None or len(texts) not in (1, n):

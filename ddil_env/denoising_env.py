@@ -162,6 +162,9 @@ class DenoisingEnv(EnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         state = self._flat(tensordict)
-        action = tensordict["action"].reshape(state.x_t.shape)
+        action = tensordict["action"]
+        if action.shape != (expected := (*self.batch_size, *self.expert.sample_shape)) or action.dtype != state.x_t.dtype:
+            raise ValueError(f"actions of shape {tuple(action.shape)}, {action.dtype}: need {tuple(expected)}, {state.x_t.dtype}")
+        action = action.reshape(state.x_t.shape)
         after, reward, terminated = self.mdp.step(state, action, partial(self.mdp.noise, self._generators))
         return self._unflat(after, reward=reward, done=terminated, terminated=terminated.clone())

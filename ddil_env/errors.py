@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any, get_args
 
 import torch
@@ -28,6 +29,25 @@ def check_finite(tensor: Tensor, what: str) -> None:
     finite = torch.isfinite(tensor)
     if not finite.all():
         raise ValueError(what.format(f"{int((~finite).flatten(1).any(1).sum())} of {len(tensor)}"))
+
+
+def check_whole(name: str, value: object, low: int, high: int | None = None, why: str = "") -> None:
+    """Refuses what is not a whole number of a range. NumPy's integers are whole numbers, True and 2.0 are not.
+
+    Args:
+        name: What the message calls the setting.
+        value: The value given.
+        low, high: The range, its ends included; None: without an upper end.
+        why: Ends the message.
+
+    Raises:
+        ValueError: another value.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):  # type: ignore[operator]
+        raise ValueError(
+            f"{name}={value!r}: need a whole number " + (f"of at least {low}" if high is None else f"from {low} to {high}") + why
+        )
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

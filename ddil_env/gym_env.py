@@ -90,6 +90,10 @@ def apply_reset_options(mdp: DenoisingMDP, options: dict[str, Any], drawn: State
             raise ValueError(f"reset option {key!r} of shape {tuple(value.shape)}: need {tuple(default.shape)}")
         if not default.is_floating_point() and value.is_floating_point():
             raise ValueError(f"reset option {key!r} of {value.dtype}: condition ids are whole numbers; pass int64")
+        if value.dtype == torch.bool:
+            raise ValueError(f"reset option {key!r} holds true or false; pass numbers")
+        if key == "x_t" and not bool(torch.isfinite(value).all()):
+            raise ValueError("reset option 'x_t' holds NaN or infinity; pass finite numbers")
         value = value.to(default.dtype)
         return value.reshape(default.shape).clone()  # the caller may still write into its own array
 

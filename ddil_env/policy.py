@@ -10,6 +10,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from ddil_env.denoiser import Denoiser, Predict
+from ddil_env.errors import check_whole
 from ddil_env.expert import Expert
 from ddil_env.prediction import Prediction
 from ddil_env.schedule import NoiseSchedule
@@ -53,8 +54,7 @@ class DdimPolicy(TensorDictModuleBase):
         max_batch: int | None = None,
     ) -> None:
         super().__init__()
-        if substeps < 1:
-            raise ValueError(f"substeps={substeps}: an action takes at least one step of the denoiser")
+        check_whole("substeps", substeps, 1, int(schedule.t_max), ", the teacher's chain: steps of the denoiser in an action")
         self.out_keys = ["action"]
         self.in_keys = ["x_t", "t", "s", "c"] if conditional else ["x_t", "t", "s"]
         self._predict = predict

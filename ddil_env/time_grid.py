@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ddil_env.errors import check_choice
+from ddil_env.errors import check_choice, check_whole
 from ddil_env.schedule import NoiseSchedule
 
 GridKind = Literal["linspace", "dmd2", "trailing", "lcm"]
@@ -34,8 +34,7 @@ class TimeGrid:
 
     def __init__(self, schedule: NoiseSchedule, num_steps: int, kind: GridKind = "linspace") -> None:
         check_choice("time grid", kind, GridKind)
-        if not 1 <= num_steps <= schedule.t_max:
-            raise ValueError(f"num_steps={num_steps}: need 1 ≤ num_steps ≤ {schedule.t_max}, the length of the teacher's chain")
+        check_whole("num_steps", num_steps, 1, int(schedule.t_max), ", the length of the teacher's chain")
         n, t_max = num_steps, schedule.t_max
         if kind == "linspace":
             times = t_max * torch.arange(n, -1, -1, dtype=torch.float64) / n  # multiplied first, so that halves are exact for every n

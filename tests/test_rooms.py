@@ -1,6 +1,10 @@
 """The rooms of the house: what is in one may use what is in those before it, and nothing after."""
 
 import ast
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,12 +75,22 @@ def test_no_files_import_each_other_in_a_circle(package: str) -> None:
     assert sorted(graph) == []
 
 
-def test_an_algorithms_file_can_be_deleted_without_breaking_another() -> None:
+def test_an_algorithms_file_can_be_deleted_without_breaking_another(tmp_path: Path) -> None:
     known = modules("ddil_agents")
     algorithms = {f"ddil_agents.{name}" for name in agent_names() if f"ddil_agents.{name}" in known}
     assert len(algorithms) >= 10
     importers = {module: imports(path, known) & algorithms for module, path in known.items() if module != "ddil_agents"}
     assert {module: sorted(found) for module, found in importers.items() if found} == {}
+    shutil.copytree(ROOT / "ddil_agents", tmp_path / "ddil_agents", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "ddil_agents" / "bc.py").unlink()
+    code = "from ddil_agents import *; import ddil_agents; from ddil_agents.commands.parse import agent_names, find_agent; "
+    code += "print(*map(find_agent, agent_names())); assert 'Dagger' in globals() and not hasattr(ddil_agents, 'BehaviourCloning')"
+    where = os.pathsep.join([str(tmp_path), str(ROOT)])
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": where}, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("<class") == len(algorithms) - 1
 
 
 def test_the_environment_knows_no_agents() -> None:

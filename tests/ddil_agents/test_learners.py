@@ -254,7 +254,7 @@ def test_learn_refuses_a_directory_that_holds_something(tmp_path: Path) -> None:
 
 
 def test_learn_refuses_no_updates() -> None:
-    with pytest.raises(ValueError, match="num_updates=0: need at least 1"):
+    with pytest.raises(ValueError, match="num_updates=0: need a whole number of at least 1"):
         learn(bc(), 0)
 
 
@@ -407,7 +407,7 @@ def test_guidance_that_the_expert_cannot_follow_is_refused() -> None:
 
 
 def test_more_steps_than_the_chain_has_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"num_steps=1000: need 1 ≤ num_steps ≤ 999"):
+    with pytest.raises(ValueError, match=r"num_steps=1000: need a whole number from 1 to 999"):
         bc(num_steps=1000, teacher_steps=1000, collect_size=2000)
 
 

@@ -290,7 +290,7 @@ def test_without_stable_baselines3_it_is_said_what_is_missing(monkeypatch: pytes
         (["--beta.student", "1"], "--beta.student"),
         (["--evaluate.n", "3"], "n=3: the metrics need at least 10 samples"),
         (["--evaluate.extractor", "vgg"], "vgg"),
-        (["--evaluate.also_steps", "[1000]"], "num_steps=1000: need 1 ≤ num_steps ≤ 999"),
+        (["--evaluate.also_steps", "[1000]"], "num_steps=1000: need a whole number from 1 to 999"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_made(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

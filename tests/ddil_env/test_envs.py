@@ -389,9 +389,9 @@ def test_the_caller_may_reuse_its_action_array() -> None:
         ({"kernel": "ddpm"}, "unknown kernel 'ddpm'; choose one of: ddim, renoise"),
         ({"reward": "expert"}, "unknown reward 'expert'; choose one of: none, expert_l2, expert_loglik"),
         ({"grid": "karras"}, "unknown time grid 'karras'; choose one of: linspace, dmd2, trailing"),
-        ({"num_steps": 0}, "num_steps=0: need 1 ≤ num_steps ≤ 999"),
-        ({"num_steps": 1000}, "num_steps=1000: need 1 ≤ num_steps ≤ 999"),
-        ({"substeps": 0}, "substeps=0: an action takes at least one step"),
+        ({"num_steps": 0}, "num_steps=0: need a whole number from 1 to 999"),
+        ({"num_steps": 1000}, "num_steps=1000: need a whole number from 1 to 999"),
+        ({"substeps": 0}, "substeps=0: need a whole number from 1 to 999"),
         ({"expert": "sd51"}, "unknown env 'sd51'; presets: "),
         ({"expert": "digits", "device": "cuda:99"}, "device 'cuda:99' is not to be had"),
     ],
@@ -506,3 +506,24 @@ def test_an_environment_of_other_times_or_another_kernel_than_the_students_is_re
         other_times.rollout(4, agent.student_policy)
     with pytest.raises(ValueError, match=r"kernel=ddim, and this student samples by renoise; .*make_env"):
         DenoisingEnv(expert, 4, [2], grid="dmd2").rollout(4, agent.student_policy)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", None, 10**9])
+def test_what_is_no_number_of_steps_is_refused(value: object) -> None:
+    expert = load_expert("gaussian_mixture")
+    with pytest.raises(ValueError, match=rf"substeps={value!r}: need a whole number from 1 to 999"):
+        ExpertPolicy(expert, substeps=value)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"num_steps={value!r}: need a whole number from 1 to 999"):
+        TimeGrid(expert.schedule, value)  # type: ignore[arg-type]
+
+
+def test_actions_and_starts_that_an_environment_would_have_to_guess_at_are_refused() -> None:
+    env = DenoisingEnv("gaussian_mixture", 2, [4])
+    start = env.reset()
+    for action in (torch.zeros(4, 1, 2), torch.zeros(4, 3), torch.zeros(4, 2, dtype=torch.float64), torch.zeros(4, 2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"actions of shape .*: need \(4, 2\), torch.float32"):
+            env.step(start.clone().set("action", action))
+    single = DenoisingGymEnv("gaussian_mixture", num_steps=2)
+    for options, message in (({"t": True}, "'t' holds true or false"), ({"x_t": [math.nan, 0.0]}, "'x_t' holds NaN or infinity")):
+        with pytest.raises(ValueError, match=message):
+            single.reset(options=options)

@@ -398,7 +398,7 @@ def test_previous_is_the_latest_grid_time_before_t() -> None:
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1000])
 def test_a_grid_longer_than_the_chain_or_empty_is_refused(num_steps: int) -> None:
-    with pytest.raises(ValueError, match=rf"num_steps={num_steps}: need 1 ≤ num_steps ≤ 999"):
+    with pytest.raises(ValueError, match=rf"num_steps={num_steps}: need a whole number from 1 to 999"):
         TimeGrid(NoiseSchedule(), num_steps)
 
 

@@ -619,7 +619,7 @@ def test_a_chains_plan_has_a_line_for_each_stage_and_runs_no_network(
     ("argv", "message"),
     [
         (["--env", "nonesuch"], "unknown env 'nonesuch'"),
-        ([*ENV, "--steps", "0"], "num_steps=0: need 1 ≤ num_steps"),
+        ([*ENV, "--steps", "0"], "num_steps=0: need a whole number from 1"),
         ([*ENV, "--n", "2"], "n=2: the metrics need at least 10"),
         ([*ENV, "--steps", "four"], "steps=four: need a whole number"),
     ],
