@@ -37,8 +37,9 @@ def test_wheel_finds_presets_and_weights_from_any_directory(installed, tmp_path)
     )
     where, presets, shapes = run(code, installed, tmp_path).splitlines()
     assert where.startswith(str(installed))
-    envs = "['coloured_digits', 'ddpm', 'digits', 'digits8', 'dit', 'gaussian_mixture', 'lunar_lander', 'sd15', 'sd3', 'sdxl', 'ssd1b']"
-    assert presets == f"{envs} ['demo', 'imagine_flash', 'lunar_lander', 'paper', 'staged', 'text_to_image']"
+    worlds = "'kuramoto', 'kuramoto_solver', 'lunar_lander'"
+    envs = f"['coloured_digits', 'ddpm', 'digits', 'digits8', 'dit', 'gaussian_mixture', {worlds}, 'sd15', 'sd3', 'sdxl', 'ssd1b']"
+    assert presets == f"{envs} ['demo', 'imagine_flash', 'kuramoto', 'lunar_lander', 'paper', 'staged', 'text_to_image']"
     assert shapes == "(1, 16, 16) (1, 8, 8)"
 
 
