@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ddil_env.denoiser import NetworkDenoiser
 
+Padding = Literal["zeros", "reflect", "replicate", "circular"]
+
 
 class _Block(nn.Module):
     """x + conv(SiLU(a · conv(SiLU(x)) + b)), a and b from the time."""
 
-    def __init__(self, channels: int, kernel_size: int, padding_mode: str) -> None:
+    def __init__(self, channels: int, kernel_size: int, padding_mode: Padding) -> None:
         super().__init__()
         self.scale_shift = nn.Linear(channels, 2 * channels)
         self.first, self.second = (nn.Conv1d(channels, channels, kernel_size, padding="same", padding_mode=padding_mode) for _ in range(2))
@@ -50,7 +53,7 @@ class TimeConditionedConv1d(nn.Module):
         condition_shape: tuple[int, ...] | None = None,
         patch: int = 1,
         kernel_size: int = 5,
-        padding_mode: str = "circular",
+        padding_mode: Padding = "circular",
     ) -> None:
         super().__init__()
         if len(sample_shape) != 2 or (condition_shape is not None and condition_shape[-1] != sample_shape[-1]):

@@ -64,7 +64,8 @@ class KuramotoSolver(Expert):
         return super().identity() | {"dt": self.dt, "std": self.std, "increment": self.increment}
 
     def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None) -> Prediction:
-        assert c is not None
+        if c is None:
+            raise ValueError(f"c=None: the solver needs a history; pass c (b, *{self.condition_shape})")
         frame = c[:, -1].double()
         x_0 = (self.equation.solve(frame * self.std, self.dt) / self.std - frame) / self.increment
         return self.schedule.prediction(x_0.float(), x_t, t, "x_0")
