@@ -37,9 +37,9 @@ def test_wheel_finds_presets_and_weights_from_any_directory(installed, tmp_path)
     )
     where, presets, shapes = run(code, installed, tmp_path).splitlines()
     assert where.startswith(str(installed))
-    envs = "['coloured_digits', 'ddpm', 'digits', 'digits8', 'dit', 'fork', 'gaussian_mixture', 'lunar_lander', "
-    envs += "'sd15', 'sd3', 'sdxl', 'ssd1b']"
-    assert presets == f"{envs} ['demo', 'fork', 'imagine_flash', 'lunar_lander', 'paper', 'staged', 'text_to_image']"
+    envs = "['coloured_digits', 'ddpm', 'digits', 'digits8', 'dit', 'fork', 'gaussian_mixture', 'kuramoto', 'kuramoto_solver', "
+    envs += "'lunar_lander', 'sd15', 'sd3', 'sdxl', 'ssd1b']"
+    assert presets == f"{envs} ['demo', 'fork', 'imagine_flash', 'kuramoto', 'lunar_lander', 'paper', 'staged', 'text_to_image']"
     assert shapes == "(1, 16, 16) (1, 8, 8)"
 
 

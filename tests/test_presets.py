@@ -23,6 +23,7 @@ from ddil_env import Expert
 from ddil_env.presets import config_dir, preset_names
 
 AGENTS: tuple[type[Algorithm], ...] = (BehaviourCloning, Dagger, LCM, DMD2)
+WORLDS = ("fork", "kuramoto", "lunar_lander")
 CASES = [(agent, name) for agent in AGENTS for name in preset_names(agent.name)]
 
 
@@ -36,9 +37,9 @@ def run(tiny_folder: Path) -> Any:
     """The expert and the stages of a preset; those of Stable Diffusion on a tiny pipeline."""
 
     def read(agent: type[Algorithm], name: str) -> tuple[Expert, list[Stage]]:
-        envs = {"demo": ["digits8"], "staged": ["digits8"], "fork": ["fork"], "lunar_lander": ["lunar_lander"]}
+        envs = {"demo": ["digits8"], "staged": ["digits8"]} | {world: [world] for world in WORLDS}
         env = ["--env", *envs.get(name, ["sd15", "--env.model", str(tiny_folder)])]
-        parser, cfg = parse(agent, [*env, *([] if name in ("text_to_image", "fork", "lunar_lander") else ["--config", name])])
+        parser, cfg = parse(agent, [*env, *([] if name in ("text_to_image", *WORLDS) else ["--config", name])])
         expert, config = expert_and_config(agent, parser, cfg)
         return expert, plan_stages(config)
 
@@ -61,7 +62,7 @@ def test_every_agent_has_the_papers_run_and_a_small_one() -> None:
         assert {"demo", "paper", "text_to_image"} <= set(preset_names(agent.name))
         for name in preset_names(agent.name):
             text = (config_dir() / agent.name / f"{name}.yaml").read_text()
-            if name not in ("demo", "text_to_image", "fork", "lunar_lander"):  # which the paper does not have
+            if name not in ("demo", "text_to_image", *WORLDS):  # which the paper does not have
                 assert "DDIL §" in text, f"{agent.name}/{name} names no section of the paper"
 
 

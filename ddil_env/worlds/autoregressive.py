@@ -22,6 +22,8 @@ class Autoregressive(World):
         history: H.
         num_frames: Frames of an episode.
         increment: A sample times this number is added to the last frame; None: a sample is the frame itself.
+        bound: An episode ends where a value of a frame is larger than this. Each frame within earns 1, and an episode is a success if all
+            of its frames were; None: no frame ends an episode, and none earns anything.
         device: Where the frames are.
     """
 
@@ -34,10 +36,11 @@ class Autoregressive(World):
         history: int = 1,
         num_frames: int,
         increment: float | None = None,
+        bound: float | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(num_worlds, frame_shape, (history, *frame_shape), num_frames, device)
-        self.initial, self.increment = initial, increment
+        self.initial, self.increment, self.bound = initial, increment, bound
         self.histories = torch.zeros(num_worlds, history, *frame_shape, device=self.device)
 
     def start(self, rows: list[int], generators: Sequence[torch.Generator]) -> Tensor:
@@ -52,5 +55,11 @@ class Autoregressive(World):
         histories = self.histories.clone()  # a copy, so that what a graph holds is left alone
         histories[rows] = torch.cat([past[:, 1:], frame[:, None]], 1)
         self.histories = histories
-        nothing = torch.zeros(len(rows), device=self.device)
-        return histories[rows], nothing, nothing.bool()
+        if self.bound is None:
+            nothing = torch.zeros(len(rows), device=self.device)
+            return histories[rows], nothing, nothing.bool()
+        within = (frame.detach().abs() <= self.bound).flatten(1).all(1)
+        return histories[rows], within.float(), ~within
+
+    def succeeded(self, total_reward: Tensor) -> Tensor | None:
+        return None if self.bound is None else total_reward >= self.num_frames

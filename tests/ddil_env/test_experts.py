@@ -321,7 +321,7 @@ def test_an_unknown_preset_lists_the_presets(tmp_path: Path, monkeypatch: pytest
     assert isinstance(load_expert("gaussian_mixture"), GaussianMixtureExpert)
     with pytest.raises(
         ValueError,
-        match=r"unknown env 'sd51'; presets: .*digits, digits8, dit, fork, gaussian_mixture, lunar_lander, sd15.*Or pass a YAML path",
+        match=r"unknown env 'sd51'; presets: .*digits, digits8, dit, fork, gaussian_mixture, kuramoto, .*sd15.*Or pass a YAML path",
     ):
         load_expert("sd51")
     with pytest.raises(ValueError, match=r"no file 'absent.yaml'"):

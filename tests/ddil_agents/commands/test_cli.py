@@ -520,7 +520,8 @@ def test_resume_refuses_other_settings_and_another_agent(runs: dict[str, Path], 
 
 def test_every_preset_of_the_message_exists() -> None:
     shipped = ["coloured_digits", "digits", "digits8", "gaussian_mixture"]
-    assert preset_names("env") == sorted([*shipped, "ddpm", "dit", "fork", "lunar_lander", "sd15", "sd3", "sdxl", "ssd1b"])
+    worlds = ["fork", "kuramoto", "kuramoto_solver", "lunar_lander"]
+    assert preset_names("env") == sorted([*shipped, *worlds, "ddpm", "dit", "sd15", "sd3", "sdxl", "ssd1b"])
 
 
 # Reports
