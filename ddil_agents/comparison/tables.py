@@ -94,3 +94,21 @@ def markdown(result: dict[str, Any]) -> str:
 def table_notes(result: dict[str, Any], budget: str) -> list[str]:
     """Footnotes of the table at one budget."""
     return [kernel_distance_note(result)] if "kid" in result["budgets"][budget]["statistics"] else []
+
+
+def summary_line(result: dict[str, Any]) -> str:
+    """One line: the primary metric of every arm, and of the teacher in all its steps, as means over seeds at equal updates."""
+    primary, runs = result["comparison"]["primary"], result["budgets"]["updates"]["runs"]
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        if (value := run.get(primary)) is not None:
+            found.setdefault(run["arm"], []).append(value)
+    heading, form = metric_heading(primary, result), METRICS[primary][1]
+    means = {arm: form.format(statistics.fmean(values)) for arm, values in found.items()}
+    line = f"{heading[:-2]}: {', '.join(f'{arm} {mean}' for arm, mean in means.items()) or 'not measured'}"
+    teacher = next((name for name in result["references"] if name.startswith("teacher@")), None)
+    values = [row[primary] for row in result["references"].get(teacher, ()) if row.get(primary) is not None]
+    if values:
+        line += f"; {teacher} {form.format(statistics.fmean(values))}"
+    seeds = max(map(len, found.values()), default=0)
+    return f"{line} (means over {seeds} seed{'s' * (seeds != 1)})"

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from ddil_agents.comparison.page.figures import TEACHER, format_number
 from ddil_agents.comparison.page.plots import arm_styles, profile_figures, quality_figures, step_figures, training_figures
 from ddil_agents.comparison.page.tables import BUDGETS, conclusions, describe_setup, find_unfinished, format_percent, score_tables
-from ddil_agents.comparison.page.viewer import read_episodes, read_trajectories, samples_in_the_plane, viewer_data
+from ddil_agents.comparison.page.viewer import read_animation, read_trajectories, samples_in_the_plane, viewer_data
 from ddil_agents.evaluation.results import metric_heading
 from ddil_agents.training.checkpoint import write_atomically
 
@@ -64,7 +64,7 @@ def write_page(result: dict[str, Any], out: Path) -> Path:
         viewer=viewer,
         plane=samples_in_the_plane(result, trajectories, viewer["cloud"]),
         data=script_data(viewer),
-        episodes=read_episodes(result, out),
+        episodes=read_animation(out),
     )
     write_atomically(out / "report.html", page)
     return out / "report.html"

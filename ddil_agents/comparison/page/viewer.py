@@ -40,11 +40,10 @@ def read_trajectories(result: dict[str, Any], out: Path) -> dict[str, Trajectori
     return named | students
 
 
-def read_episodes(result: dict[str, Any], out: Path) -> dict[str, str]:
-    """Reads the animations of episodes of the first seed, of each arm as a data URI; empty without a world."""
-    first, runs = result["comparison"]["first_seed"], result["budgets"]["updates"]["runs"]
-    paths = {run["arm"]: out / run["directory"] / "episodes.gif" for run in runs if run["seed"] == first}
-    return {arm: f"data:image/gif;base64,{base64.b64encode(path.read_bytes()).decode()}" for arm, path in paths.items() if path.is_file()}
+def read_animation(out: Path) -> str:
+    """The animation of episodes as a data URI; empty if there is none."""
+    path = out / "episodes.gif"
+    return f"data:image/gif;base64,{base64.b64encode(path.read_bytes()).decode()}" if path.is_file() else ""
 
 
 def describe_conditions(c: Tensor) -> list[str]:

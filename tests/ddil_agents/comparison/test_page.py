@@ -18,14 +18,18 @@ import numpy as np
 import pytest
 import yaml
 from helpers import ROOT
+from PIL import Image
 
 from ddil_agents import compare
 from ddil_agents.comparison import runs as runner
+from ddil_agents.comparison.animation import animate_arms
 from ddil_agents.comparison.page import write_page
 from ddil_agents.comparison.page.figures import ARM_STYLES, PLACEHOLDER, Line, format_number, inline_svg, line_figure
 from ddil_agents.comparison.page.plots import bin_rows, count_states, quality_figures, step_figures, step_values, training_figures
 from ddil_agents.comparison.page.tables import conclusions, score_tables
 from ddil_agents.comparison.page.viewer import load_expert, read_trajectories, sprite_sheet
+from ddil_agents.comparison.tables import summary_line
+from ddil_agents.evaluation.animation import GAP, HEIGHT
 from ddil_agents.evaluation.trajectories import Trajectories
 
 HOSTILE = "<script>alert(\"1\")</script> & 'x'"
@@ -127,12 +131,17 @@ def test_page_is_well_formed_and_its_ids_are_unique(comparison):
 def test_page_of_a_world_plays_its_episodes(tmp_path):
     arms = {arm: {"agent": arm, "student": {"width": 8, "depth": 1}} for arm in ("bc", "dagger")}
     result, out = compared(tmp_path, env="fork", arms=arms, seeds=1, primary="success")
+    assert animate_arms(result, out)
+    write_page(result, out)
     page = Page(text_of(out))
     sources = [value for name, value in page.attributes if name == "src"]
-    assert sum(source.startswith("data:image/gif;base64,") for source in sources) == 2
+    assert sum(source.startswith("data:image/gif;base64,") for source in sources) == 1
     assert "episodes" in page.ids
     assert not any("modes are missed" in flag for flag in result["flags"])
-    assert "success" in text_of(out)
+    with Image.open(out / "episodes.gif") as gif:
+        assert gif.size[1] == 4 * (HEIGHT + GAP)  # the teacher in 4 and in 2 steps, and both arms
+    line = summary_line(result)
+    assert re.fullmatch(r"success: bc [\d.]+, dagger [\d.]+; teacher@4 [\d.]+ \(means over 1 seed\)", line), line
 
 
 def test_page_asks_for_nothing_outside_it(comparison):
