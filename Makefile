@@ -8,12 +8,13 @@ OLDEST ?= .venv-oldest
 
 .PHONY: demo test test-oldest lint clean
 
-# Two students in 4 steps, by behaviour cloning and by DAgger, and the page that compares them with their teacher.
+# On pictures, two students in 4 steps, by behaviour cloning and by DAgger, beside their teacher; and in a world, in which samples feed back.
 demo: $(READY)
 	rm -rf $(OUT)
 	$(BIN)/python -m ddil_agents.bc --env digits --config demo --out $(OUT)/bc
 	$(BIN)/python -m ddil_agents.dagger --env digits --config demo --out $(OUT)/dagger
 	$(BIN)/python -m ddil_agents.report $(OUT)/bc $(OUT)/dagger --out $(OUT)
+	$(BIN)/python -m ddil_agents.compare --config fork --seeds 3 --out $(OUT)/fork
 
 # A process for each core, one thread each: more threads than cores would fight.
 test: $(READY)

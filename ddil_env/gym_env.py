@@ -9,6 +9,7 @@ Environment i of a batch that is seeded with s has the same episodes as a single
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -56,8 +57,11 @@ def to_observation(state: State) -> dict[str, Tensor]:
     return {key: value for key, value in entries.items() if value is not None}
 
 
-def render_latents(expert: Expert, x_t: Tensor) -> np.ndarray:
-    """The decoded latents, uint8 (n, height, width, 3), enlarged by a whole factor to at least 128 pixels."""
+def render_states(mdp: DenoisingMDP, x_t: Tensor) -> Sequence[np.ndarray]:
+    """Pictures uint8 (height, width, 3) of n states: of their worlds, or the decoded latents, enlarged to at least 128 pixels."""
+    if mdp.world is not None:
+        return [picture.numpy() for i in range(len(x_t)) if (picture := mdp.world.render(i)) is not None]
+    expert = mdp.expert
     pictures = expert.decode(x_t)
     if pictures is None:
         raise ValueError(f"{type(expert).__name__} has no pictures to render; use render_mode=None")
@@ -65,7 +69,10 @@ def render_latents(expert: Expert, x_t: Tensor) -> np.ndarray:
     return pictures.repeat_interleave(factor, 1).repeat_interleave(factor, 2).numpy()
 
 
-def render_modes_of(expert: Expert) -> list[str]:
+def render_modes_of(mdp: DenoisingMDP) -> list[str]:
+    if mdp.world is not None:
+        return ["rgb_array"] if mdp.world.can_render else []
+    expert = mdp.expert
     return [] if expert.decode(torch.zeros(1, *expert.sample_shape, device=expert.device)) is None else ["rgb_array"]
 
 
@@ -113,7 +120,7 @@ class DenoisingGymEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     Args:
         expert: An Expert, or the name of a preset.
         num_steps: N, the number of steps of an episode.
-        render_mode: `rgb_array` shows the decoded latent.
+        render_mode: `rgb_array` shows the decoded latent, or the world.
         action_bound: Half-width of the action box, for libraries that refuse an unbounded one; None is unbounded.
         expert_action: Whether `info["expert_action"]` holds the expert's action at each new state, at the cost of its forwards.
         device: Where to compute; default: the expert's own default.
@@ -149,7 +156,7 @@ class DenoisingGymEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             grid=grid,
             world=self.expert.make_world(1),
         )
-        self.metadata = {**self.metadata, "render_modes": render_modes_of(self.expert)}
+        self.metadata = {**self.metadata, "render_modes": render_modes_of(self.mdp)}
         check_render_mode(render_mode, self.metadata["render_modes"])
         self.render_mode = render_mode
         self.observation_space, self.action_space = make_spaces(self.expert, action_bound)  # type: ignore[assignment]
@@ -191,7 +198,7 @@ class DenoisingGymEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
     def render(self) -> np.ndarray | None:
         if self.render_mode is None or self._state is None:
             return None
-        return render_latents(self.expert, self._state.x_t)[0]
+        return render_states(self.mdp, self._state.x_t)[0]
 
 
 def register_envs() -> None:

@@ -21,8 +21,8 @@ from ddil_env.gym_env import (
     check_render_mode,
     load_env_expert,
     make_spaces,
-    render_latents,
     render_modes_of,
+    render_states,
     to_observation,
 )
 from ddil_env.mdp import DenoisingMDP, Kernel, Reward, State
@@ -77,7 +77,7 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         self.num_envs = num_envs
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.output = output
-        modes = render_modes_of(self.expert)
+        modes = render_modes_of(self.mdp)
         check_render_mode(render_mode, modes)
         self.render_mode = render_mode
         self.metadata = {"render_modes": modes, "render_fps": 4, "autoreset_mode": self.autoreset_mode}
@@ -151,7 +151,7 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     def render(self) -> tuple[np.ndarray, ...] | None:
         if self.render_mode is None or self._state is None:
             return None
-        return tuple(render_latents(self.expert, self._state.x_t))
+        return tuple(render_states(self.mdp, self._state.x_t))
 
     def _seed(self, seed: int | Sequence[int | None] | None) -> None:
         if isinstance(seed, int):

@@ -29,7 +29,7 @@ def render_episodes(
 
     world, strips = evaluator.world, list[np.ndarray]()
     columns, every = range(min(episodes, evaluator.n)), max(1, world.num_frames // (2 * FRAMES))
-    if world.render(0) is None:
+    if not world.can_render:
         return None
 
     def small(picture: Tensor) -> np.ndarray:

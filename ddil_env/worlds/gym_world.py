@@ -114,6 +114,10 @@ class GymWorld(World):
     def succeeded(self, total_reward: Tensor) -> Tensor | None:
         return None if self.success is None else total_reward >= self.success
 
+    @property
+    def can_render(self) -> bool:
+        return self.envs[0].render_mode is not None
+
     def render(self, row: int = 0) -> Tensor | None:
         picture = self.envs[row].render()
         return None if picture is None else torch.from_numpy(np.asarray(picture, np.uint8).copy())

@@ -65,6 +65,11 @@ class World(ABC):
         """A picture of a world, uint8 (height, width, 3); None if it cannot be rendered."""
         return None
 
+    @property
+    def can_render(self) -> bool:
+        """Whether `render` gives pictures."""
+        return type(self).render is not World.render
+
     def succeeded(self, total_reward: Tensor) -> Tensor | None:
         """Of episodes with these sums of rewards (n,), which were a success, (n,) bool; None if success is undefined."""
         return None

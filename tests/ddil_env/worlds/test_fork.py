@@ -2,12 +2,14 @@
 
 import math
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ddil_agents.evaluation.episodes import EpisodeEvaluator
-from ddil_env import ExpertPolicy, TimeGrid, load_expert
+from ddil_env import DenoisingVectorEnv, ExpertPolicy, TimeGrid, load_expert
 from ddil_env.experts.train_fork import demonstrations, guide, positions
 from ddil_env.worlds import Episodes, Fork, run_episodes
 from ddil_env.worlds.fork import HALF_WIDTH, ROW, SPEED
@@ -101,3 +103,15 @@ def test_a_teacher_of_one_step_averages_the_ways() -> None:
 def test_a_board_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="num_rows=0: need at least 1"):
         Fork(1, num_rows=0)
+
+
+def test_gymnasiums_views_render_the_board() -> None:
+    env = gymnasium.make("ddil/Fork-v0", num_steps=1, render_mode="rgb_array")
+    env.reset(seed=0)
+    before = env.render()
+    assert before.shape == (264, 312, 3)  # type: ignore[union-attr]
+    env.step(np.array([0.0, 1.0], np.float32))
+    assert not np.array_equal(env.render(), before)  # type: ignore[arg-type]
+    envs = DenoisingVectorEnv("fork", num_envs=2, num_steps=1, render_mode="rgb_array")
+    envs.reset(seed=0)
+    assert [picture.shape for picture in envs.render()] == [(264, 312, 3)] * 2  # type: ignore[union-attr]
