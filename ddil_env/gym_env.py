@@ -66,7 +66,7 @@ def render_states(mdp: DenoisingMDP, x_t: Tensor) -> Sequence[np.ndarray]:
     if pictures is None:
         raise ValueError(f"{type(expert).__name__} has no pictures to render; use render_mode=None")
     factor = -(-MIN_RENDER_SIZE // pictures.shape[1])
-    return pictures.repeat_interleave(factor, 1).repeat_interleave(factor, 2).numpy()
+    return list(pictures.repeat_interleave(factor, 1).repeat_interleave(factor, 2).numpy())
 
 
 def render_modes_of(mdp: DenoisingMDP) -> list[str]:
