@@ -51,7 +51,7 @@ class DartConfig(ActionMatchingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("execution_noise", "condition_noise"):
+        for name in ("perturbation", "execution_noise", "condition_noise"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}={value}: need a finite number ≥ 0, such as 0.1; 0 disturbs nothing")
 

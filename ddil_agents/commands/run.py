@@ -165,12 +165,18 @@ def create_run_directory(agent: type[Agent], parser: ArgumentParser, cfg: Namesp
     out = Path(cfg.out or f"runs/{agent.name}-{name_of_env(cfg)}-s{cfg.seed}-{stamp}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; choose another --out")
+    check_empty(out)
     out.mkdir(parents=True, exist_ok=True)
     lock_run(out, locks)
-    if any(path.suffix != ".partial" and path.name != LOCK for path in out.iterdir()):  # a killed run may have left .partial files
-        raise ValueError(f"{out} exists and is not empty; continue it with --resume {out}, or choose another --out")
+    check_empty(out)  # another process may have begun there
     write_atomically(out / "config.yaml", parser.dump(Namespace({**vars(cfg.clone()), "out": None, "config": None})))
     return out
+
+
+def check_empty(out: Path) -> None:
+    """Refuses a folder that holds anything but what a killed run may have left: .partial files and its lock."""
+    if out.exists() and any(path.suffix != ".partial" and path.name != LOCK for path in out.iterdir()):
+        raise ValueError(f"{out} exists and is not empty; continue it with --resume {out}, or choose another --out")
 
 
 def lock_run(out: Path, locks: ExitStack) -> None:
@@ -185,3 +191,4 @@ def lock_run(out: Path, locks: ExitStack) -> None:
     except Timeout as error:
         raise ValueError(f"{out} is in use by another process, which trains there; wait until it ends, or choose another --out") from error
     locks.callback(lock.release)
+    locks.callback((out / LOCK).unlink, missing_ok=True)  # while it is held

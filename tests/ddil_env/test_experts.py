@@ -225,7 +225,7 @@ def test_draws_keep_pairs_together() -> None:
 
 @pytest.mark.parametrize("substeps", [0, -1])
 def test_an_action_needs_a_step(substeps: int) -> None:
-    with pytest.raises(ValueError, match=f"substeps={substeps}: an action takes at least one step"):
+    with pytest.raises(ValueError, match=f"substeps={substeps}: need a whole number from 1"):
         ExpertPolicy(random_mixture(), substeps=substeps)
 
 

@@ -98,5 +98,5 @@ def test_settings_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
     comparison = compare.Comparison(env="gaussian_mixture", arms=arms)
     with pytest.raises(ValueError, match="arm 'one' sets seed: each arm runs with the comparison's seeds"):
         compare.check_comparison(comparison, tmp_path)
-    with pytest.raises(ValueError, match="need shares ≥ 0 with a finite sum above 0"):
+    with pytest.raises(ValueError, match="need finite shares ≥ 0 that do not sum to 0 or to infinity"):
         Beta(1e308, 0, 1e308)

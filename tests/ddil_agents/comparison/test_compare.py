@@ -61,7 +61,7 @@ def test_agents_times_priors_are_arms():
         ({"arms": {"teacher": {"agent": "bc"}}}, "must differ from the teacher's"),
         ({"seeds": 0}, "need at least 1"),
         ({"baseline": "lcm"}, "unknown arm; choose one of bc, dagger"),
-        ({"primary": "fid"}, "choose one of: frechet"),
+        ({"primary": "fid"}, "choose one of: .*frechet"),
         ({"equal": ("seconds",)}, "`updates` comes first"),
         ({"level": 95.0}, "need a number from 0.5"),
     ],

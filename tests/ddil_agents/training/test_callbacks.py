@@ -202,8 +202,8 @@ def test_patience_ends_a_training_that_no_longer_improves(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"metrics": ()}, r"validation.metrics=\[\]: choose from frechet, "),
-        ({"metrics": ("fid",)}, r"validation.metrics=\['fid'\]: unknown metric 'fid'; choose from frechet, "),
+        ({"metrics": ()}, r"validation.metrics=\[\]: choose from .*frechet, "),
+        ({"metrics": ("fid",)}, r"validation.metrics=\['fid'\]: unknown metric 'fid'; choose from .*frechet, "),
         ({"patience": 0}, "validation.patience=0: need at least 1, or null to train to the end"),
         ({"n": 5}, "validation.n=5: the metrics need at least 10 samples"),
     ],
@@ -215,7 +215,7 @@ def test_bad_settings_of_the_evaluation_are_refused(settings: dict[str, Any], me
 
 def test_a_metric_that_is_not_measured_here_is_refused_before_the_first_update() -> None:
     learner = make("lcm")  # `renoise` draws noise on the way, so that no sample belongs to the teacher's of its index
-    with pytest.raises(ValueError, match=r"validation\.metrics: endpoint_rmse is not measured here; choose from frechet, "):
+    with pytest.raises(ValueError, match=r"validation\.metrics: endpoint_rmse is not measured here; choose from .*frechet, "):
         learner.train(None, progress=False, callbacks=[EvalCallback(4, Validation(n=16, metrics=("endpoint_rmse",)))])
     assert learner.step == 0
 
