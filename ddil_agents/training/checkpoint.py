@@ -91,16 +91,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it was not written; the message names the file.
     """
-    path, data = path.resolve(), content.encode() if isinstance(content, str) else content
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # a name per process, because two runs may write the same file
+    data, file = content.encode() if isinstance(content, str) else content, path.resolve()
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # a name per process, because two runs may write the same file
     with explain_write_errors(path):
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
+        if file.exists() and not file.is_file():
+            file.write_bytes(data)
             return
         try:
             partial.write_bytes(data)
             _flush(partial)
-            os.replace(partial, path)
+            os.replace(partial, file)
         except OSError:
             partial.unlink(missing_ok=True)
             raise
