@@ -250,3 +250,27 @@ def check_arguments(of: type, method: str, options: dict[str, Any]) -> None:
     for action in parser._actions:
         if action.dest in options and type_hint(action) is not None:
             check_setting(action.dest, options[action.dest], type_hint(action))
+
+
+def check_typed(typed: dict[str, Any], cfg: Namespace) -> None:
+    """Refuses flags that something else in the settings would override.
+
+    Args:
+        typed: The flags of the command line, nested.
+        cfg: All settings.
+
+    Raises:
+        ValueError: every stage has a value of its own for a flag, or the agent has a guidance scale of its own.
+    """
+    stages = [] if "stages" in typed else getattr(cfg, "stages", None) or []
+    for key in typed:
+        if any(key in stage for stage in stages):
+            raise ValueError(
+                f"--{key} would not hold: the {len(stages)} stages of this config set it themselves; pass --stages null for one stage, or "
+                "a --config of your own stages (--print_config writes these)"
+            )
+    own, of_env = getattr(cfg, "guidance_scale", None), typed.get("env", {}).get("guidance_scale")
+    if own is not None and of_env is not None and "guidance_scale" not in typed and own != of_env:
+        raise ValueError(
+            f"--env.guidance_scale {of_env} would not hold: training uses guidance_scale={own:g}; pass --guidance_scale {of_env}"
+        )

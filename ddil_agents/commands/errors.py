@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     Args:
         parser: Its `prog` starts the message.
     """
+    for stream in (sys.stdout, sys.stderr):  # a legacy code page has no β and no arrows: they become question marks, and nothing fails
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     where = parser.prog if ranks.is_main() else f"{parser.prog}, rank {ranks.rank()}"
     try:
         with out_of_memory.explain("here", "choose a smaller batch, model or picture, or a device with more"):

@@ -22,7 +22,7 @@ from ddil_agents.commands.help import show_help
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import ranks
 from ddil_agents.evaluation.settings import Evaluation, Validation
-from ddil_agents.settings import build_dataclass, nested_flags, read_arguments
+from ddil_agents.settings import build_dataclass, check_typed, nested_flags, read_arguments
 from ddil_agents.states.beta import SOURCES, Beta
 from ddil_agents.training.callbacks import Callback
 from ddil_agents.training.tracking import Tracker
@@ -204,6 +204,7 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     print_config = [word for word in argv if word.partition("=")[0] == "--print_config"]
     argv = [*before, *(word for word in argv if word not in print_config), *after]
     cfg = read_arguments(parser, argv)
+    check_typed(nested_flags(argv[len(before) :]), cfg)
     if "beta.forward" in known:
         resolve_beta(agent, cfg, [*map(read_yaml, defaults), *contents, nested_flags(argv[len(before) :])])
         argv += [f"--beta.{name}={getattr(cfg.beta, name)!r}" for name in SOURCES]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -100,3 +102,26 @@ def test_settings_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
         compare.check_comparison(comparison, tmp_path)
     with pytest.raises(ValueError, match="need finite shares ≥ 0 that do not sum to 0 or to infinity"):
         Beta(1e308, 0, 1e308)
+
+
+def test_a_legacy_code_page_costs_characters_and_no_run(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ddil_agents.evaluate", "--env", "gaussian_mixture", "--steps", "1", "--n", "20", "--n_action", "4"]
+    for arguments in ([*command[3:], "--out", str(tmp_path / "out.json")], ["--help"]):
+        found = subprocess.run([*command[:3], *arguments], env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+        assert found.returncode == 0, found.stderr.decode()
+        assert b"?" in found.stdout
+    assert (tmp_path / "out.json").is_file()
+
+
+def test_a_flag_that_stages_or_an_agents_own_guidance_would_override_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--env", "digits8", "--config", "staged"]
+    for flag, value in (("num_updates", "7"), ("num_steps", "2"), ("beta.student", "1")):
+        error = refused(dagger.main, [*argv, f"--{flag}", value], capsys)
+        assert f"--{flag.split('.')[0]} would not hold: the 8 stages of this config set it themselves; pass --stages null" in error
+    error = refused(dagger.main, ["--env", "digits8", "--env.guidance_scale", "3", "--config", str(write_guidance())], capsys)
+    assert "--env.guidance_scale 3 would not hold: training uses guidance_scale=2; pass --guidance_scale 3" in error
+
+
+def write_guidance() -> Path:
+    Path("guided.yaml").write_text("guidance_scale: 2.0\n")
+    return Path("guided.yaml")
