@@ -9,8 +9,8 @@ The file of a model is named after a digest of how that model samples, so a file
     teacher@32-on-data-DIGEST-actions.safetensors       the teacher's actions on noised data (evaluator.py)
     teacher@4-beside-teacher@32-DIGEST-scores.json      the metrics of the teacher in few steps (evaluator.py)
 
-Files of the teacher and of a folder lie in `Evaluation.store`/seedN if that is given; the runs of a comparison share them so. Features of an
-expert's own data, which are the reference without a folder, are not kept but extracted anew.
+Files of the teacher and of a folder lie in `Evaluation.store`/seedN if that is given; the runs of a comparison share them so. Features of
+an expert's own data, which are the reference without a folder, are not kept but extracted anew.
 """
 
 from __future__ import annotations
