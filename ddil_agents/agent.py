@@ -182,7 +182,13 @@ class Agent(ABC):
 
     def make_student(self, **options: Any) -> NetworkDenoiser:
         """Makes the student's network."""
-        return self.expert.make_student(**options)
+        student = self.expert.make_student(**options)
+        if not isinstance(student, NetworkDenoiser):
+            raise ValueError(
+                f"{type(self.expert).__name__}.make_student() returned {type(student).__name__}; return a ddil_env.NetworkDenoiser of the "
+                "network, the schedule and what the network predicts"
+            )
+        return student
 
     def initial_student(self) -> NetworkDenoiser:
         """Makes the student that training starts from, with the weights of the run that `init` names if it names one."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ddil_env.denoiser import NetworkDenoiser
 from ddil_env.device import check_device
-from ddil_env.errors import NoDataError
+from ddil_env.errors import NoDataError, check_whole
 from ddil_env.guidance import GuidanceConditioning, no_guidance_below_1
 from ddil_env.prediction import Prediction, PredictionType
 from ddil_env.schedule import NoiseSchedule
@@ -97,8 +97,11 @@ class Expert(ABC):
         support: Support | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not sample_shape or min(sample_shape) < 1:
-            raise ValueError(f"sample_shape={sample_shape}: need at least one axis, each of length 1 or more")
+        if not isinstance(schedule, NoiseSchedule):
+            raise ValueError(f"schedule={schedule!r}: need a ddil_env.NoiseSchedule")
+        if not isinstance(sample_shape, Sequence) or not sample_shape or min(sample_shape) < 1:
+            raise ValueError(f"sample_shape={sample_shape!r}: need a tuple of at least one axis, each of length 1 or more")
+        check_whole("num_conditions", num_conditions, 0)
         self.schedule = schedule
         self.sample_shape = tuple(sample_shape)
         self.num_conditions = num_conditions

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ddil_env.errors import check_whole
 from ddil_env.expert import Expert
 
 
@@ -143,4 +144,11 @@ def make_expert(name: str, **kwargs: Any) -> Expert:
         inspect.signature(cls).bind(**kwargs)
     except TypeError as error:
         raise ValueError(f"{name}: {error}; it takes {', '.join(inspect.signature(cls).parameters)}") from error
-    return cls(**kwargs)
+    expert = cls(**kwargs)
+    if not hasattr(expert, "schedule"):
+        raise ValueError(f"{name}.__init__ does not call super().__init__(schedule, sample_shape, …): add it as its first line")
+    if not callable(getattr(expert.support, "project", None)):
+        raise ValueError(f"support of {name} is a {type(expert.support).__name__}; need one of ddil_env.support, or leave it out")
+    if expert.max_batch is not None:
+        check_whole(f"max_batch of {name}", expert.max_batch, 1)
+    return expert

@@ -134,7 +134,7 @@ def test_an_expert_without_axes_is_refused() -> None:
             Expert.__init__(self, NoiseSchedule(), shape)
 
     for shape in ((), (3, 0)):
-        with pytest.raises(ValueError, match="need at least one axis, each of length 1 or more"):
+        with pytest.raises(ValueError, match="need a tuple of at least one axis, each of length 1 or more"):
             Flat(shape)
 
 

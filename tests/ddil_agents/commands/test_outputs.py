@@ -19,7 +19,7 @@ from torch import nn
 from ddil_agents import Beta, bc, compare, dagger, evaluate
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.training.checkpoint import write_atomically
-from ddil_env import GaussianMixtureExpert, NetworkDenoiser
+from ddil_env import Expert, GaussianMixtureExpert, NetworkDenoiser, NoiseSchedule
 from ddil_env.presets import read_yaml
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -125,3 +125,40 @@ def test_a_flag_that_stages_or_an_agents_own_guidance_would_override_is_refused(
 def write_guidance() -> Path:
     Path("guided.yaml").write_text("guidance_scale: 2.0\n")
     return Path("guided.yaml")
+
+
+class Plain(GaussianMixtureExpert):
+    """A plug-in with one mistake, by name."""
+
+    def __init__(self, mistake: str = "") -> None:
+        if mistake == "no super":
+            return
+        super().__init__([[0.0, 1.0], [1.0, 0.0]], 0.2)
+        self.mistake = mistake
+        if mistake == "support":
+            self.support = 3  # type: ignore[assignment]
+        if mistake == "max_batch":
+            self.max_batch = 0
+        if mistake in ("schedule", "sample_shape"):
+            given = {"schedule": NoiseSchedule("linear"), "sample_shape": (2,)} | {mistake: None if mistake == "schedule" else 2}
+            Expert.__init__(self, **given)  # type: ignore[arg-type]
+
+    def make_student(self, **options: Any) -> Any:
+        return nn.Linear(2, 2) if self.mistake == "student" else super().make_student(**options)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("no super", "does not call super().__init__(schedule, sample_shape, …): add it as its first line"),
+        ("schedule", "schedule=None: need a ddil_env.NoiseSchedule"),
+        ("sample_shape", "sample_shape=2: need a tuple of at least one axis"),
+        ("support", "is a int; need one of ddil_env.support"),
+        ("max_batch", "=0: need a whole number of at least 1"),
+        ("student", "Plain.make_student() returned Linear; return a ddil_env.NetworkDenoiser"),
+    ],
+)
+def test_a_plug_ins_mistakes_are_named_before_training(mistake: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--env.expert", f"{__name__}.Plain", "--env.mistake", mistake, *SMALL[:-6], "--out", "run"]
+    assert message in refused(dagger.main, argv, capsys)
+    assert not Path("run").exists()
