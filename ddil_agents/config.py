@@ -44,8 +44,10 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_updates", "num_steps", "teacher_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
+            if not isinstance(value := getattr(self, name), int):
+                raise ValueError(f"{name}={value!r}: need a whole number")
+            if value < 1:
+                raise ValueError(f"{name}={value}: need at least 1")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed}: need 0 or more")
         if self.teacher_steps % self.num_steps:
@@ -131,8 +133,10 @@ class LearnerConfig(AgentConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("num_worlds", "batch_size", "collect_size", "updates_per_collect", "gradient_accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: need at least 1")
+            if not isinstance(value := getattr(self, name), int):
+                raise ValueError(f"{name}={value!r}: need a whole number")
+            if value < 1:
+                raise ValueError(f"{name}={value}: need at least 1")
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: need a positive, finite number")

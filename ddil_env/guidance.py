@@ -27,14 +27,17 @@ class GuidanceConditioning(NamedTuple):
     evaluated_at: float
 
 
+LARGEST = 1e6  # guidance scale: estimates stay finite in half precision far below
+
+
 def no_guidance_below_1(guidance_scale: float) -> float:
     """Returns the scale, or 1 for one below.
 
     Raises:
-        ValueError: it is not finite.
+        ValueError: it is not finite, or beyond any use.
     """
-    if not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale={guidance_scale}: need a finite number; 1 or less is no guidance")
+    if not math.isfinite(guidance_scale) or guidance_scale > LARGEST:
+        raise ValueError(f"guidance_scale={guidance_scale}: need a finite number up to {LARGEST:g}; 1 or less is no guidance")
     return max(guidance_scale, 1.0)
 
 

@@ -46,6 +46,9 @@ def find_preset(group: str, name: str) -> Path:
     raise ValueError(f"unknown {group} {name!r}; presets: {', '.join(preset_names(group))}. Or pass a YAML path.")
 
 
+LARGEST = 100_000  # values in a YAML file
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """Refuses a mapping that has a key twice, of which YAML's parsers keep the last in silence."""
 
@@ -60,6 +63,16 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _size(value: Any, known: dict[int, int]) -> int:
+    """The number of values in nested lists and mappings, of which YAML's aliases repeat some; each is looked at once."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = LARGEST + 1  # of one that holds itself
+        known[id(value)] = 1 + sum(_size(item, known) for item in (value.values() if isinstance(value, dict) else value))
+    return known[id(value)]
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML file that holds a mapping.
 
@@ -70,6 +83,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if _size(content, {}) > LARGEST:
+        raise ValueError(f"{path} unfolds to more than {LARGEST:,} values by its aliases; write out what you need")
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, but a config is a mapping of `name: value` lines")
     return content

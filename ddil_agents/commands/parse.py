@@ -166,6 +166,8 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
         raise ValueError(f"--config {config}: {error}") from error
     given = {} if config_path is None else read_yaml(config_path)
     in_config: Any = given.get("env") or {}
+    if not isinstance(in_config, str | dict):
+        raise ValueError(f"env={in_config!r} in {config_path}: need a preset's name, or a mapping with an expert and its arguments")
     if isinstance(in_config, str):  # `env: digits` in a config names the preset
         env_name, in_config = env_name or in_config, {}
     preset: dict[str, Any] = {}
@@ -280,6 +282,8 @@ def resolve_beta(agent: type[Agent], cfg: Namespace, layers: list[dict[str, Any]
     """
     beta: Beta = agent.Config().beta
     for layer in layers:
+        if "beta" in layer and not isinstance(layer["beta"], dict | str):
+            raise ValueError(f"beta={layer['beta']!r}: need a mapping of shares, such as {{forward: 0.5, teacher: 0.1, student: 0.4}}")
         beta = beta.with_shares(**_shares(layer.get("beta")))
     parsed = [getattr(cfg.beta, name) for name in SOURCES]
     vars(cfg.beta).update(zip(SOURCES, beta.shares, strict=True))

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,28 @@ def test_a_plug_ins_mistakes_are_named_before_training(mistake: str, message: st
     argv = ["--env.expert", f"{__name__}.Plain", "--env.mistake", mistake, *SMALL[:-6], "--out", "run"]
     assert message in refused(dagger.main, argv, capsys)
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("beta: 0.5", "beta=0.5: need a mapping of shares"),
+        ("beta: [1, 0, 0]", "beta=[1, 0, 0]: need a mapping of shares"),
+        ("beta: null", "beta=None: need a mapping of shares"),
+        ("batch_size: null", "batch_size=None: need a whole number"),
+        ("env: 5", "env=5 in config.yaml: need a preset's name, or a mapping"),
+        (
+            "\n".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefgh")).join(["a: &a [1, 1]\n", ""]),
+            "unfolds to more",
+        ),
+        ("a: &a [*a]", "unfolds to more than 100,000 values"),
+        ("guidance_scale: 1.0e+39", "guidance_scale=1e+39: need a finite number up to 1e+06"),
+    ],
+)
+def test_values_of_another_type_in_a_config_are_named(content: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text(content + "\n")
+    argv = ["--env", "gaussian_mixture", "--config", "config.yaml", *SMALL, "--out", "run"]
+    argv = argv[2:] if content.startswith("env") else argv
+    if content.startswith("batch_size"):
+        argv = [word for i, word in enumerate(argv) if word != "--batch_size" and argv[i - 1] != "--batch_size"]
+    assert message in refused(dagger.main, argv, capsys)

@@ -238,7 +238,10 @@ def test_an_evaluation_killed_goes_on_at_its_last_batch(tmp_path: Path) -> None:
 def test_a_run_whose_disk_is_full_at(what: str, path: str, kept: list[int], unbroken: Path, tmp_path: Path) -> None:
     assert run(tmp_path, [*ARGV, "--out", "run"], f"{what}, the disk full") == 2
     error = (tmp_path / "stderr.txt").read_text().splitlines()[-1]
-    assert f"cannot write run/{path}: File too large; make room and go on, with --resume or by the same command: what has been saved is whole" in error
+    assert (
+        f"cannot write run/{path}: File too large; make room and go on, with --resume or by the same command: what has been saved is whole"
+        in error
+    )
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step_{step:08d}" for step in kept]
     assert not [left for left in (tmp_path / "run").rglob("*") if "partial" in left.name]
     assert path == "metrics.jsonl" or not (tmp_path / "run" / path).exists()
