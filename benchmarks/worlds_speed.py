@@ -2,12 +2,12 @@
 
     python benchmarks/worlds_speed.py
 
-Sixteen lunar landers, a student of 2 steps (an MLP of width 64, depth 3). Each collects visits of whole episodes; rounds take turns, and a
-ratio is of two neighbours in a round. Written to results/worlds_speed.json.
+Sixteen lunar landers, a student of 2 steps (an MLP of width 64, depth 3), episodes that are cut off after 50 frames, which is before any of
+them ends, so that all do the same work. Rounds take turns; a ratio is of two neighbours in a round. Written to results/worlds_speed.json.
 
     ours       ddil_agents.states.episodes.visit_states: a state of each denoising, ragged ends, streams of its own
-    bare       the same loop by hand: two calls of the network and one of each simulator in a frame, nothing else is kept
-    torchrl    torchrl.collectors.Collector over SerialEnv of GymEnv, with the same network as its policy
+    bare       the same loop by hand: two actions of the same policy and one of each simulator in a frame, nothing is kept
+    torchrl    torchrl.collectors.Collector over SerialEnv of GymEnv, with the same policy
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ from ddil_agents.training.checkpoint import write_atomically
 from ddil_env.experts.lunar_lander import ENV, LunarLander
 from ddil_env.worlds import GymWorld
 
-WORLDS, STEPS = 16, 2
+WORLDS, STEPS, FRAMES, REPEATS = 16, 2, 50, 5
 
 
 def make_agent() -> Dagger:
     settings = {"num_steps": STEPS, "num_worlds": WORLDS, "student": {"width": 64, "depth": 3}, "beta": Beta(0, 0, 1)}
-    return Dagger(LunarLander(), DaggerConfig(**settings))  # type: ignore[arg-type]
+    agent = Dagger(LunarLander(), DaggerConfig(**settings))  # type: ignore[arg-type]
+    agent.collector.world = agent.expert.make_world(WORLDS, num_frames=FRAMES)
+    return agent
 
 
 def ours(agent: Dagger) -> int:
@@ -53,17 +55,15 @@ def ours(agent: Dagger) -> int:
 @torch.no_grad()
 def act(agent: Dagger, c: Tensor) -> Tensor:
     """Actions (n, 2) for normalised observations (n, 8): N steps of DDIM from fresh noise."""
-    x, (network, schedule) = torch.randn(len(c), 2), (agent.ema_student, agent.expert.schedule)
+    x = torch.randn(len(c), 2)
     for t, s in pairwise(agent.grid.times):
-        pred = network.predict(x, t.expand(len(c)), c)
-        alpha, sigma = schedule(s.expand(len(c)), x)
-        x = alpha * pred.x_0 + sigma * pred.eps
+        x = agent.student_policy.act(x, t.expand(len(c)), s.expand(len(c)), c)
     return x
 
 
 def bare(agent: Dagger, world: GymWorld) -> int:
     """Visits of one episode in each world, by a loop that keeps nothing."""
-    observations = [env.reset()[0] for env in world.envs]
+    observations = [env.reset(seed=int(torch.randint(2**31, ())))[0] for env in world.envs]
     running, visits = list(range(WORLDS)), 0
     for _ in range(world.num_frames):
         c = torch.from_numpy(((np.stack([observations[i] for i in running]) - world.mean) / world.std).clip(-5, 5))
@@ -110,7 +110,7 @@ def main() -> None:
     for number in range(args.rounds + 1):
         for name, run in runs.items():
             began = time.perf_counter()
-            visits = run()
+            visits = sum(run() for _ in range(REPEATS))
             if number:  # the first round warms up
                 speeds[name].append(visits / (time.perf_counter() - began))
     result: dict[str, Any] = {name: {"visits_per_second": statistics.median(x), "rounds": x} for name, x in speeds.items()}

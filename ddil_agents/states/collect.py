@@ -268,12 +268,12 @@ class Collector:
             action: The expert's actions, where they are known; else it is run where it acts.
         """
         n = len(x_t)
-        theirs, own = expert_acts.nonzero().squeeze(1), (~expert_acts).nonzero().squeeze(1)
-        if len(own) == n:
+        by_expert = int(expert_acts.sum())
+        if by_expert == 0:
             return self.student_step(x_t, t, u, c, w)
-        if len(theirs) == n:
+        if by_expert == n:
             return self.expert_policy.act(x_t, t, u, c, w) if action is None else action
-        theirs, own = theirs.to(x_t.device, non_blocking=True), own.to(x_t.device, non_blocking=True)
+        theirs, own = (mask.nonzero().squeeze(1).to(x_t.device, non_blocking=True) for mask in (expert_acts, ~expert_acts))
         states = (x_t, t, u, c, w)
         stepped = self.student_step(*_rows(states, own))
         x_u = stepped.new_empty(x_t.shape)

@@ -11,7 +11,7 @@ visits of its own episodes that were not labelled are kept for later collections
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict
@@ -54,26 +54,27 @@ def visit_states(collector: Collector, world: World, p_expert: float) -> TensorD
     Returns:
         (m,) states, as `collect_episode_states` does.
     """
-    device, times, parts = collector.expert.device, collector.rollout_times(p_expert), list[TensorDict]()
-    m = len(times) - 1  # the last time is 0
+    device, times, parts = collector.expert.device, collector.rollout_times(p_expert), list[tuple[Any, ...]]()
+    m, shape = len(times) - 1, (world.num_frames, world.num_worlds)  # the last time is 0
+    acting = torch.rand(shape, generator=collector.streams["path"]) < p_expert  # of each denoising: whether the expert acts, …
+    stops = torch.randint(m, shape, generator=collector.streams["path"])  # … and before which step its state is taken
 
     def act(c: Tensor, rows: Tensor, frame: int) -> Tensor:
-        k = len(rows)
+        k, expert_acts, j = len(rows), acting[frame, rows], stops[frame, rows]
         x = torch.randn(k, *collector.expert.sample_shape, generator=collector.streams["rollout"], device=device)
-        w = collector.draw_guidance(k)
-        expert_acts = torch.rand(k, generator=collector.streams["path"]) < p_expert
-        j = torch.randint(m, (k,), generator=collector.streams["path"])
-        stop, x_t = j.to(device), x
-        for i, (t, u) in enumerate(pairwise(times)):
-            x_t = torch.where((stop == i).reshape(-1, *[1] * (x.ndim - 1)), x, x_t)
+        w, visited = collector.draw_guidance(k), []
+        for t, u in pairwise(times):
+            visited.append(x)
             x = collector.step(x, t.expand(k), u.expand(k), c, w, expert_acts)
-        actors = torch.zeros(k, collector.grid.num_steps, dtype=torch.bool)
-        actors[:, :m] = expert_acts[:, None] & (torch.arange(m) < j[:, None])
-        fields = {"x_t": x_t, "t": times[stop], "c": c, "actors": actors.to(device)}
-        parts.append(TensorDict(fields if w is None else fields | {"w": w}, batch_size=[k]))
+        parts.append((torch.stack(visited)[j.to(device), torch.arange(k, device=device)], c, w, expert_acts, j))
         return collector.execute(x)
 
     seeds = torch.randint(2**62, (world.num_worlds,), generator=collector.streams["world"]).tolist()
     episodes = run_episodes(world, [torch.Generator().manual_seed(seed) for seed in seeds], act)
     collector.world_steps += int(episodes.alive.sum())
-    return torch.cat(parts)
+    columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
+    x_t, c, w, expert_acts, j = columns
+    actors = torch.zeros(len(j), collector.grid.num_steps, dtype=torch.bool)
+    actors[:, :m] = expert_acts[:, None] & (torch.arange(m) < j[:, None])
+    fields = {"x_t": x_t, "t": times[j.to(device)], "c": c, "actors": actors.to(device)}
+    return TensorDict(fields if w is None else fields | {"w": w}, batch_size=[len(j)])

@@ -52,15 +52,18 @@ def run_episodes(
         x_0 = act(c, rows, frame)
         following, reward, done = world.step(x_0, rows.tolist())
         frames.append((rows, c, x_0, reward))
-        running = ~done
-        c, rows = following[running], rows[running.cpu()]
-        if not len(rows):
-            break
+        if bool(done.any()):
+            running = ~done
+            c, rows = following[running], rows[running.cpu()]
+            if not len(rows):
+                break
+        else:
+            c = following
     shape = len(frames), world.num_worlds
     conditions = torch.zeros(*shape, *world.condition_shape, device=world.device)
     samples = torch.zeros(*shape, *world.sample_shape, device=world.device)
     rewards, alive = torch.zeros(shape, device=world.device), torch.zeros(shape, dtype=torch.bool, device=world.device)
     for frame, (at, c, x_0, reward) in enumerate(frames):
-        at = at.to(world.device)
-        conditions[frame, at], samples[frame, at], rewards[frame, at], alive[frame, at] = c, x_0.to(samples), reward, True
+        where = slice(None) if len(at) == world.num_worlds else at.to(world.device)
+        conditions[frame, where], samples[frame, where], rewards[frame, where], alive[frame, where] = c, x_0.to(samples), reward, True
     return Episodes(conditions, samples, rewards, alive)

@@ -87,26 +87,29 @@ class GymWorld(World):
         for row, generator in zip(rows, generators, strict=True):
             seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
             observation, _ = self.envs[row].reset(seed=seed)
-            self.observations[row] = self.normalise(observation)
+            self.observations[row] = self.normalise(np.asarray(observation, np.float32).reshape(-1))
         return self._conditions(rows)
 
     def advance(self, rows: list[int], x_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         unit = x_0.detach().cpu().numpy().reshape(len(rows), -1, len(self.low)).clip(-1, 1)  # (n, chunk, action)
         actions = self.low + (unit + 1) / 2 * (self.high - self.low)
         rewards, dones = np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
-        for i, row in enumerate(rows):
-            for action in actions[i, : self.execute]:
-                observation, reward, terminated, truncated, _ = self.envs[row].step(action.reshape(self.action_shape).astype(np.float32))
-                self.observations[row] = np.concatenate([self.observations[row, 1:], self.normalise(observation)[None]])
-                rewards[i] += float(reward)
-                dones[i] = terminated or truncated
-                if dones[i]:
-                    break
+        for actions_now in actions.reshape(len(rows), -1, *self.action_shape).astype(np.float32).swapaxes(0, 1)[: self.execute]:
+            running = np.flatnonzero(~dones)
+            steps = [self.envs[rows[i]].step(actions_now[i]) for i in running]
+            if not steps:
+                break
+            observations, reward, terminated, truncated, _ = zip(*steps, strict=True)
+            at = [rows[i] for i in running]
+            new = self.normalise(np.stack([np.asarray(observation, np.float32).reshape(-1) for observation in observations]))
+            self.observations[at] = np.concatenate([self.observations[at, 1:], new[:, None]], 1)
+            rewards[running] += np.asarray(reward, np.float32)
+            dones[running] = np.logical_or(terminated, truncated)
         return self._conditions(rows), torch.from_numpy(rewards), torch.from_numpy(dones)
 
-    def normalise(self, observation: Any) -> np.ndarray[Any, Any]:
-        """(observation − mean) / std, clipped, (observation,)."""
-        return ((np.asarray(observation, np.float32).reshape(-1) - self.mean) / self.std).clip(-self.clip, self.clip)
+    def normalise(self, observations: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """(observations − mean) / std, clipped, (…, observation)."""
+        return ((observations - self.mean) / self.std).clip(-self.clip, self.clip)
 
     def _conditions(self, rows: list[int]) -> Tensor:
         return torch.from_numpy(self.observations[rows].reshape(len(rows), -1)).to(self.device)

@@ -115,8 +115,10 @@ class World(ABC):
         c, reward, done = self.advance(chosen, x_0)
         for row in chosen:
             self.frames[row] += 1
-        full = torch.tensor([self.frames[row] >= self.num_frames for row in chosen], device=self.device)
-        return self._checked(c, "advance", chosen), reward.float().to(self.device), done.to(self.device) | full
+        done = done.to(self.device)
+        if any(full := [self.frames[row] >= self.num_frames for row in chosen]):
+            done = done | torch.tensor(full, device=self.device)
+        return self._checked(c, "advance", chosen), reward.float().to(self.device), done
 
     def _checked(self, c: Tensor, where: str, rows: list[int]) -> Tensor:
         expected = (len(rows), *self.condition_shape)
