@@ -37,6 +37,7 @@ from ddil_agents.commands.help import help_of
 from ddil_agents.commands.parse import find_agent, resolve_presets
 from ddil_agents.comparison.animation import animate_arms
 from ddil_agents.comparison.arms import BETAS, Budget, Comparison, Run, arm_settings, make_arms, merge_settings, run_settings
+from ddil_agents.comparison.page import write_page
 from ddil_agents.comparison.runs import MATCHED, has_result, matched_entry, matched_updates, read_matched, recorded_updates, train
 from ddil_agents.comparison.summary import collect_results
 from ddil_agents.comparison.tables import csv_table, latex_table, markdown, summary_line
@@ -173,8 +174,6 @@ def main(argv: list[str] | None = None) -> None:
         command = shlex.join(["python", "-m", "ddil_agents.compare", *argv])
         result = compare(Comparison(**settings), Path(args.out), args.jobs, command, args.report_only)
         print(markdown(result))
-        from ddil_agents.comparison.page import write_page  # draws with matplotlib and loads slowly
-
         animated = animate_arms(result, Path(args.out))
         write_page(result, Path(args.out))
     print(f"\n{args.out}: report.html, comparison.json, table.csv, table.tex{', episodes.gif' if animated else ''}\n{summary_line(result)}")

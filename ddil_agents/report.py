@@ -12,6 +12,9 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
 from ddil_agents.commands.errors import one_line_errors
 from ddil_agents.commands.load import load_run, make_evaluator
 from ddil_agents.evaluation.pictures import save_pictures
@@ -37,9 +40,6 @@ def save_curves(path: Path, runs: dict[str, Rows], results: dict[str, dict[str, 
         results: result.json, by run.
         evaluations: Lines of eval.jsonl, by run; of runs that have them.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     columns = 3 if evaluations else 2
     figure = Figure(figsize=(6 * columns, 7), layout="constrained")
     grid = figure.subplots(2, columns)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from ddil_env.denoiser import NetworkDenoiser
@@ -34,6 +35,7 @@ from ddil_env.prediction import Prediction, PredictionType
 from ddil_env.schedule import NoiseSchedule
 from ddil_env.support import Support, Unbounded
 from ddil_env.time_grid import TimeGrid, substep_times
+from ddil_env.weights import load_weights
 
 if TYPE_CHECKING:
     from ddil_env.worlds.world import World
@@ -276,8 +278,6 @@ class Expert(ABC):
             num_steps, grid, kernel: How it samples, for formats that hold a sampler too.
             guidance: The guidance of a student with a guidance embedding, likewise; passed for such students alone.
         """
-        from safetensors.torch import save_model
-
         save_model(student, str(directory / "student.safetensors"))
 
     def check_export(
@@ -300,8 +300,6 @@ class Expert(ABC):
         Raises:
             ValueError: the file is absent, damaged, or of another architecture.
         """
-        from ddil_env.weights import load_weights
-
         student = self.make_student(*args, **overrides)
         load_weights(student, directory / "student.safetensors")
         return student

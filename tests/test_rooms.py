@@ -93,6 +93,24 @@ def test_an_algorithms_file_can_be_deleted_without_breaking_another(tmp_path: Pa
     assert found.stdout.count("<class") == len(algorithms) - 1
 
 
+def test_imports_inside_functions_are_of_optional_packages() -> None:
+    late = set()
+    for package in ("ddil_agents", "ddil_env"):
+        for path in (ROOT / package).rglob("*.py"):
+            for function in ast.walk(ast.parse(path.read_text())):
+                if isinstance(function, ast.FunctionDef):
+                    found = [node for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom)]
+                    names = [node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name for node in found]
+                    late |= {(name.split(".")[0], str(path.relative_to(ROOT))) for name in names}
+    optional = {"bitsandbytes", "peft", "lpips", "open_clip", "stable_baselines3", "torch_fidelity", "trackio", "wandb"}
+    slow = {  # all commands would start more than twice as slowly
+        ("diffusers", "ddil_env/experts/digits.py"),
+        ("sklearn", "ddil_env/experts/digits.py"),
+        ("ddil_agents", "ddil_agents/evaluation/metrics/extractors.py"),
+    }
+    assert {name for name, _ in late - slow} <= optional, late
+
+
 def test_the_environment_knows_no_agents() -> None:
     known = modules("ddil_agents")
     assert [module for module, path in modules("ddil_env").items() if imports(path, known)] == []

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ddil_agents.evaluation.episodes import EpisodeEvaluator
@@ -25,8 +26,6 @@ def render_episodes(
     Returns:
         (frames, height, width, 3) uint8; a picture stands still where its episode has ended. None for a world that is not rendered.
     """
-    from PIL import Image
-
     world, strips = evaluator.world, list[np.ndarray]()
     columns, every = range(min(episodes, evaluator.n)), max(1, world.num_frames // (2 * FRAMES))
     if not world.can_render:
@@ -58,8 +57,6 @@ def save_animation(path: Path, films: dict[str, np.ndarray], seconds: float = 8.
         films: Of each model, (frames, height, width, 3) uint8, all of one height and width; a shorter one stands still at its end.
         seconds: How long it runs before it starts again.
     """
-    from PIL import Image, ImageDraw
-
     length = max(map(len, films.values()))
     _, high, wide, _ = next(iter(films.values())).shape
     margin = 12 + 7 * max(map(len, films))

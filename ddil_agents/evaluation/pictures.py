@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ddil_agents.training.checkpoint import write_atomically
@@ -43,8 +45,6 @@ def save_samples(path: Path, rows: dict[str, np.ndarray], scale: int = 3) -> boo
     """
     if not rows:
         return False
-    from PIL import Image, ImageDraw
-
     margin = 12 + 7 * max(map(len, rows))
     strips = [np.repeat(np.repeat(row, scale, 0), scale, 1) for row in rows.values()]
     canvas = Image.new("RGB", (margin + strips[0].shape[1], sum(s.shape[0] + 4 for s in strips)), "white")
@@ -60,8 +60,6 @@ def save_samples(path: Path, rows: dict[str, np.ndarray], scale: int = 3) -> boo
 
 def save_scatter(path: Path, evaluator: Evaluator, samples: dict[str, Tensor]) -> None:
     """Writes samples in the plane, each (b, 2), as a PNG: one panel for each model, the real data in grey."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(3 * len(samples), 3.2), layout="constrained")
     for axis, (name, x_0) in zip(np.atleast_1d(figure.subplots(1, len(samples), sharex=True, sharey=True)), samples.items(), strict=True):
         if evaluator.real is not None:

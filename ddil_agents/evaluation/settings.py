@@ -9,8 +9,10 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
+from ddil_agents.evaluation.metrics.clip_score import ClipScore
 from ddil_agents.evaluation.metrics.extractor import Extractor
 from ddil_agents.evaluation.metrics.extractors import default_extractor, load_extractor
+from ddil_agents.evaluation.metrics.hps import HPS
 from ddil_agents.evaluation.results import DIRECTIONS
 from ddil_env import Expert
 
@@ -144,8 +146,5 @@ def load_scorers(settings: Evaluation, device: torch.device) -> dict[str, Scorer
         ImportError: without the `eval` extra.
         ValueError: absent or unsafe weights.
     """
-    from ddil_agents.evaluation.metrics.clip_score import ClipScore
-    from ddil_agents.evaluation.metrics.hps import HPS
-
     kinds = {"clip_score": ClipScore, "hpsv2": HPS}
     return {name: kinds[name](settings.weights, device=device) for name in settings.scores}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from ddil_agents.devices import ranks
 from ddil_agents.states.batch import Batch
@@ -51,8 +52,6 @@ class RunFiles(Callback):
         self.clock.start()
         if out is None or not ranks.is_main():
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         self.path = out / "metrics.jsonl"
         rows = read_metrics(self.path, agent.step) if self.path.is_file() else []
         out.mkdir(parents=True, exist_ok=True)

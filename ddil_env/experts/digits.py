@@ -26,8 +26,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import trange
 
 from ddil_env.adapters import LoRA, add_adapters
 from ddil_env.data.tensors import TensorData
@@ -269,9 +271,6 @@ def train(name: str, out: Path, seed: int = 0, updates: int | None = None, batch
         updates: Gradient steps; default: as many as for the shipped teacher.
         batch_size: Pictures in a batch.
     """
-    from safetensors.torch import save_file
-    from tqdm import trange
-
     torch.manual_seed(seed)
     spec = spec_of(name)
     updates = updates or spec.updates

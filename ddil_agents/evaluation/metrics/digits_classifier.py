@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import trange
 
 from ddil_agents.evaluation.metrics.extractor import BATCH, FEATURES, Extractor
 from ddil_env.experts.digits import NUM_CLASSES, load_digits, spec_of
@@ -109,9 +111,6 @@ def fit(dataset: str, out: Path, seed: int = 0, updates: int = 3000, batch_size:
 
     AdamW, learning rate 2e-3, weight decay 1e-2; 5 % of the updates are warm-up, then the rate falls to 0 along a cosine.
     """
-    from safetensors.torch import save_file
-    from tqdm import trange
-
     torch.manual_seed(seed)
     pictures, labels = load_digits(dataset, "fit")
     network = DigitsNet(spec_of(dataset).size)

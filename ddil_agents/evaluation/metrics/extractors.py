@@ -26,10 +26,11 @@ import torch
 from ddil_agents.evaluation.metrics.digits_classifier import CLASSIFIERS, DigitsClassifier
 from ddil_agents.evaluation.metrics.extractor import Extractor, Identity, LatentPool
 from ddil_agents.evaluation.metrics.frechet import FID_EXTRACTOR
+from ddil_agents.evaluation.metrics.inception import Inception
 
 
 def _coloured_digits() -> Extractor:
-    from ddil_agents.evaluation.metrics.coloured_digits import ColouredDigitReader
+    from ddil_agents.evaluation.metrics.coloured_digits import ColouredDigitReader  # loads diffusers, which takes seconds
 
     return ColouredDigitReader()
 
@@ -54,8 +55,6 @@ def load_extractor(name: str, weights_dir: Path | None = None, device: torch.dev
         ValueError: the name is unknown, or the weights are absent.
     """
     if name == FID_EXTRACTOR:
-        from ddil_agents.evaluation.metrics.inception import Inception
-
         return Inception(weights_dir, device)
     if name not in EXTRACTORS:
         raise ValueError(f"unknown extractor {name!r}; choose one of: {', '.join([*EXTRACTORS, FID_EXTRACTOR])}")
