@@ -101,9 +101,4 @@ def last_features(student: NetworkDenoiser) -> nn.Module:
     Raises:
         ValueError: the student's network is another.
     """
-    if not isinstance(student.network, TimeConditionedConv1d):
-        raise ValueError(
-            f"cannot take features of a {type(student.network).__name__}; a student of this expert is a TimeConditionedConv1d; make one "
-            "with make_student()"
-        )
-    return student.network.activation
+    return student.network_as(TimeConditionedConv1d).activation

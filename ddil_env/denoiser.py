@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 
 from ddil_env.prediction import Prediction, PredictionType
 from ddil_env.schedule import NoiseSchedule
 
+Network = TypeVar("Network", bound=nn.Module)
 Predict = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Prediction]  # (x_t, t, c, w); w None: the denoiser's own scale
 
 
@@ -58,6 +59,23 @@ class NetworkDenoiser(nn.Module):
         self.nfe += x_t.shape[0]
         inputs = (x_t, t, c) if w is None else (x_t, t, c, w)
         return self.schedule.prediction(self.network(*inputs), x_t, t, self.prediction_type)
+
+    def network_as(self, kind: type[Network], purpose: str = "take features of a {}") -> Network:
+        """The network, if it is of this kind.
+
+        Args:
+            kind: The class of the networks of an expert's students.
+            purpose: What it is for, with {} for the network's class.
+
+        Raises:
+            ValueError: it is another's.
+        """
+        if not isinstance(self.network, kind):
+            raise ValueError(
+                f"cannot {purpose.format(type(self.network).__name__)}; a student of this expert is a {kind.__name__}; make one with "
+                "make_student()"
+            )
+        return self.network
 
     def predict(self, x_t: Tensor, t: Tensor, c: Tensor | None = None, w: Tensor | None = None) -> Prediction:
         return cast(Prediction, self(x_t, t, c, w))

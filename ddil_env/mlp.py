@@ -73,9 +73,4 @@ def last_activation(student: NetworkDenoiser) -> nn.Module:
     Raises:
         ValueError: the student's network is another.
     """
-    if not isinstance(student.network, TimeConditionedMLP):
-        raise ValueError(
-            f"cannot take features of a {type(student.network).__name__}; a student of this expert is a TimeConditionedMLP; make one "
-            "with make_student()"
-        )
-    return student.network.layers[-2]
+    return student.network_as(TimeConditionedMLP).layers[-2]

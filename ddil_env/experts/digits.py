@@ -244,12 +244,7 @@ class Digits(Expert):
 
     def critic_features(self, student: NetworkDenoiser) -> nn.Module:
         """The UNet's middle, (b, channels, h, w)."""
-        if not isinstance(student.network, DigitsUNet):
-            raise ValueError(
-                f"cannot take features of a {type(student.network).__name__}; a student of {type(self).__name__} is a DigitsUNet; "
-                "make one with make_student()"
-            )
-        mid_block: nn.Module = student.network.unet.mid_block
+        mid_block: nn.Module = student.network_as(DigitsUNet).unet.mid_block
         return mid_block
 
     def decode(self, x_0: Tensor) -> Tensor:

@@ -254,13 +254,7 @@ class PipelineExpert(Expert):
         Raises:
             ValueError: the student is not one of this expert's.
         """
-        network = student.network
-        if not isinstance(network, type(self.network)):
-            raise ValueError(
-                f"cannot {purpose.format(type(network).__name__)}; a student of {type(self).__name__} is a {type(self.network).__name__}; "
-                "make one with make_student()"
-            )
-        return network
+        return student.network_as(type(self.network), purpose)
 
     def critic_features(self, student: NetworkDenoiser) -> nn.Module:
         """The middle of the network, (b, channels, h, w)."""
