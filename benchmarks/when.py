@@ -23,7 +23,6 @@ import hashlib
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
+from records import Records, collect_records, restore_records
 from when_report import write_report
 
 from ddil_agents import DMD2, LCM, Beta, Dagger
@@ -275,24 +275,7 @@ def tasks(runs: Path, names: list[str], seeds: int | None) -> list[Task]:
     ]
 
 
-Key = tuple[str, str, int]  # a run: its cell, arm and seed
-
-
-def read_records(path: Path) -> dict[Key, dict[str, Any]]:
-    """The runs of a when_runs.jsonl; none if there is no such file."""
-    lines = map(json.loads, path.read_text().splitlines() if path.is_file() else ())
-    return {(line["cell"], line["arm"], line["seed"]): line for line in lines}
-
-
-def gather(runs: Path, kept: Path) -> dict[Key, dict[str, Any]]:
-    """The records of --runs, added to those in the file that is kept."""
-    found = (json.loads(path.read_text()) for path in sorted(runs.glob("*/*-s*.json")))
-    records = read_records(kept) | {(line["cell"], line["arm"], line["seed"]): line for line in found}
-    write_atomically(kept, "".join(json.dumps(record) + "\n" for _, record in sorted(records.items())))
-    return records
-
-
-def check(records: dict[Key, dict[str, Any]]) -> None:
+def check(records: Records) -> None:
     """Refuses records of other settings than those that stand here.
 
     Raises:
@@ -301,17 +284,6 @@ def check(records: dict[Key, dict[str, Any]]) -> None:
     now = {(cell.name, arm): given(cell, arm) for cell in cells() for arm in ("start", *cell.arms)}
     if other := [key for key, record in records.items() if record["given"] != now.get(key[:2])]:
         raise ValueError(f"the runs {other[:3]} … had other settings than they have now; remove them from --out and --runs")
-
-
-def put_back(records: dict[Key, dict[str, Any]], todo: list[Task]) -> Iterator[Path]:
-    """Writes the kept records where a run looks for them, so that none is run again."""
-    known = {(task.cell, task.seed): task for task in todo}
-    for (cell, arm, seed), record in records.items():
-        task = known.get((cell, seed))
-        if task is not None and not task.place(arm).is_file():
-            task.place(arm).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(task.place(arm), json.dumps(record))
-            yield task.place(arm)
 
 
 def main() -> None:
@@ -326,15 +298,15 @@ def main() -> None:
     args = parser.parse_args()
     kept = args.out.with_name(f"{args.out.stem}_runs.jsonl")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    check(gather(args.runs, kept))
+    records = collect_records(args.runs, kept, check)
     if not args.report_only:
         todo = tasks(args.runs, args.cells, args.seeds)
-        print(f"{len(list(put_back(read_records(kept), todo)))} records put back from {kept}", flush=True)
+        print(f"{restore_records(records, todo)} records restored from {kept}", flush=True)
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             for number, ended in enumerate(as_completed(pool.submit(run, task) for task in todo), 1):
                 ended.result()
-                print(f"{number} of {len(todo)} seeds of cells, {len(gather(args.runs, kept))} runs", flush=True)
-    records = gather(args.runs, kept)
+                print(f"{number} of {len(todo)} seeds of cells, {len(collect_records(args.runs, kept, check))} runs", flush=True)
+        records = collect_records(args.runs, kept, check)
     if not records:
         parser.error(f"--runs {args.runs}: nothing has run there; leave --report_only out, or name another folder")
     write_report(records, cells(), args.out)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from records import Records, collect_records, restore_records
 from worlds_report import SEEDS, TUNED, TUNING, write_report
 
 from ddil_agents import Algorithm, BehaviourCloning, Beta, Dagger, Dart
@@ -193,40 +194,17 @@ def few_steps(name: str) -> dict[str, Any]:
     return evaluator.evaluate(ExpertPolicy(evaluator.expert, substeps=1))
 
 
-Key = tuple[str, str, int]  # a run: its cell, arm and seed
-
-
-def read_records(path: Path) -> dict[Key, dict[str, Any]]:
-    """The runs of a worlds_runs.jsonl; none if there is no such file."""
-    lines = map(json.loads, path.read_text().splitlines() if path.is_file() else ())
-    return {(line["cell"], line["arm"], line["seed"]): line for line in lines}
-
-
-def collect_records(runs: Path, kept: Path) -> dict[Key, dict[str, Any]]:
-    """The records of --runs, added to those in the file that is kept.
+def check(records: Records) -> None:
+    """Refuses records of other settings than those that stand here.
 
     Raises:
-        ValueError: a record of other settings than those that stand here.
+        ValueError: so; names the first.
     """
-    found = (json.loads(path.read_text()) for path in sorted(runs.glob("*/*-s*.json")))
-    records = read_records(kept) | {(line["cell"], line["arm"], line["seed"]): line for line in found}
     for (name, arm, seed), record in records.items():
         if name not in CELLS or arm not in ARMS or record["settings"] != digest(CELLS[name], arm):
             raise ValueError(
                 f"the run of {arm} in {name!r}, seed {seed}, had other settings than it has now; remove it from --out and --runs"
             )
-    write_atomically(kept, "".join(json.dumps(record) + "\n" for _, record in sorted(records.items())))
-    return records
-
-
-def restore_records(records: dict[Key, dict[str, Any]], tasks: list[Task]) -> None:
-    """Writes the kept records where a run looks for them, so that none is run again."""
-    for task in tasks:
-        for arm in task.arms:
-            record = records.get((task.cell, arm, task.seed))
-            if record is not None and not task.place(arm).is_file():
-                task.place(arm).parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(task.place(arm), json.dumps(record))
 
 
 def main() -> None:
@@ -240,7 +218,7 @@ def main() -> None:
     args = parser.parse_args()
     kept = args.out.with_name(f"{args.out.stem}_runs.jsonl")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    records = collect_records(args.runs, kept)
+    records = collect_records(args.runs, kept, check)
     if not args.report_only:
         compared = SEEDS[: args.seeds]
         seeds = [*compared[:3], *TUNING, *compared[3:]]
@@ -249,8 +227,8 @@ def main() -> None:
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             for number, ended in enumerate(as_completed(pool.submit(run, task) for task in tasks), 1):
                 ended.result()
-                print(f"{number} of {len(tasks)} seeds of cells, {len(collect_records(args.runs, kept))} runs", flush=True)
-        records = collect_records(args.runs, kept)
+                print(f"{number} of {len(tasks)} seeds of cells, {len(collect_records(args.runs, kept, check))} runs", flush=True)
+        records = collect_records(args.runs, kept, check)
     if not records:
         parser.error(f"--runs {args.runs}: nothing has run there; leave --report_only out, or name another folder")
     write_report(records, CELLS, args.out)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import when
 import when_report
+from records import collect_records, restore_records
 from safetensors.torch import load_file
 from scipy import stats
 
@@ -175,12 +176,12 @@ def test_a_seeds_arms_fork_from_one_student_and_no_run_is_made_twice(small, tmp_
     assert json.loads(task.place("start").read_text())["average"] == found["start"]["average"]
 
     kept = tmp_path / "when_runs.jsonl"
-    records = when.gather(tmp_path, kept)
+    records = collect_records(tmp_path, kept, when.check)
     assert set(records) == {("w 3, 4 steps", arm, 400) for arm in found}
     for arm in found:
         task.place(arm).unlink()
-    assert when.gather(tmp_path, kept) == records  # the lines stand by themselves
-    assert len(list(when.put_back(records, [task]))) == 3
+    assert collect_records(tmp_path, kept, when.check) == records  # the lines stand by themselves
+    assert restore_records(records, [task]) == 3
     when.run(task)  # nothing left to do
     when.check(records)
     records["w 3, 4 steps", "student", 400]["given"] = "other"

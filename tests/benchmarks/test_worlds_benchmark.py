@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import worlds
 import worlds_report
+from records import collect_records, restore_records
 from worlds_report import SEEDS, TUNING, Runs, summarise, verdicts, write_report
 
 PROVENANCE = {"hardware": "a CPU", "torch": "2", "date": "2026-11-28"}
@@ -89,17 +90,17 @@ def test_a_run_is_recorded_once_and_records_of_other_settings_are_refused(tmp_pa
     name = "fork, width 32, 2 steps, 8 demos"
     worlds.run(worlds.Task(name, SEEDS[0], tmp_path / "runs"))
     kept = tmp_path / "worlds_runs.jsonl"
-    records = worlds.collect_records(tmp_path / "runs", kept)
+    records = collect_records(tmp_path / "runs", kept, worlds.check)
     assert set(records) == {(name, arm, SEEDS[0]) for arm in worlds.ARMS}
     assert records[name, "ddil", SEEDS[0]]["visits"] > 0
     assert records[name, "noise 0.1", SEEDS[0]]["visits"] == 0 < records[name, "dart 0.3", SEEDS[0]]["visits"]
     task = worlds.Task(name, SEEDS[0], tmp_path / "again")
-    worlds.restore_records(records, [task])
+    assert restore_records(records, [task]) == 3
     written = task.place("ddil").stat().st_mtime_ns
     worlds.run(task)
     assert task.place("ddil").stat().st_mtime_ns == written
     monkeypatch.setattr(worlds, "VERSION", worlds.VERSION + 1)
     with pytest.raises(ValueError, match=r"had other settings than it has now; remove it from --out and --runs"):
-        worlds.collect_records(tmp_path / "runs", kept)
+        collect_records(tmp_path / "runs", kept, worlds.check)
     worlds.make_evaluator.cache_clear()
     worlds.few_steps.cache_clear()
