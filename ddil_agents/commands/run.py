@@ -41,6 +41,7 @@ from ddil_agents.devices import ranks
 from ddil_agents.evaluation.callback import EvalCallback
 from ddil_agents.evaluation.results import read_result, table
 from ddil_agents.evaluation.settings import Evaluation, Validation
+from ddil_agents.states.collect import rank_stream_seed
 from ddil_agents.training.callbacks import Callback
 from ddil_agents.training.checkpoint import write_atomically
 from ddil_agents.training.stages import evaluation_config, iter_learners, plan_stages
@@ -68,7 +69,7 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
         stages = plan_stages(config)
         check_data(agent, expert, stages)
         learners = iter_learners(agent, expert, stages, resumed)
-        torch.manual_seed(config.seed)  # of a student's dropout; all else draws from streams of its own
+        torch.manual_seed(rank_stream_seed(config.seed, "dropout"))  # of a student; all else draws from streams of its own
         first = next(learners)
 
         # Check what would fail after the training.

@@ -19,8 +19,7 @@ from ddil_agents.training.checkpoint import folder_atomically, write_atomically
 from ddil_agents.training.metrics import read_metrics
 from ddil_agents.training.stages import better_weights, in_eval_mode
 from ddil_agents.training.trained_agent import TrainedAgent
-from ddil_env import DdimPolicy, Expert, ExpertPolicy, TimeGrid
-from ddil_env.mdp import Kernel
+from ddil_env import Expert, ExpertPolicy
 
 
 def save_and_evaluate(
@@ -82,13 +81,8 @@ def save_and_evaluate(
         {**evaluator.baselines(), name: evaluator.sample(learner.student_policy, learner.grid, learner.kernel)},
     )
     if evaluator.episodes is not None:
-        teacher = ExpertPolicy(expert, 1, config.guidance_scale)
-        policies: dict[str, tuple[DdimPolicy, TimeGrid, Kernel]] = {
-            f"teacher@{config.teacher_steps}": (evaluator.expert_policy, learner.grid, "ddim"),
-            f"teacher@{config.num_steps}": (teacher, learner.grid, "ddim"),
-            name: (learner.student_policy, learner.grid, learner.kernel),
-        }
-        save_episodes(out / "episodes.gif", evaluator.episodes, policies)
+        student_policy = learner.student_policy, learner.grid, learner.kernel
+        save_episodes(out / "episodes.gif", evaluator.episodes, {name: student_policy})
     write_atomically(out / "result.json", json.dumps(result, indent=1))
     if store is not None:
         shutil.rmtree(store)

@@ -8,8 +8,6 @@ from typing import Any
 from ddil_agents.commands.load import load_run
 from ddil_agents.evaluation.animation import EPISODES, save_episodes
 from ddil_agents.evaluation.episodes import EpisodeEvaluator
-from ddil_env import DdimPolicy, ExpertPolicy, TimeGrid
-from ddil_env.mdp import Kernel
 
 
 def animate_arms(result: dict[str, Any], out: Path) -> bool:
@@ -29,10 +27,5 @@ def animate_arms(result: dict[str, Any], out: Path) -> bool:
     agents = {arm: load_run(path) for arm, path in paths.items()}
     agent = next(iter(agents.values()))
     evaluator = EpisodeEvaluator(agent.teacher_policy, agent.grid, n=EPISODES, seed=first)
-    few = ExpertPolicy(agent.expert, 1, agent.config.guidance_scale)
-    policies: dict[str, tuple[DdimPolicy, TimeGrid, Kernel]] = {
-        f"teacher@{agent.teacher_policy.substeps * agent.grid.num_steps}": (agent.teacher_policy, agent.grid, "ddim"),
-        f"teacher@{agent.grid.num_steps}": (few, agent.grid, "ddim"),
-        **{arm: (agent.student_policy, agent.grid, agent.kernel) for arm, agent in agents.items()},
-    }
-    return save_episodes(out / "episodes.gif", evaluator, policies)
+    students = {arm: (agent.student_policy, agent.grid, agent.kernel) for arm, agent in agents.items()}
+    return save_episodes(out / "episodes.gif", evaluator, students)

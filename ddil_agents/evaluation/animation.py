@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddil_agents.evaluation.episodes import EpisodeEvaluator
 from ddil_agents.training.checkpoint import write_atomically
-from ddil_env import DdimPolicy, TimeGrid
+from ddil_env import DdimPolicy, ExpertPolicy, TimeGrid
 from ddil_env.mdp import Kernel
 
 EPISODES, FRAMES, HEIGHT = 4, 120, 150  # at most: columns, frames of an animation, pixels of a picture
@@ -74,12 +74,24 @@ def save_animation(path: Path, films: dict[str, np.ndarray], seconds: float = 8.
     write_atomically(path, gif.getvalue())
 
 
-def save_episodes(path: Path, evaluator: EpisodeEvaluator, policies: dict[str, tuple[DdimPolicy, TimeGrid, Kernel]]) -> bool:
-    """Writes an animation of each policy's first episodes.
+def save_episodes(path: Path, evaluator: EpisodeEvaluator, students: dict[str, tuple[DdimPolicy, TimeGrid, Kernel]]) -> bool:
+    """Writes an animation of first episodes: of the teacher in all its steps and in as few as the evaluation's grid has, and of students.
+
+    Args:
+        path: The GIF.
+        evaluator: Runs the episodes.
+        students: Policies by name, with their grid and kernel.
 
     Returns:
         Whether a file was written: not in a world that is not rendered.
     """
+    teacher, grid = evaluator.expert_policy, evaluator.grid
+    few = ExpertPolicy(teacher.expert, 1, teacher.guidance_scale)
+    policies: dict[str, tuple[DdimPolicy, TimeGrid, Kernel]] = {
+        f"teacher@{teacher.substeps * grid.num_steps}": (teacher, grid, "ddim"),
+        f"teacher@{grid.num_steps}": (few, grid, "ddim"),
+        **students,
+    }
     films = {name: film for name, args in policies.items() if (film := render_episodes(evaluator, *args)) is not None}
     if films:
         save_animation(path, films)
