@@ -228,7 +228,7 @@ def test_the_command_goes_on_and_reports(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(when, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr("sys.argv", argv)
     when.main()  # every run has its line: nothing is trained
-    assert "6 records put back" in capsys.readouterr().out
+    assert "6 records restored" in capsys.readouterr().out
     told = json.loads((tmp_path / "when.json").read_text())
     assert told["cells"]["average"]["w 3, 4 steps"]["student"]["frechet_to_expert"]["seeds"] == 2
 
