@@ -39,11 +39,13 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from ddil_agents.config import LearnerConfig
+from ddil_agents.devices.check_settings import check_settings
+from ddil_agents.states.adaptive import AdaptiveShares
 from ddil_agents.states.batch import Batch
 from ddil_agents.states.buffer import SourceBuffer
 from ddil_agents.states.collect import Collector, rank_stream_seed, stream_seed
 from ddil_agents.training.trained_agent import TrainedAgent
-from ddil_agents.training.trainer import GradientStep, Trainer, check_settings
+from ddil_agents.training.trainer import GradientStep, Trainer
 from ddil_env import Expert, ExpertPolicy, StudentPolicy, Support, TimeGrid, Unbounded, unroll
 from ddil_env.support import CountingSupport, Role, build_support
 
@@ -63,6 +65,7 @@ class Algorithm(TrainedAgent):
     Config: ClassVar[type[LearnerConfig]] = LearnerConfig
     config: LearnerConfig
     support: Support
+    adapts_beta: ClassVar[bool] = True  # whether `loss` measures an error, whose gradients on states of two sources can be compared
     roles: ClassVar[tuple[Role, ...]] = ("teacher", "target", "student")  # whose estimates can be thresholded
 
     def __init__(self, expert: Expert | str, config: LearnerConfig | None = None, support: Support | None = None) -> None:
@@ -75,6 +78,7 @@ class Algorithm(TrainedAgent):
         self.support = build_support(config.thresholding, self.expert, self._sample_teacher) if support is None else support
         self.thresholds = self._make_thresholds()
         self.total_updates = config.num_updates
+        self.adaptive_shares = AdaptiveShares(config.beta) if config.beta.schedule == "adaptive" else None
         self.networks = {"student": student, **self.make_networks()}
         self.trainer = Trainer(self)
         self.expert_policy = self.make_expert_policy()
@@ -138,7 +142,7 @@ class Algorithm(TrainedAgent):
 
     def beta(self) -> tuple[float, float, float]:
         """β at the current update."""
-        return self.config.beta(self.step / self.total_updates)
+        return self.config.beta(self.step / self.total_updates) if self.adaptive_shares is None else self.adaptive_shares()
 
     # Checks and calibration in the constructor.
 
@@ -149,6 +153,8 @@ class Algorithm(TrainedAgent):
                 "an agent trains one stage; iterate over ddil_agents.training.stages.iter_learners(agent, expert, plan_stages(config)), "
                 "or use the command"
             )
+        if config.beta.schedule == "adaptive" and not self.adapts_beta:
+            raise ValueError(f"beta.schedule=adaptive: the loss of {self.name} is no error that sources can be compared by; use another")
         roles = config.thresholding.roles
         if unknown := [role for role in roles if role not in self.roles]:
             raise ValueError(f"thresholding.roles={roles}: {self.name} has no {unknown[0]}; it has {', '.join(self.roles)}")

@@ -188,7 +188,7 @@ class LearnerConfig(AgentConfig):
             collect_every: Number of updates from one collection to the next.
         """
         capacity = self.capacity or -(-self.num_updates // collect_every) * (collect_size + max(self.states_per_draw))
-        shares = [max(share) for share in zip(*(self.beta(i / 100) for i in range(101)), strict=True)]  # the largest over the run
+        shares = self.beta.largest_shares()
         held = [capacity if share > 0 else 1 for share in shares]
         if self.capacity is not None and self.student_collections is not None and shares[2] > 0:
             held[2] = min(held[2], self.student_collections * max(math.ceil(collect_size * shares[2]), self.states_per_draw[2]))

@@ -114,6 +114,7 @@ class DMD2(Algorithm):
     """
 
     name = "dmd2"
+    adapts_beta = False
     Config: ClassVar[type[LearnerConfig]] = DMD2Config
     config: DMD2Config
     kernel: ClassVar[Kernel] = "renoise"

@@ -135,6 +135,7 @@ class Gail(Algorithm):
     """Adversarial imitation on the β-mixture of states."""
 
     name = "gail"
+    adapts_beta = False
     Config: ClassVar[type[LearnerConfig]] = GailConfig
     config: GailConfig
 

@@ -152,6 +152,7 @@ class SafeDagger(ActionMatching):
     """
 
     name = "safe_dagger"
+    adapts_beta = False
     Config: ClassVar[type[LearnerConfig]] = SafeDaggerConfig
     config: SafeDaggerConfig
     collector: GatedCollector

@@ -23,8 +23,9 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-Schedule = Literal["constant", "linear", "cosine", "exponential", "dagger", "per_round"]
+Schedule = Literal["constant", "linear", "cosine", "exponential", "dagger", "per_round", "adaptive"]
 SOURCES = ("forward", "teacher", "student")
+ADAPTIVE_FLOOR = 0.05  # share that the schedule `adaptive` leaves to every source, so that its gradient can be measured
 
 _THE_REST = float("nan")  # the default of `forward`, known by its identity: what teacher and student leave
 
@@ -49,9 +50,10 @@ class Beta:
     """Share of states on the student's own trajectories."""
     schedule: Schedule = "constant"
     """How the forward share falls from 1 to its floor over the run: linear, cosine, exponential (e^(-decay * 10 * progress)),
-    dagger (decay^round, Ross et al. 2011), per_round (as the list `per_round` says), or constant (at the floor from the start)."""
+    dagger (decay^round, Ross et al. 2011), per_round (as the list `per_round` says), or constant (at the floor from the start).
+    adaptive: the shares start as they are given and follow what states of each source teach (states/adaptive.py)."""
     decay: float = 0.5
-    """Base of the schedule `dagger`, rate of the schedule `exponential`."""
+    """Base of the schedule `dagger`, rate of the schedules `exponential` and `adaptive`."""
     rounds: int = 10
     """Number of rounds that the schedules `dagger` and `per_round` divide the run into."""
     per_round: tuple[float, ...] = ()
@@ -73,6 +75,11 @@ class Beta:
             raise ValueError(f"unknown beta.schedule {self.schedule!r}; choose one of: {', '.join(get_args(Schedule))}")
         if self.schedule != "constant" and self.teacher + self.student == 0:
             raise ValueError(f"beta.schedule={self.schedule!r} has nowhere to move the forward share: give teacher or student a share")
+        if self.schedule == "adaptive" and (self.student == 0 or self.student == sum(shares)):
+            raise ValueError(
+                f"beta={shares} (forward, teacher, student): the schedule adaptive weighs the student's states against others; give the "
+                "student and one of the others a share"
+            )
         if not 0 < self.decay <= 1:
             raise ValueError(f"beta.decay={self.decay}: need 0 < decay ≤ 1")
         if self.rounds < 1:
@@ -107,8 +114,15 @@ class Beta:
         shares |= {name: max(rest, 0) * share / (present or 1) for name, share in others.items()}
         return replace(self, **shares)
 
+    def largest_shares(self) -> list[float]:
+        """The largest share that each source may have in a run."""
+        if self.schedule == "adaptive":
+            present = [share > 0 for share in self.shares]
+            return [(1 - ADAPTIVE_FLOOR * (sum(present) - 1)) * there for there in present]
+        return [max(share) for share in zip(*(self(i / 100) for i in range(101)), strict=True)]
+
     def __call__(self, progress: float) -> tuple[float, float, float]:
-        """β at a progress of 0 … 1 through the run: three shares that sum to 1."""
+        """β at a progress of 0 … 1 through the run: three shares that sum to 1. With the schedule `adaptive`, those of its start."""
         total = self.forward + self.teacher + self.student
         floor, rest = self.forward / total, self.teacher + self.student
         if rest == 0:
@@ -117,6 +131,7 @@ class Beta:
         current_round = min(int(u * self.rounds), self.rounds - 1)
         falling = {
             "constant": 0.0,
+            "adaptive": 0.0,
             "linear": 1 - u,
             "cosine": (1 + math.cos(math.pi * u)) / 2,
             "exponential": math.exp(-10 * self.decay * u),

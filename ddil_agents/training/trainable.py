@@ -118,6 +118,26 @@ class Trainable:
                 losses.append(each.detach())
         return torch.cat(losses)
 
+    def gradient(self, loss: Loss, states: TensorDict, size: int) -> Tensor:
+        """The gradient of the mean loss of states, (number of weights,), in this process alone; weights' `grad` is left as it is.
+
+        Args:
+            loss: Returns the loss of each state of a part, (b,).
+            states: The states.
+            size: Number of states in a part.
+        """
+        weights = [p for p in self.weights if p.requires_grad]
+        gradient = torch.zeros(sum(p.numel() for p in weights), device=weights[0].device)
+        self._frozen = True  # without DistributedDataParallel
+        try:
+            for part in states.split(size):
+                total = loss(Batch(part)).sum() / len(states)
+                grads = torch.autograd.grad(total, weights, allow_unused=True, materialize_grads=True)
+                gradient += torch.cat([g.flatten() for g in grads])
+        finally:
+            self._frozen = False
+        return gradient
+
     def step(self) -> Tensor:
         """Takes the gradient step; returns the gradient's norm before clipping, on the device."""
         norm = self.accelerator.clip_grad_norm_(self.weights, self.config.max_grad_norm)

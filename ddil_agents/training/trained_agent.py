@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self, cast
 from ddil_agents.agent import Agent
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import sharding
+from ddil_agents.states.adaptive import AdaptiveShares
 from ddil_agents.states.buffer import SourceBuffer
 from ddil_agents.states.collect import Collector
 from ddil_agents.training.checkpoint import load_checkpoint, save_checkpoint
@@ -26,6 +27,7 @@ class TrainedAgent(Agent):
         expert_policy: Labels states and acts in teacher rollouts.
         collector: Draws and labels states.
         buffer: Holds labelled states.
+        adaptive_shares: The shares of the schedule `adaptive`; None with another.
         collect_size, collect_every: Number of states in a collection, and of updates from one collection to the next.
         ema_warm_up: Whether the decay of the averaged student rises to `config.ema` in the first steps.
     """
@@ -38,6 +40,7 @@ class TrainedAgent(Agent):
     expert_policy: ExpertPolicy
     collector: Collector
     buffer: SourceBuffer
+    adaptive_shares: AdaptiveShares | None
     collect_size: int
     collect_every: int
     ema_warm_up: ClassVar[bool] = True
@@ -112,7 +115,8 @@ class TrainedAgent(Agent):
 
         `Trainer.state_dict` adds its own and the networks'; training/checkpoint.py lists all keys.
         """
-        return {"buffer": self.buffer.state_dict(), "collector": self.collector.state_dict(), "support": self._calibration()}
+        adaptive = {} if self.adaptive_shares is None else {"adaptive_shares": self.adaptive_shares.state_dict()}
+        return adaptive | {"buffer": self.buffer.state_dict(), "collector": self.collector.state_dict(), "support": self._calibration()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what `state_dict` returned.
@@ -124,6 +128,8 @@ class TrainedAgent(Agent):
             raise ValueError("the saved agent's support was calibrated on other samples; pass it as support= (support.json of its run)")
         self.buffer.load_state_dict(state["buffer"])
         self.collector.load_state_dict(state["collector"])
+        if self.adaptive_shares is not None:
+            self.adaptive_shares.load_state_dict(state["adaptive_shares"])
 
     def _calibration(self) -> dict[str, Any] | None:
         return support_to_dict(self.support) if self.config.thresholding.kind == "quantile" else None

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ddil_agents.devices import out_of_memory, ranks, sharding
 from ddil_agents.states.batch import Batch
 from ddil_agents.states.collect import rank_stream_seed
+from ddil_agents.training.alignment import align_gradients
 from ddil_agents.training.callbacks import Callback, CheckpointCallback, ProgressBarCallback, Stopwatch
 from ddil_agents.training.checkpoint import save_checkpoint
 from ddil_agents.training.ema import EMAModel
@@ -32,7 +33,6 @@ from ddil_env import NetworkDenoiser
 
 if TYPE_CHECKING:
     from ddil_agents.algorithm import Algorithm
-    from ddil_agents.config import LearnerConfig
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,8 @@ class Trainer:
         with sharding.unsharded(algorithm.networks["student"]), out_of_memory.explain(doing, cure):
             states = algorithm.collect()
         algorithm.teacher_nfe += algorithm.expert.nfe - before
+        if algorithm.adaptive_shares is not None and len(states):
+            algorithm.adaptive_shares.update(align_gradients(algorithm, states), algorithm.step / algorithm.total_updates)
         return states
 
     def update(self, batch: TensorDict) -> dict[str, Tensor]:
@@ -325,25 +327,3 @@ class Trainer:
         if (random := state.get("random_cuda")) is not None and algorithm.expert.device.type == "cuda":
             torch.cuda.set_rng_state(random.cpu(), algorithm.expert.device)
         self._callback_states = state.get("callbacks", {})
-
-
-def check_settings(config: LearnerConfig, device: torch.device) -> None:
-    """Checks that settings fit the device and the number of processes.
-
-    Raises:
-        ValueError: they do not.
-    """
-    if config.mixed_precision == "fp16" and device.type == "cpu":
-        raise ValueError("mixed_precision=fp16 needs a GPU to scale its losses; on a CPU use bf16 or no")
-    if config.mixed_precision == "fp16" and sharding.is_requested():
-        raise ValueError("mixed_precision=fp16 scales losses by what one rank sees; with sharded networks use bf16 or no")
-    if config.halve_batch_on_oom and ranks.world_size() > 1:
-        raise ValueError(
-            f"halve_batch_on_oom=true: {ranks.world_size()} processes need to cut their batches alike, and memory may run out on one only; "
-            "leave it out and raise gradient_accumulation"
-        )
-    if (config.lora is not None or config.optimizer == "adamw8bit") and sharding.is_requested():
-        raise ValueError(
-            f"lora={config.lora}, optimizer={config.optimizer}: sharding supports full networks with torch's AdamW only; set lora to "
-            "null and optimizer to adamw, or do not shard (configs/accelerate/8gpu.yaml): with LoRA little is left to shard"
-        )
