@@ -31,6 +31,10 @@ class Line(World):
         self.c[rows] = self.c[rows] + x_0
         return self.c[rows], -self.c[rows][:, 0].abs(), (self.c[rows].abs() > self.wall).any(1)
 
+    def transition(self, c: Tensor, x_0: Tensor) -> tuple[Tensor, Tensor]:
+        following = c + x_0
+        return following, (following.abs() > self.wall).any(1)
+
     def succeeded(self, total_reward: Tensor) -> Tensor:
         return total_reward > -3
 

@@ -79,7 +79,14 @@ def forwards(
     steps = sum((length - 1) / (length if all_states else 2) for length in lengths) / len(lengths)  # of a rollout, per state
     solver, k, target = (c.solver_steps, 1, b) if consistency else (n, k, 0)
     acting = 0 if all_states else teacher * (solver - 1) / 2 + student * p * steps  # steps of the teacher that are not labels
-    return Forwards(m * (1 + acting) * k * g, m * student * (1 - p) * steps + target, 0, b, 0)
+    unrolled = b * getattr(c, "unroll", 0)  # denoisings, each computed twice by the student
+    return Forwards(
+        teacher=m * (1 + acting) * k * g + unrolled * config.teacher_steps * g,
+        student=m * student * (1 - p) * steps + target + unrolled * n,
+        critic=0,
+        trained_student=b + unrolled * n,
+        trained_critic=0,
+    )
 
 
 def mean_beta(config: LearnerConfig) -> tuple[float, float, float]:

@@ -50,16 +50,20 @@ class Autoregressive(World):
         return histories[rows]
 
     def advance(self, rows: list[int], x_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        past = self.histories[rows]
-        frame = x_0 if self.increment is None else past[:, -1] + self.increment * x_0
+        following, outside = self.transition(self.histories[rows], x_0)
         histories = self.histories.clone()  # a copy, so that what a graph holds is left alone
-        histories[rows] = torch.cat([past[:, 1:], frame[:, None]], 1)
+        histories[rows] = following
         self.histories = histories
+        reward = torch.zeros(len(rows), device=self.device) if self.bound is None else (~outside).float()
+        return histories[rows], reward, outside
+
+    def transition(self, c: Tensor, x_0: Tensor) -> tuple[Tensor, Tensor]:
+        frame = x_0 if self.increment is None else c[:, -1] + self.increment * x_0
         if self.bound is None:
-            nothing = torch.zeros(len(rows), device=self.device)
-            return histories[rows], nothing, nothing.bool()
-        within = (frame.detach().abs() <= self.bound).flatten(1).all(1)
-        return histories[rows], within.float(), ~within
+            outside = torch.zeros(len(c), dtype=torch.bool, device=c.device)
+        else:
+            outside = ~(frame.detach().abs() <= self.bound).flatten(1).all(1)  # so are values that are not finite
+        return torch.cat([c[:, 1:], frame[:, None]], 1), outside
 
     def succeeded(self, total_reward: Tensor) -> Tensor | None:
         return None if self.bound is None else total_reward >= self.num_frames

@@ -71,6 +71,15 @@ class Fork(World):
         done = (crosses & ~gap) | (self.passed[rows] == self.num_rows)
         return self._conditions(rows), (crosses & gap).float(), done
 
+    def transition(self, c: Tensor, x_0: Tensor) -> tuple[Tensor, Tensor]:
+        x, ahead = c[:, 0], c[:, 1] + 1  # offset from the peg ahead, distance to its row
+        step = displacement(x_0)
+        crosses = step[:, 1] >= ahead
+        share = (ahead / step[:, 1].clamp(min=1e-9)).clamp(0, 1)  # of the step, at the row
+        gap = offset(x + share * step[:, 0], torch.zeros_like(x)).abs() >= HALF_WIDTH
+        passes = (crosses & gap).to(x.dtype)
+        return torch.stack([offset(x + step[:, 0], passes), ahead - step[:, 1] + ROW * passes - 1], 1), crosses & ~gap
+
     def _conditions(self, rows: list[int]) -> Tensor:
         position, passed = self.position[rows], self.passed[rows]
         return torch.stack([offset(position[:, 0], passed), ROW * (passed + 1) - position[:, 1] - 1], 1)

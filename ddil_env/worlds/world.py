@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class World(ABC):
-    """A batch of independent worlds. A subclass implements `start`, `advance` and optionally `render`.
+    """A batch of independent worlds. A subclass implements `start`, `advance` and optionally `transition` and `render`.
 
     Args:
         num_worlds: How many.
@@ -60,6 +60,26 @@ class World(ABC):
         Returns:
             The next conditions (len(rows), *condition_shape), the rewards and whether the episodes ended, (len(rows),) each.
         """
+
+    def transition(self, c: Tensor, x_0: Tensor) -> tuple[Tensor, Tensor]:
+        """What `advance` does to conditions, as a differentiable function, for worlds whose state is their condition.
+
+        Args:
+            c: Conditions, (n, *condition_shape).
+            x_0: Samples, (n, *sample_shape).
+
+        Returns:
+            The next conditions (n, *condition_shape), with gradients by both arguments, and whether episodes end there, (n,) bool.
+
+        Raises:
+            ValueError: this world has no such function.
+        """
+        raise ValueError(f"{type(self).__name__} is not differentiable: it implements no `transition`")
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether it implements `transition`."""
+        return type(self).transition is not World.transition
 
     def render(self, row: int = 0) -> Tensor | None:
         """A picture of a world, uint8 (height, width, 3); None if it cannot be rendered."""
