@@ -14,6 +14,7 @@ from ddil_env.expert import Expert, NoDataError
 from ddil_env.prediction import Prediction
 from ddil_env.schedule import NoiseSchedule
 from ddil_env.time_grid import TimeGrid
+from ddil_env.worlds.world import World
 
 
 def _require(holds: bool, expert: Expert, message: str) -> None:
@@ -121,6 +122,8 @@ def _check_world(expert: Expert) -> None:
     world = expert.make_world(2)
     if world is None:
         return
+    _require(isinstance(world, World), expert, f"make_world gave {type(world).__name__}; need a ddil_env.worlds.World, or None")
+    _require(world.num_worlds == 2, expert, f"make_world(2) gave {world.num_worlds} worlds")
     shapes = (world.sample_shape, world.condition_shape), (expert.sample_shape, expert.condition_shape)
     _require(
         shapes[0] == shapes[1], expert, f"its world takes and answers {shapes[0]}; need the expert's sample and condition, {shapes[1]}"

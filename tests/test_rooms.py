@@ -102,7 +102,7 @@ def test_imports_inside_functions_are_of_optional_packages() -> None:
                     found = [node for node in ast.walk(function) if isinstance(node, ast.Import | ast.ImportFrom)]
                     names = [node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name for node in found]
                     late |= {(name.split(".")[0], str(path.relative_to(ROOT))) for name in names}
-    optional = {"bitsandbytes", "peft", "lpips", "open_clip", "stable_baselines3", "torch_fidelity", "trackio", "wandb"}
+    optional = {"bitsandbytes", "minari", "peft", "lpips", "open_clip", "stable_baselines3", "torch_fidelity", "trackio", "wandb"}
     slow = {  # all commands would start more than twice as slowly
         ("diffusers", "ddil_env/experts/digits.py"),
         ("sklearn", "ddil_env/experts/digits.py"),

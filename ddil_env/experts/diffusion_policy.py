@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from ddil_env.weights import read_tensors
 from ddil_env.worlds.world import World
 
 NUM_TRAIN_STEPS = 100  # of the noise schedule, as in Chi et al. 2023
+CLIP = 5.0  # standard deviations within which normalised observations are kept
 
 
 def policy_network(sample_shape: tuple[int, ...], condition_shape: tuple[int, ...], width: int, depth: int) -> NetworkDenoiser:
@@ -33,14 +36,23 @@ class DiffusionPolicy(Expert):
         file: A safetensors file: the network's weights (`network.…`), `mean` and `std` of the observations where they are normalised, and
             the demonstrations, `c` (m, *condition_shape), `x_0` (m, *sample_shape) and `episode` (m,).
         width, depth: Of its MLP.
-        num_demos: Demonstrations, whole episodes, that forward states come from; the rest of the file's are held out.
+        num_demos: Demonstrations, whole episodes, that forward states come from; the others are held out.
         device: Where it computes.
+        demonstrations: Observations (m, observation), actions (m, *sample_shape) in [−1, 1] and episodes (m,) in the place of the file's.
 
     Raises:
         ValueError: a file that is absent, damaged or of another network; more demonstrations than there are.
     """
 
-    def __init__(self, file: Path, width: int, depth: int, num_demos: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        file: Path,
+        width: int,
+        depth: int,
+        num_demos: int,
+        device: torch.device | str = "cpu",
+        demonstrations: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
         stored = read_tensors(file, "train it again")
         c, x_0 = stored["c"], stored["x_0"]
         self.teacher = policy_network(tuple(x_0.shape[1:]), tuple(c.shape[1:]), width, depth)
@@ -50,11 +62,21 @@ class DiffusionPolicy(Expert):
         self.teacher.to(self.device).eval()
         self.width, self.depth = width, depth
         self.mean, self.std = stored.get("mean"), stored.get("std")
-        episodes = int(stored["episode"].max()) + 1
+        episode, self.brought = stored["episode"], demonstrations is not None
+        if demonstrations is not None:
+            observations, x_0, episode = demonstrations
+            c = observations if self.mean is None or self.std is None else ((observations - self.mean) / self.std).clamp(-CLIP, CLIP)
+        episodes = int(episode.max()) + 1
         if not 1 <= num_demos < episodes:
             raise ValueError(f"num_demos={num_demos}: there are {episodes}, and one at least is held out; need 1 to {episodes - 1}")
-        first = stored["episode"] < num_demos
+        first = episode < num_demos
         self.demos = {held_out: (x_0[at].to(self.device), c[at].to(self.device)) for held_out, at in ((False, first), (True, ~first))}
+
+    def identity(self) -> dict[str, Any]:
+        if not self.brought:
+            return super().identity()
+        digest = hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for pair in self.demos.values() for x in pair))
+        return super().identity() | {"demonstrations": digest.hexdigest()[:16]}
 
     @abstractmethod
     def make_world(self, num_worlds: int, **options: object) -> World:

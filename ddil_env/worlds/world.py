@@ -124,8 +124,8 @@ class World(ABC):
             The next conditions (n, *condition_shape), rewards (n,) float32 and whether the episodes ended (n,) bool, on the device.
 
         Raises:
-            ValueError: samples of another shape.
-            FloatingPointError: samples or conditions that are not finite.
+            ValueError: samples of another shape; conditions, rewards or ends of another shape, or ends that are not bool.
+            FloatingPointError: samples, conditions or rewards that are not finite.
         """
         chosen = list(range(self.num_worlds)) if rows is None else list(rows)
         if tuple(x_0.shape) != (len(chosen), *self.sample_shape):
@@ -133,11 +133,18 @@ class World(ABC):
         if not bool(torch.isfinite(x_0).all()):
             raise FloatingPointError("a sample for the world is not finite; look at the policy's network")
         c, reward, done = self.advance(chosen, x_0)
+        for name, value in (("rewards", reward), ("ends of episodes", done)):
+            if tuple(value.shape) != (len(chosen),):
+                raise ValueError(f"{type(self).__name__}.advance gave {name} of shape {tuple(value.shape)}; need ({len(chosen)},)")
+        if done.dtype != torch.bool:
+            raise ValueError(f"{type(self).__name__}.advance gave ends of episodes as {done.dtype}; need bool")
         for row in chosen:
             self.frames[row] += 1
         done = done.to(self.device)
         if any(full := [self.frames[row] >= self.num_frames for row in chosen]):
             done = done | torch.tensor(full, device=self.device)
+        if not bool(torch.isfinite(reward).all()):
+            raise FloatingPointError(f"{type(self).__name__}.advance gave a reward that is not finite")
         return self._checked(c, "advance", chosen), reward.float().to(self.device), done
 
     def _checked(self, c: Tensor, where: str, rows: list[int]) -> Tensor:

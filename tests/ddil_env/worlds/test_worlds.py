@@ -1,6 +1,7 @@
 """Worlds: what they take and answer, whole episodes in them, and the MDP with a world behind it."""
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from line_world import Line, Steersman
 from torch import Tensor
 from torchrl.envs.utils import check_env_specs
 
-from ddil_env import DenoisingEnv, DenoisingGymEnv, DenoisingVectorEnv, ExpertPolicy, TimeGrid, unroll
+from ddil_env import DenoisingEnv, DenoisingGymEnv, DenoisingVectorEnv, ExpertPolicy, TimeGrid, check_expert, unroll
 from ddil_env.worlds import Autoregressive, GymWorld, run_episodes
 
 
@@ -141,6 +142,27 @@ def test_samples_and_conditions_that_are_not_finite_or_of_another_shape_are_refu
         DenoisingEnv(Steersman(), 2, [3], world=Line(2))
     with pytest.raises(ValueError, match=r"the world takes samples \(2,\) and answers \(2,\), the expert's are"):
         DenoisingEnv("gaussian_mixture", 2, [2], world=Line(2))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda c, r, d: (c, r * torch.nan, d), "gave a reward that is not finite"),
+        (lambda c, r, d: (c, r[:1], d), r"gave rewards of shape \(1,\); need \(2,\)"),
+        (lambda c, r, d: (c, r, d.float()), "gave ends of episodes as torch.float32; need bool"),
+    ],
+)
+def test_a_world_that_breaks_its_contract_is_named_by_the_check(answer: Any, message: str) -> None:
+    class Broken(Line):
+        def advance(self, rows: list[int], x_0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return answer(*super().advance(rows, x_0))  # type: ignore[no-any-return]
+
+    class Misled(Steersman):
+        def make_world(self, num_worlds: int, **options: Any) -> Line:
+            return Broken(num_worlds)
+
+    with pytest.raises(ValueError, match=message):
+        check_expert(Misled())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("Box2D") is None, reason="needs Box2D: pip install 'ddil[worlds]'")
