@@ -143,9 +143,10 @@ class World(ABC):
         done = done.to(self.device)
         if any(full := [self.frames[row] >= self.num_frames for row in chosen]):
             done = done | torch.tensor(full, device=self.device)
+        c = self._checked(c, "advance", chosen)
         if not bool(torch.isfinite(reward).all()):
             raise FloatingPointError(f"{type(self).__name__}.advance gave a reward that is not finite")
-        return self._checked(c, "advance", chosen), reward.float().to(self.device), done
+        return c, reward.float().to(self.device), done
 
     def _checked(self, c: Tensor, where: str, rows: list[int]) -> Tensor:
         expected = (len(rows), *self.condition_shape)
