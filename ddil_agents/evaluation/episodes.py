@@ -5,7 +5,8 @@
     e_data           the same on held-out demonstrations or recordings
     ratio            e_own / e_data: the covariate shift that matters
 
-x_0* is the expert's sample from the same noise and condition.
+x_0* is the expert's sample from the same noise and condition. Beside the errors, the conditions: sliced 2-Wasserstein distance of
+those that the policy's episodes visit to held-out demonstrations, and to those that the expert's episodes visit.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddil_agents.evaluation.metrics.distances import sliced_wasserstein, split_half
 from ddil_agents.states.collect import stream_seed
 from ddil_env import DdimPolicy, Expert, ExpertPolicy, NoDataError, TimeGrid, unroll
 from ddil_env.mdp import Kernel
 from ddil_env.worlds import Episodes, run_episodes
 
+CONDITIONS = 1000  # of each set, in a distance of sets of conditions
 SPANS = 8  # of an episode, in which errors are averaged: the ends of the parts of num_frames
 
 
@@ -72,6 +75,7 @@ class EpisodeEvaluator:
             survival: the share of episodes that go on after each eighth of the longest possible one.
             error_own, error_expert: squared error of a sample per entry, by eighth of an episode; None where no episode is so long.
             error_data: the same on held-out data; error_ratio: mean error_own over error_data.
+            condition_shift, condition_shift_to_expert: distances of the visited conditions to held-out data, and to the expert's.
         """
         grid = grid or self.grid
         episodes = self.expert_episodes if policy is self.expert_policy else self.run(policy, grid, kernel)
@@ -86,21 +90,50 @@ class EpisodeEvaluator:
             "survival": [float((episodes.length >= end).double().mean()) for end in ends],
             "world_steps": int(episodes.alive.sum()),
             **world.metrics(episodes),
+            **self._condition_shift(episodes),
         }
         if policy is self.expert_policy:
             return metrics
         metrics["error_own"] = self._errors(policy, grid, kernel, episodes, ends)
         metrics["error_expert"] = self._errors(policy, grid, kernel, self.expert_episodes, ends)
-        try:
-            _, c = self.expert.reference_data(self.labelled * SPANS, held_out=True)
-        except NoDataError:
+        if (c := self._held_out_conditions(self.labelled * SPANS)) is None:
             return metrics | {"error_data": None, "error_ratio": None}
-        assert c is not None
         metrics["error_data"] = self._error(policy, grid, kernel, c)
         weights = [int(episodes.alive[a:b].sum()) for a, b in zip([0, *ends], ends, strict=False)]
         own = sum(w * e for w, e in zip(weights, metrics["error_own"], strict=True) if e is not None) / sum(weights)
         metrics["error_ratio"] = own / metrics["error_data"] if metrics["error_data"] else math.nan
         return metrics
+
+    def floors(self) -> dict[str, dict[str, Any]]:
+        """Distances of one half of a set of conditions to the other: no policy's can be expected to be lower at as many conditions."""
+        halves, sets = {}, {"teacher_halves": ("condition_shift_to_expert", self._visited(self.expert_episodes))}
+        if (data := self._held_out_conditions(2 * CONDITIONS)) is not None:
+            sets["real_halves"] = ("condition_shift", data)
+        for name, (key, c) in sets.items():
+            if len(c) >= 4:
+                halves[name] = {key: split_half(sliced_wasserstein, c)}
+        return halves
+
+    def _held_out_conditions(self, n: int) -> Tensor | None:
+        """Up to n conditions of held-out data, (m, *condition_shape); None without data."""
+        try:
+            return self.expert.reference_data(n, held_out=True)[1]
+        except NoDataError:
+            return None
+
+    def _visited(self, episodes: Episodes) -> Tensor:
+        """Up to 2 · CONDITIONS of the conditions of episodes, drawn without replacement, (m, *condition_shape)."""
+        c = episodes.c[episodes.alive]
+        return c[torch.randperm(len(c), generator=self._generator("visited"), device=c.device)[: 2 * CONDITIONS]]
+
+    def _condition_shift(self, episodes: Episodes) -> dict[str, float]:
+        own, shift = self._visited(episodes), {}
+        sets = {"condition_shift": self._held_out_conditions(CONDITIONS), "condition_shift_to_expert": self._visited(self.expert_episodes)}
+        for key, others in sets.items():
+            if others is not None:
+                n = min(CONDITIONS, len(own), len(others))
+                shift[key] = sliced_wasserstein(own[:n], others[-n:])  # of the expert itself, two halves
+        return shift
 
     def _errors(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, episodes: Episodes, ends: Sequence[int]) -> list[float | None]:
         errors: list[float | None] = []

@@ -99,6 +99,8 @@ class Evaluator(SampleDrawer):
             noised, m = self._draw_marginals(self.training, self._generator("forward training")), len(self.training)
             scores = self._score(*self.training_features, None if self.c is None else self.c[:m])
             floors["training_data"] = {"n": m, "n_paths": noised.shape[1], **scores, **self._shift_from_data(noised.transpose(0, 1))}
+        for name, values in {} if self.episodes is None else self.episodes.floors().items():
+            floors.setdefault(name, {}).update(values)
         return floors
 
     def _score(self, features: Features, classes: Tensor | None, c: Tensor | None) -> dict[str, Any]:

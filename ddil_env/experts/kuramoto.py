@@ -71,7 +71,7 @@ class KuramotoSolver(Expert):
         return self.schedule.prediction(x_0.float(), x_t, t, "x_0")
 
     def make_world(self, num_worlds: int, **options: Any) -> KuramotoWorld:
-        return KuramotoWorld(num_worlds, self.equation, self.std, self.increment, device=self.device, **options)
+        return KuramotoWorld(num_worlds, self.equation, self.std, self.increment, self.dt, device=self.device, **options)
 
     def pairs(self, held_out: bool) -> tuple[Tensor, Tensor]:
         """All increments (n, 1, points) of recorded sequences, and the frames before them, (n, 1, 1, points)."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddil_env.worlds.autoregressive import Autoregressive
+from ddil_env.worlds.episodes import Episodes
 
 LENGTH, POINTS = 22.0, 48
 TIME_STEP = 0.125  # of the solver
@@ -105,6 +106,7 @@ class KuramotoWorld(Autoregressive):
         equation: Computes the starts.
         std: The attractor's standard deviation.
         increment: A sample times this is added to the last frame.
+        dt: Time between frames.
         num_frames: Frames of an episode.
         bound: Largest value of a frame.
         device: Where the frames are.
@@ -116,6 +118,7 @@ class KuramotoWorld(Autoregressive):
         equation: KuramotoSivashinsky,
         std: float,
         increment: float,
+        dt: float,
         num_frames: int = 400,
         bound: float = BOUND,
         device: torch.device | str = "cpu",
@@ -125,7 +128,9 @@ class KuramotoWorld(Autoregressive):
 
         shape = (1, equation.points)
         super().__init__(num_worlds, initial, shape, num_frames=num_frames, increment=increment, bound=bound, device=device)
+        self.equation, self.std, self.dt, self.limit = equation, std, dt, bound
         self.recent = torch.zeros(num_worlds, DRAWN, equation.points, device=self.device)
+        self._truth: tuple[Tensor, Tensor] | None = None  # starts, and the solutions from there
 
     def start(self, rows: list[int], generators: Sequence[torch.Generator]) -> Tensor:
         histories = super().start(rows, generators)
@@ -137,6 +142,30 @@ class KuramotoWorld(Autoregressive):
         histories, reward, done = super().advance(rows, x_0)
         self.recent[rows] = torch.cat([self.recent[rows, 1:], histories[:, -1].detach()], 1)
         return histories, reward, done
+
+    def metrics(self, episodes: Episodes) -> dict[str, float]:
+        """What the rollouts are worth beside the solver's from the same starts, for frames of one history.
+
+        valid_time: frames until a rollout has left the solution, as `valid_time` below.
+        late_shift: 2-Wasserstein distance of the values in the last quarter of the frames to those of the solutions there; a rollout that
+            ended counts with its last frame, clipped to the bound.
+        high_modes: energy of the modes from 9 on there, over the solutions'.
+        """
+        starts, k = episodes.c[0, :, -1, 0], self.num_frames
+        if self._truth is None or not torch.equal(self._truth[0], starts):
+            self._truth = starts, (self.equation.trajectory(starts * self.std, k, self.dt) / self.std).to(starts)
+        truth, frames = self._truth[1], torch.zeros_like(self._truth[1])
+        frames[: len(episodes.c)] = episodes.c[:, :, -1, 0]
+        at = torch.arange(k * 3 // 4, k, max(1, k // 40), device=frames.device)  # evenly over the last quarter
+        last = torch.minimum(at[:, None], episodes.length.to(at.device) - 1)  # (late frames, n)
+        late = frames.gather(0, last[..., None].expand(-1, -1, frames.shape[2])).clamp(-self.limit, self.limit)
+        gap = late.flatten().sort().values - truth[at].flatten().sort().values
+        high = [spectrum(x)[9:].sum() for x in (late, truth[at])]
+        return {
+            "valid_time": float(valid_time(frames, truth).double().mean()),
+            "late_shift": float(gap.square().mean().sqrt()),
+            "high_modes": float(high[0] / high[1]),
+        }
 
     def render(self, row: int = 0) -> Tensor:
         """The last 128 frames of a world, time to the right, positive values red and negative ones blue."""

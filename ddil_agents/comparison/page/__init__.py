@@ -1,7 +1,7 @@
 """The page of a comparison: report.html, one file that needs no network.
 
-    plots.py     the figures               tables.py     conclusions and tables
-    figures.py   drawing them as SVG       viewer.py     data of the trajectory viewer
+    plots.py, episode_plots.py    the figures               tables.py    conclusions and tables
+    figures.py                    drawing them as SVG       viewer.py    data of the trajectory viewer
 
 Jinja2 fills the template page.html, and escapes every string; page.css and page.js become part of the file.
 """
@@ -17,6 +17,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ddil_agents.comparison.page.episode_plots import episode_figures
 from ddil_agents.comparison.page.figures import TEACHER, format_number
 from ddil_agents.comparison.page.plots import arm_styles, profile_figures, quality_figures, step_figures, training_figures
 from ddil_agents.comparison.page.tables import BUDGETS, conclusions, describe_setup, find_unfinished, format_percent, score_tables
@@ -59,7 +60,9 @@ def write_page(result: dict[str, Any], out: Path) -> Path:
         tables=[score_tables(result, budget) for budget in result["budgets"]],
         quality=quality_figures(result),
         profile=profile_figures(result),
-        processes={b: [step_figures(result, b, out), *training_figures(result, b, out)] for b in result["budgets"]},
+        processes={
+            b: [episode_figures(result, b), step_figures(result, b, out), *training_figures(result, b, out)] for b in result["budgets"]
+        },
         styles={**dict.fromkeys(trajectories, TEACHER), **arm_styles(result)},  # trajectories are of arms, or else of the teacher
         viewer=viewer,
         plane=samples_in_the_plane(result, trajectories, viewer["cloud"]),

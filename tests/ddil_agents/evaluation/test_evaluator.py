@@ -477,6 +477,7 @@ def test_a_world_adds_what_episodes_earn() -> None:
     assert set(rows) == {"teacher@4", "teacher@2"}
     assert all(row["success"] == 1 and row["length"] == 6 and -3 < row["return"] < 0 for row in rows.values())
     assert rows["teacher@2"]["error_ratio"] > 0
+    assert {key for floor in evaluator.floors().values() for key in floor} >= {"condition_shift", "condition_shift_to_expert"}
     assert evaluator.describe()["n_episodes"] == 6
     settings = evaluator.describe()
     assert "20, 6 episodes, " in describe_measurement(settings, {"hardware": "a CPU", "torch": "2", "date": "today"})

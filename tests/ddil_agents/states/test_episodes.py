@@ -141,6 +141,10 @@ def test_a_student_learns_to_steer() -> None:
     assert abs(after["return"] - teacher["return"]) < 0.3 < abs(before["return"] - teacher["return"])
     assert after["survival"] == [1.0] * 8
     assert after["length"] == 6
+    floor = evaluator.floors()["teacher_halves"]["condition_shift_to_expert"]
+    assert teacher["condition_shift_to_expert"] == pytest.approx(floor, rel=1.0)
+    assert after["condition_shift_to_expert"] < 2 * floor < before["condition_shift_to_expert"]
+    assert before["condition_shift"] > after["condition_shift"]
     c = torch.randn(200, 2)
     x_0 = unroll(learner.student_policy, learner.grid, torch.randn(200, 2), c)[:, -1]
     torch.testing.assert_close(x_0, GAIN * c, atol=0.5, rtol=0)

@@ -8,7 +8,7 @@ import torch
 from ddil_env import ExpertPolicy, TimeGrid, check_expert, unroll
 from ddil_env.conv1d import TimeConditionedConv1d
 from ddil_env.experts.kuramoto import Kuramoto, KuramotoSolver
-from ddil_env.worlds import run_episodes
+from ddil_env.worlds import Episodes, run_episodes
 from ddil_env.worlds.kuramoto import KuramotoSivashinsky, spectrum, valid_time
 
 
@@ -98,6 +98,13 @@ def test_the_oracles_episode_is_the_solution_and_a_rollout_that_leaves_the_bound
     assert episodes.length.tolist() == [6, 4, 6]
     assert episodes.total_reward.tolist() == [6, 3, 6]
     assert world.succeeded(episodes.total_reward).tolist() == [True, False, True]
+    metrics = world.metrics(episodes)
+    assert metrics["valid_time"] == pytest.approx((6 + 4 + 6) / 3)
+    assert metrics["late_shift"] > 0.01  # the one that blew up stays at its last frame within the bound
+    alone = world.metrics(Episodes(*(x[:, [0, 0, 0]] for x in episodes)))
+    assert alone["late_shift"] < 1e-3
+    assert alone["high_modes"] == pytest.approx(1, abs=1e-3)
+    assert alone["valid_time"] == 6
     picture = world.render(0)
     assert picture.dtype == torch.uint8
     assert picture.shape == (4 * 48, 4 * 128, 3)
