@@ -4,7 +4,7 @@
     python benchmarks/worlds.py --jobs 2            # hours on two cores; goes on where it stopped
     python benchmarks/worlds.py --report_only       # the tables, from the runs that are there
 
-    worlds.json, worlds.md, worlds.png      the tables and the picture (worlds_report.py)
+    worlds.json, worlds.md, worlds.png      the tables and the picture (worlds_report.py, worlds_adaptive.py)
     worlds_runs.jsonl                       a line for each run, all that these are made of; a run that has its line is not run again
 
 In a cell a student learns a diffusion policy in N steps, from as many labels of the same teacher and in as many updates, whatever the arm:
@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 from records import Records, collect_records, restore_records
-from worlds_report import SEEDS, TUNED, TUNING, write_report
+from worlds_report import write_report
+from worlds_runs import SEEDS, TUNED, TUNING
 
 from ddil_agents import Algorithm, BehaviourCloning, Beta, Dagger, Dart
 from ddil_agents.evaluation.episodes import EpisodeEvaluator
@@ -48,6 +49,7 @@ BASE: dict[str, Any] = {
     "capacity": 8192,  # all labels: 16 collections of 512
     "student_collections": None,
 }
+LATER = {"unroll": 0}  # settings that the library has since the first runs, and the values at which they change nothing
 EPISODES = {"fork": 500, "lunar_lander": 100}
 
 
@@ -70,7 +72,8 @@ ARMS = {
     "ddil": Arm(Dagger, {"beta": Beta(0.5, 0, 0.5)}, len(SEEDS)),
     "dagger": Arm(Dagger, {"beta": Beta(0, 0, 1)}, len(SEEDS)),
     "teacher": Arm(Dagger, {"beta": Beta(0.5, 0.5, 0)}, len(SEEDS)),
-    "teacher too": Arm(Dagger, {"beta": Beta(0.5, 0.1, 0.4)}),
+    "teacher too": Arm(Dagger, {"beta": Beta(0.5, 0.1, 0.4)}, len(SEEDS)),
+    "adaptive": Arm(Dagger, {"beta": Beta(0.5, 0, 0.5, schedule="adaptive")}, len(SEEDS)),
     **{f"dart {noise:g}": dart(execution_noise=noise) for noise in (0.1, 0.3, 1.0)},
     **{f"noise {noise:g}": dart(condition_noise=noise) for noise in (0.03, 0.1, 0.3)},
 }
@@ -126,12 +129,13 @@ class Task(NamedTuple):
     cell: str
     seed: int
     runs: Path
+    chosen: tuple[str, ...] = ()  # of the arms; empty: all
 
     @property
     def arms(self) -> list[str]:
         if self.seed in TUNING:
-            return [name for name in ARMS if name.split()[0] in TUNED]
-        return [name for name, arm in ARMS.items() if self.seed in SEEDS[: arm.seeds]]
+            return [name for name in self.chosen or ARMS if name.split()[0] in TUNED]
+        return [name for name in self.chosen or ARMS if self.seed in SEEDS[: ARMS[name].seeds]]
 
     def place(self, arm: str) -> Path:
         """Where the record of an arm lies."""
@@ -160,8 +164,9 @@ def config_of(cell: Cell, arm: str, seed: int) -> Any:
 
 def digest(cell: Cell, arm: str) -> str:
     """Of all that a run depends on and that stands here or in its config."""
-    expert = make_expert(cell)
-    found = [VERSION, cell, expert.identity(), EPISODES[cell.env], EVALUATION_SEED, ARMS[arm].agent.name, config_of(cell, arm, 0)]
+    expert, config = make_expert(cell), dataclasses.asdict(config_of(cell, arm, 0))
+    config = {key: value for key, value in config.items() if key not in LATER or value != LATER[key]}
+    found = [VERSION, cell, expert.identity(), EPISODES[cell.env], EVALUATION_SEED, ARMS[arm].agent.name, config]
     return hashlib.sha256(json.dumps(found, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()[:12]
 
 
@@ -213,6 +218,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/worlds.json"))
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="the first so many of each cell (default: %(default)s)")
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS, metavar="CELL", help=f"of {list(CELLS)}; default: all")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help=f"of {list(ARMS)}; default: all")
     parser.add_argument("--jobs", type=int, default=2, help="seeds of cells at a time, one core each")
     parser.add_argument("--report_only", action="store_true", help="train nothing")
     args = parser.parse_args()
@@ -222,7 +228,7 @@ def main() -> None:
     if not args.report_only:
         compared = SEEDS[: args.seeds]
         seeds = [*compared[:3], *TUNING, *compared[3:]]
-        tasks = [Task(name, seed, args.runs) for seed in seeds for name in args.cells]  # balanced over cells at any time
+        tasks = [Task(name, seed, args.runs, tuple(args.arms)) for seed in seeds for name in args.cells]  # balanced over cells at any time
         restore_records(records, tasks)
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             for number, ended in enumerate(as_completed(pool.submit(run, task) for task in tasks), 1):

@@ -1,6 +1,6 @@
 """The schedule `adaptive`: shares that rise where a source's states teach what the student's own states need.
 
-    βᵢ ∝ βᵢ⁰ exp(20 · decay · ∫ aᵢ du) ,   u the progress of the run ;   no source falls below `ADAPTIVE_FLOOR`
+    βᵢ ∝ βᵢ⁰ exp(40 · decay · ∫ aᵢ du) ,   u the progress of the run ;   no source falls below `ADAPTIVE_FLOOR`
 
     aᵢ = ⟨gᵢ, g_student⟩ / (‖g‖ ‖g′‖)                             gᵢ: gradient of the mean loss on new states of source i
 
@@ -56,7 +56,7 @@ class AdaptiveShares:
         """
         if broken := [name for name, a in zip(SOURCES, alignment, strict=True) if not math.isfinite(a)]:
             raise FloatingPointError(f"the gradient on new {broken[0]} states is not finite; lower learning_rate or raise warmup_updates")
-        gain = 20 * self.beta.decay * (progress - self.progress)
+        gain = 40 * self.beta.decay * (progress - self.progress)
         self.exponents = [z + gain * a for z, a in zip(self.exponents, alignment, strict=True)]
         self.progress = progress
 

@@ -9,7 +9,9 @@ import pytest
 import worlds
 import worlds_report
 from records import collect_records, restore_records
-from worlds_report import SEEDS, TUNING, Runs, summarise, verdicts, write_report
+from worlds_adaptive import adaptive_claims, adaptive_table
+from worlds_report import summarise, verdicts, write_report
+from worlds_runs import SEEDS, TUNING, Runs
 
 PROVENANCE = {"hardware": "a CPU", "torch": "2", "date": "2026-11-28"}
 
@@ -43,8 +45,23 @@ def test_the_cells_and_arms_are_those_that_were_registered() -> None:
     text = Path(worlds.__file__).with_name("README.md").read_text()
     assert "(9 of `fork`, 7 of `lunar_lander`)" in text
     tested = worlds.Task(next(iter(worlds.CELLS)), 709, Path()).arms
-    assert tested == ["bc", "ddil", "dagger", "teacher"]
-    assert set(worlds.Task(next(iter(worlds.CELLS)), TUNING[0], Path()).arms) == set(worlds.ARMS) - {*tested, "teacher too"}
+    assert tested == ["bc", "ddil", "dagger", "teacher", "teacher too", "adaptive"]
+    assert set(worlds.Task(next(iter(worlds.CELLS)), TUNING[0], Path()).arms) == set(worlds.ARMS) - {*tested}
+
+
+@pytest.mark.parametrize(("short", "not_worse", "better"), [(0.0, True, 16), (0.2, False, 15)])
+def test_the_claims_about_adaptive_shares(short: float, not_worse: bool, better: int) -> None:
+    records, first = planted(0.0), next(iter(worlds.CELLS))
+    for (name, arm, _), record in records.items():
+        record["success"] += {"adaptive": 0.1 - short * (name == first), "dagger": 0.1, "bc": -0.1}.get(arm, 0.0)
+    claims = adaptive_claims(Runs(records), worlds.CELLS)
+    assert claims["cells"][first]["best"] == "dagger"
+    assert claims["cells"][first]["not_worse"] is claims["not_worse"] is not_worse
+    assert claims["better_than_paper"] == better
+    text = "\n".join(adaptive_table(claims))
+    assert f"more than 0.05 in every cell: **{'holds' if not_worse else 'does not hold'}**" in text
+    del records[first, "adaptive", SEEDS[0]]
+    assert set(adaptive_claims(Runs(records), worlds.CELLS)) == {"cells"}  # no claim before all runs are there
 
 
 @pytest.mark.parametrize(

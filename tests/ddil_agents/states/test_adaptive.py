@@ -31,7 +31,7 @@ def test_shares_follow_the_integral_of_the_alignment() -> None:
     assert shares() == pytest.approx([floored(share) for share in BETA.shares])  # at the start
     shares.update((-0.2, 0.1, 0.6), 0.25)
     shares.update((0.4, 0.0, 0.8), 0.75)
-    z = [10 * (0.25 * a + 0.5 * b) for a, b in ((-0.2, 0.4), (0.1, 0.0), (0.6, 0.8))]  # 20 · decay = 10
+    z = [20 * (0.25 * a + 0.5 * b) for a, b in ((-0.2, 0.4), (0.1, 0.0), (0.6, 0.8))]  # 40 · decay = 20
     factors = [share * math.exp(x) for share, x in zip(BETA.shares, z, strict=True)]
     assert shares() == pytest.approx([floored(w / sum(factors)) for w in factors])
     assert sum(shares()) == pytest.approx(1)
