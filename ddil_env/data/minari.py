@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,9 +43,9 @@ def read_demonstrations(
             f"data={dataset_id!r}: the dataset {found} in {get_dataset_path()}; MINARI_DATASETS_PATH names another folder, and "
             f"`minari download {dataset_id}` fetches a published one"
         ) from error
-    found = None if dataset.env_spec is None else dataset.env_spec.id
-    if found is not None and found != env_id:
-        raise ValueError(f"data={dataset_id!r} was recorded in {found}; need demonstrations of {env_id}")
+    recorded = None if dataset.env_spec is None else dataset.env_spec.id
+    if recorded is not None and recorded != env_id:
+        raise ValueError(f"data={dataset_id!r} was recorded in {recorded}; need demonstrations of {env_id}")
     of = {"action": (dataset.action_space, action_shape), "observation": (dataset.observation_space, observation_shape)}
     for name, (space, shape) in of.items():
         if not isinstance(space, spaces.Box) or space.shape != shape:
@@ -52,7 +53,10 @@ def read_demonstrations(
     box = dataset.action_space
     if not np.isfinite([box.low, box.high]).all():
         raise ValueError(f"data={dataset_id!r} has unbounded actions, {box}; record it in an environment with bounds")
-    observations, actions, episodes, empty = [], [], [], 0
+    observations: list[Any] = []
+    actions: list[Any] = []
+    episodes: list[Any] = []
+    empty = 0
     for episode in dataset.iterate_episodes():
         taken = np.asarray(episode.actions, np.float32)
         if not len(taken):
