@@ -5,8 +5,8 @@
 x    error on own states / on forward states, of the student of forward states alone (in a world: own conditions / held-out demonstrations)
 y    change of the error on own states where half of the labels are on them, in per cent
 
-Both hold the error of behaviour cloning on own states. So where a cell has four seeds, ratio and effect are of different halves of them, the
-mean over both ways. What was expected was written down in benchmarks/README.md before the runs of either map were all there.
+Both hold the error of behaviour cloning on own states. So where a cell has four seeds, ratio and effect are of different halves of them,
+the mean over both ways. What was expected was written down in benchmarks/README.md before the runs of either map were all there.
 """
 
 from __future__ import annotations
