@@ -60,10 +60,13 @@ class Arm(NamedTuple):
     seeds: int = SEEDS
 
 
-def arm(forward: float, teacher: float, student: float, against: str = "forward", seeds: int = 8, **more: Any) -> Arm:
+def arm(
+    forward: float, teacher: float, student: float, against: str = "forward", seeds: int = 8, schedule: Any = "constant", **more: Any
+) -> Arm:
     """An arm with these shares of states."""
-    ring = {"capacity": round(RING * COLLECT * max(forward, teacher, student)), "student_collections": RING}
-    return Arm({"beta": Beta(forward, teacher, student), **ring, **more}, against, seeds)
+    beta = Beta(forward, teacher, student, schedule=schedule)
+    ring = {"capacity": round(RING * COLLECT * max(beta.largest_shares())), "student_collections": RING}
+    return Arm({"beta": beta, **ring, **more}, against, seeds)
 
 
 NONE, BOTH = Thresholding(roles=()), Thresholding(roles=("teacher", "student"))  # the default: the teacher
@@ -75,9 +78,13 @@ DAGGER = TWO | {
     "mixed rollouts": arm(0.5, 0, 0.5, p_expert=0.5),
     "all states": arm(0.5, 0.1, 0.4, against="teacher too", states_per_rollout="all"),
 }
+ADAPTIVE = {  # the adaptive shares, and the fixed ones that they are held against beside forward
+    "teacher too": DAGGER["teacher too"],
+    "student 1": arm(0, 0, 1),
+    "adaptive": arm(0.5, 0, 0.5, schedule="adaptive"),
+}
 MORE = {  # in one cell: other shares, and thresholding crossed with the arm that is tested
     "student .25": arm(0.75, 0, 0.25),
-    "student 1": arm(0, 0, 1),
     "forward, no threshold": arm(1, 0, 0, thresholding=NONE),
     "student, no threshold": arm(0.5, 0, 0.5, against="forward, no threshold", thresholding=NONE),
     "forward, student thresholded too": arm(1, 0, 0, thresholding=BOTH),
@@ -130,14 +137,14 @@ def dagger_cell(w: float, n: int, arms: dict[str, Arm], name: str = "", num_upda
 def cells() -> list[Cell]:
     """All of them, fixed before the runs."""
     consistency = Part("consistency", LCM, FORWARD | {"guidance_scale": 3.0, "num_updates": 600})
-    found = [dagger_cell(w, n, DAGGER | (MORE if (w, n) == (7, 8) else {})) for n in STEPS for w in GUIDANCE]
+    found = [dagger_cell(w, n, DAGGER | ADAPTIVE | (MORE if (w, n) == (7, 8) else {})) for n in STEPS for w in GUIDANCE]
     for n in (4, 8):
         settings = {"guidance_scale": 3.0, "num_steps": n, "inference_steps": (n,), "num_updates": 400}
         found.append(Cell(f"LCM, w 3, {n} steps", (consistency,), Part("second", LCM, settings), LCM_ARMS))
     settings = {"guidance_scale": 3.0, "num_steps": 4, "grid": "lcm", "num_updates": 1000, "critic_updates": 2, "learning_rate": 3e-5}
     found.append(Cell("DMD2, w 3, 4 steps", (consistency,), Part("second", DMD2, settings), DMD2_ARMS))
-    found += [dagger_cell(1.0, n, TWO) for n in STEPS]
-    found.append(dagger_cell(3.0, 4, TWO, ", small student", student={"channels": [16, 32]}))
+    found += [dagger_cell(1.0, n, TWO | ADAPTIVE) for n in STEPS]
+    found.append(dagger_cell(3.0, 4, TWO | ADAPTIVE, ", small student", student={"channels": [16, 32]}))
     found.append(dagger_cell(7.0, 8, TWO, ", long", num_updates=1600, seeds=8))
     found += [dagger_cell(3.0, 8, TWO, f", {env}", env=env, seeds=8) for env in ("digits", "coloured_digits")]
     return found

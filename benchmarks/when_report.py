@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from when_adaptive import adaptive_claims, adaptive_table
 
 from ddil_agents.comparison.statistics import holm, paired_comparison
 from ddil_agents.training.checkpoint import write_atomically
@@ -219,6 +220,8 @@ def write_report(records: Records, cells: list[Cell], out: Path) -> None:
     parts.append("\n".join(lines))
     for weights, title in EITHER.items():
         parts += [f"## {title}", absolutes(found[weights], records, cells, weights), table(found[weights], records, cells)]
+    claims = adaptive_claims(records, [cell.name for cell in cells if "adaptive" in cell.arms], range(400, 408))
+    parts += [adaptive_table(claims)] if claims["cells"] else []
     parts += [f"- ! {each}" for each in lost] + [", ".join(" and ".join(values) for values in about.values())]
     write_atomically(out.with_suffix(".md"), "\n\n".join(parts) + "\n")
     print("\n\n".join(parts[:3]))

@@ -11,6 +11,7 @@ import when_report
 from records import collect_records, restore_records
 from safetensors.torch import load_file
 from scipy import stats
+from when_adaptive import adaptive_claims, adaptive_table
 
 from ddil_agents import Beta
 from ddil_agents.comparison.statistics import holm, sign_flip_test
@@ -134,9 +135,31 @@ def test_the_cells_are_those_that_were_written_down():
         for name, arm in cell.arms.items():
             assert arm.against in cell.arms
             config = when.config_of(cell.chain(name)[-1], 0, None)
+            if name == "adaptive":  # room for the largest share that it may come to
+                assert config.capacity == round(8 * 128 * 0.95)
+                continue
             forward, _, student = config.beta(0)  # the newest 8 collections of each
             assert forward == 0 or config.capacity == 8 * 128 * forward or student == 1
             assert student == 0 or min(config.capacity, config.student_collections * 128 * student) == pytest.approx(8 * 128 * student)
+
+
+@pytest.mark.parametrize(("far", "not_worse"), [(1.0, True), (1.3, False)])
+def test_the_claims_about_adaptive_shares(far, not_worse):
+    distance = {"forward": 2.0, "teacher too": 1.5, "student 1": 1.0, "adaptive": far}
+    runs = {
+        (cell, arm, seed): {"average": {"frechet_to_expert": d * (1 + 0.01 * (seed % 3))}}
+        for cell in ("a", "b")
+        for arm, d in distance.items()
+        for seed in range(8)
+    }
+    claims = adaptive_claims(runs, ["a", "b"], range(8))
+    assert claims["not_worse"] is claims["cells"]["a"]["not_worse"] is not_worse
+    assert claims["cells"]["a"]["best"] == "student 1"
+    assert claims["cells"]["a"]["mean"] == pytest.approx(100 * (far - 1))
+    assert claims["better_than_paper"] == 2
+    assert ("**does not hold**" in adaptive_table(claims)) is not not_worse
+    del runs["b", "adaptive", 0]
+    assert set(adaptive_claims(runs, ["a", "b"], range(8))) == {"cells"}
 
 
 def small_cells():
