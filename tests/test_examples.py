@@ -32,7 +32,7 @@ from ddil_agents import (
     report,
 )
 from ddil_agents import __main__ as command_line
-from ddil_agents.commands.parse import find_agent, identify
+from ddil_agents.commands.agents import find_agent, identify
 
 EXAMPLES = ROOT / "examples"
 SMALL = ["--num_updates", "3", "--batch_size", "8", "--collect_size", "16", "--evaluate.n", "16", "--evaluate.n_paths", "4"]

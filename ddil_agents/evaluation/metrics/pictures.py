@@ -21,10 +21,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ddil_env.data.files import formats, is_picture
+from ddil_env.data.files import Pair, formats, is_picture
+from ddil_env.data.hashes import Hashes
 from ddil_env.data.pictures import on_white
 from ddil_env.weights import read_tensors
 
+HASH_THREADS = 4
 RESIZE = "centre_crop_lanczos_256"
 
 
@@ -76,11 +78,21 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_picture(path.name))
 
 
-def folder_digest(folder: Path) -> str:
-    """Identifies the pictures of a folder, wherever it is: their number, and a digest of their names and sizes in bytes."""
-    files = picture_files(folder)
-    listed = repr([(path.name, path.stat().st_size) for path in files])
-    return f"{len(files)} pictures, {hashlib.sha256(listed.encode()).hexdigest()[:12]}"
+def folder_digest(folder: Path, store: Path | None = None) -> str:
+    """Identifies the pictures of a folder, wherever it is: their number, and a digest of their names and contents.
+
+    Args:
+        folder: The folder.
+        store: Where hashes of the files are remembered, so that a file is read again only if its size, times or inode have changed; None
+            reads all files.
+    """
+    pairs = [Pair(path.name, "", str(path), 0, path.stat().st_size) for path in picture_files(folder)]
+    hashes = Hashes(pairs, store, HASH_THREADS)
+    if store is not None:
+        store.mkdir(parents=True, exist_ok=True)
+        hashes.remember(store)
+    listed = repr([(pair.name, value) for pair, value in zip(pairs, hashes.values, strict=True)])
+    return f"{len(pairs)} pictures, {hashlib.sha256(listed.encode()).hexdigest()[:12]}"
 
 
 def load_pictures(paths: Path | Iterable[Path], size: int = 256, batch_size: int = 64) -> Iterator[Tensor]:
