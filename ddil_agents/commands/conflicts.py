@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,7 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from ddil_agents.agent import Agent
 from ddil_agents.commands.agents import agent_names, command_of, find_agent, identify
 from ddil_agents.settings import UnknownSettingError, refuse_group, type_hint
-from ddil_env.presets import find_expert, preset_names, read_env
+from ddil_env.presets import preset_names, read_env
 
 
 @contextmanager
@@ -48,12 +47,8 @@ def agents_with(setting: str) -> list[str]:
 
 
 def experts_with(argument: str) -> list[str]:
-    """Names of the presets whose experts take an argument."""
-    found = []
-    for name in preset_names("env"):
-        with suppress(ValueError):
-            found += [name] if argument in inspect.signature(find_expert(read_env(name)["expert"])).parameters else []
-    return found
+    """Names of the presets that have a value for an argument of their experts."""
+    return [name for name in preset_names("env") if argument in read_env(name)]
 
 
 def check_agent_name(agent: type[Agent], layers: list[dict[str, Any]]) -> None:

@@ -268,12 +268,12 @@ def _fault_of_row(row: Any, needs: tuple[str, ...]) -> str | None:
     """What in a line is no number by its name, or missing; None if nothing is. A value may be null but for the step and the seconds."""
     if not isinstance(row, dict):
         return f"{row!r:.60} is no object"
-    if missing := [name for name in ("step", "seconds", *needs) if name not in row]:
-        return f"it has no {', '.join(missing)}"
     for name, value in row.items():
         if isinstance(value, dict):
             if (fault := _fault_of_row({"step": 0, "seconds": 0, **value}, ())) is not None:
                 return f"in {name}, {fault}"
         elif not isinstance(value, int | float | None) or (name in ("step", "seconds") and (value is None or isinstance(value, bool))):
             return f"{name} is {value!r:.60}, not a number"
+    if missing := [name for name in ("step", "seconds", *needs) if name not in row]:
+        return f"it has no {', '.join(missing)}"
     return None if isinstance(row["step"], int) else f"step is {row['step']!r}, not a whole number"

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor, nn
 
 from ddil_env.data.files import Pair, formats, is_picture
@@ -27,6 +27,10 @@ from ddil_env.data.pictures import on_white
 from ddil_env.weights import read_tensors
 
 HASH_THREADS = 4
+ROTATED = (
+    "pictures to compare with are read as they are stored, as published FIDs are, and at least one has a rotation in its EXIF data, which "
+    "training data follow; if they are your own, rotate the files first"
+)
 RESIZE = "centre_crop_lanczos_256"
 
 
@@ -68,6 +72,8 @@ def _read_picture(path: Path) -> Image.Image:
         with Image.open(path, formats=formats()) as image:
             if image.mode.startswith("I") or image.mode == "F":  # convert() would clip these to white
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+            if image.getexif().get(ExifTags.Base.Orientation, 1) > 1:
+                warnings.warn(ROTATED, stacklevel=2)
             return on_white(image)
     except Exception as error:  # Pillow's plug-ins raise all kinds of errors on a damaged file
         raise ValueError(f"cannot read image {path} ({error}); repair it, or leave it out of the paths") from error
