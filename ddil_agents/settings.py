@@ -89,7 +89,7 @@ def is_class(hint: Any) -> bool:
 
 def why_not_class(value: Any, hint: Any) -> str:
     """Why a value is no class path of the class in a type hint, in parentheses; empty where the hint has none, or it is not known."""
-    base = next((option for option in (hint, *get_args(hint)) if is_class(option)), None)
+    base: Any = next((option for option in (hint, *get_args(hint)) if is_class(option)), None)
     for item in (value if isinstance(value, list) else [value]) if base is not None else ():
         path, arguments = (item.get("class_path"), item.get("init_args") or {}) if isinstance(item, dict) else (item, {})
         module, _, name = str(path).rpartition(".")

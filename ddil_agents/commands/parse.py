@@ -168,7 +168,7 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
         argv += [f"--beta.{name}={getattr(cfg.beta, name)!r}" for name in SOURCES]
         argv += [f"--stages={json.dumps(cfg.stages)}"] if "stages" in known else []
     for content in contents:
-        check_groups(content, parser)
+        check_groups({name: value for name, value in content.items() if name != "env"}, parser)  # env may be a preset's name
     if print_config:
         read_arguments(parser, [*argv, *print_config])  # exits
     return parser, cfg
