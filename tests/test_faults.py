@@ -12,6 +12,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,12 @@ def test_an_evaluation_out_of_memory_names_its_batch_and_a_resume_takes_a_smalle
 # The table
 
 
+@cache
+def tests_of(module: str) -> set[str]:
+    (path,) = (ROOT / "tests").rglob(f"{module}.py")
+    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
 @pytest.mark.parametrize("table", ["reliability.md", "public_reports.md"])
 def test_every_test_that_a_table_of_faults_names_exists(table: str) -> None:
     lines = (ROOT / "docs" / table).read_text().splitlines()
@@ -369,6 +376,4 @@ def test_every_test_that_a_table_of_faults_names_exists(table: str) -> None:
         named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", row)
         assert named or "| tried" in row, f"no test in: {row}"
         for module, name in named:
-            (path,) = (ROOT / "tests").rglob(f"{module}.py")
-            tree = ast.parse(path.read_text())
-            assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{module} has no {name}"
+            assert name in tests_of(module), f"{module} has no {name}"
