@@ -311,7 +311,7 @@ def refuse_group(name: str, value: Any, group: list[str]) -> NoReturn:
     Raises:
         ValueError: always.
     """
-    inner = ", ".join(known.removeprefix(f"{name}.") for known in group)
+    inner = ", ".join(known.removeprefix(f"{name}.") for known in group if not known.endswith(".help"))
     raise ValueError(f"{name}={as_text(value)}: need a mapping of {inner}, or a YAML file of them; or give --{group[0]}")
 
 
