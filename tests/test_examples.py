@@ -136,7 +136,7 @@ def test_an_agent_is_found_by_name_class_path_and_entry_point(monkeypatch: pytes
     from my_agent import HuberDagger
 
     entered = EntryPoint(name="huber_dagger", value="my_agent:HuberDagger", group="ddil.agents")
-    monkeypatch.setattr("ddil_agents.commands.parse.entry_points", lambda group: [entered] if group == "ddil.agents" else [])
+    monkeypatch.setattr("ddil_agents.commands.agents.entry_points", lambda group: [entered] if group == "ddil.agents" else [])
     assert find_agent("dagger") is Dagger
     assert find_agent("my_agent.HuberDagger") is find_agent("huber_dagger") is HuberDagger
     assert (identify(Dagger), identify(HuberDagger)) == ("dagger", "my_agent.HuberDagger")
