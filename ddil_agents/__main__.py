@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from ddil_agents.commands.agents import agent_names, find_agent
 from ddil_agents.commands.errors import one_line_errors
-from ddil_agents.commands.parse import agent_names, find_agent
 from ddil_agents.commands.run import run
 
 

@@ -31,10 +31,11 @@ import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
+from ddil_agents.commands.agents import find_agent
 from ddil_agents.commands.checks import check_command_line
 from ddil_agents.commands.errors import one_line_errors
 from ddil_agents.commands.help import help_of
-from ddil_agents.commands.parse import find_agent, resolve_presets
+from ddil_agents.commands.parse import resolve_presets
 from ddil_agents.comparison.animation import animate_arms
 from ddil_agents.comparison.arms import BETAS, Budget, Comparison, Run, arm_settings, make_arms, merge_settings, run_settings
 from ddil_agents.comparison.page import write_page
@@ -65,6 +66,8 @@ def compare(comparison: Comparison, out: Path, jobs: int, command: str = "", rep
     Raises:
         ValueError: an agent refuses its settings, which is found before any training; or runs were evaluated differently.
     """
+    if report_only and not out.is_dir():
+        raise ValueError(f"no comparison in {out} to report; leave --report_only out to train one, or name another --out")
     check_comparison(comparison, out)
     out.mkdir(parents=True, exist_ok=True)
     tiers: dict[Budget, list[Run]] = {}
@@ -167,8 +170,13 @@ def main(argv: list[str] | None = None) -> None:
             print(help_of(parser, "--out DIR (--config NAME|FILE | --env NAME --agents AGENT …) [--SETTING VALUE …]", FIRST))
             return
         args = read_arguments(parser, resolve_presets("ablations", argv))
+        if not args.out:
+            raise ValueError("--out '': need the name of a directory")
         settings = {f.name: args[f.name] for f in dataclasses.fields(Comparison)}
-        settings["arms"] = {**make_arms(args.agents, args.betas), **settings["arms"]}
+        more = make_arms(args.agents, args.betas)
+        if twice := sorted(more.keys() & settings["arms"].keys()):
+            raise ValueError(f"--agents {' '.join(twice)}: --config has an arm of this name already; leave it out, or rename that arm")
+        settings["arms"] = {**more, **settings["arms"]}
         if args.num_updates is not None:
             settings["shared"] = merge_settings(settings["shared"], {"num_updates": int(args.num_updates)})
         command = shlex.join(["python", "-m", "ddil_agents.compare", *argv])

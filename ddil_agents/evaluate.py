@@ -95,6 +95,11 @@ def main(argv: list[str] | None = None) -> None:
                 f"--protocol {args.protocol}: its samples need the protocol's captions, not the expert's prompts; "
                 "pass them as --captions FILE, or --protocol null for other numbers"
             )
+        for name in ("seeds", "steps"):
+            if len(set(args[name])) < len(args[name]):
+                raise ValueError(f"--{name} {' '.join(map(str, args[name]))}: each may stand once; its results would be the same")
+        if args.run is None and args.checkpoint != "last":
+            raise ValueError(f"--checkpoint {args.checkpoint}: it is a run's; name the run as --run DIR, or leave it out")
         if args.run is not None and (args.env is not None or args.steps):
             raise ValueError("--run names expert and steps; leave --env and --steps out (--also_steps evaluates the run in more steps)")
         if args.run is None and args.captions is not None:

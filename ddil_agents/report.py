@@ -122,6 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for report.md, curves.png and samples.png")
     args = parser.parse_args(argv)
     with one_line_errors(parser):
+        if args.out.exists() and not args.out.is_dir():
+            raise ValueError(f"--out {args.out} is a file; name a folder")
         learners = [load_run(path) for path in args.runs]
         results, metrics, evaluations = {}, {}, {}
         for path in args.runs:
@@ -130,8 +132,8 @@ def main(argv: list[str] | None = None) -> None:
             if name in results:
                 raise ValueError(f"two of the runs are called {name!r}; compare runs of different agents or steps")
             results[name] = result
-            metrics[name] = read_metrics(path / "metrics.jsonl")
-            if (path / "eval.jsonl").is_file() and (rows := read_metrics(path / "eval.jsonl")):
+            metrics[name] = read_metrics(path / "metrics.jsonl", needs=("loss", "teacher_nfe"))
+            if (path / "eval.jsonl").is_file() and (rows := read_metrics(path / "eval.jsonl", needs=("best",))):
                 evaluations[name] = rows
         merged = merge_results(results)
         args.out.mkdir(parents=True, exist_ok=True)

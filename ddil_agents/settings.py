@@ -8,20 +8,44 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
+import inspect
 import json
+import re
 from argparse import Action
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 
+from ddil_env.presets import read_yaml
+
 T = TypeVar("T")
 
 NO_VALUE = object()  # stands for the value of a flag without one
+
+
+class Words(list[Any]):
+    """The values of a flag that several words follow."""
+
+
+class UnknownSettingError(ValueError):
+    """There is no such setting.
+
+    Args:
+        message: The message.
+        setting: The setting's name.
+    """
+
+    def __init__(self, message: str, setting: str) -> None:
+        super().__init__(message)
+        self.setting = setting
+
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # a setting's help is the docstring below it
 
@@ -31,6 +55,7 @@ DESCRIPTIONS = {  # of a type, in the singular and in the plural
     float: ("a number", "numbers"),
     str: ("a text", "texts"),
     dict: ("a mapping", "mappings"),
+    torch.device: ("a device", "devices"),
     NoneType: ("null", "null each"),
     PositiveInt: ("a whole number from 1", "whole numbers from 1"),
 }
@@ -50,7 +75,34 @@ def describe(hint: Any, several: bool = False) -> str:
         return f"a list of {describe(inner[0], True)}"
     if dataclasses.is_dataclass(hint):
         return f"a mapping of {', '.join(field.name for field in dataclasses.fields(hint))}"
+    if is_class(hint):
+        name, path = hint.__name__, f"my_pkg.My{hint.__name__}"
+        return f"class paths of subclasses of {name}, such as [{path}]" if several else f"the class path of a {name}, such as {path}"
     return DESCRIPTIONS.get(origin or hint, (getattr(hint, "__name__", str(hint)),) * 2)[several]
+
+
+def is_class(hint: Any) -> bool:
+    """Whether a type hint stands for a class whose subclasses are given by their class paths."""
+    plain = hint is Any or hint in DESCRIPTIONS or dataclasses.is_dataclass(hint)
+    return isinstance(hint, type) and get_origin(hint) is None and not plain
+
+
+def why_not_class(value: Any, hint: Any) -> str:
+    """Why a value is no class path of the class in a type hint, in parentheses; empty where the hint has none, or it is not known."""
+    base: Any = next((option for option in (hint, *get_args(hint)) if is_class(option)), None)
+    for item in (value if isinstance(value, list) else [value]) if base is not None else ():
+        path, arguments = (item.get("class_path"), item.get("init_args") or {}) if isinstance(item, dict) else (item, {})
+        module, _, name = str(path).rpartition(".")
+        if not module:
+            return f" ({path} is no class path)"
+        try:
+            found = getattr(importlib.import_module(module), name)
+            if not (isinstance(found, type) and issubclass(found, base)):
+                return f" ({path} is none)"
+            inspect.signature(found).bind(**arguments)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            return f" ({path}: {error})"
+    return ""
 
 
 def as_text(value: Any) -> str:
@@ -83,7 +135,7 @@ def check_setting(name: str, value: Any, hint: Any) -> None:
                 refuse_unknown(f"{name}.{key}", [f"{name}.{known}" for known in hints])
             check_setting(f"{name}.{key}", inner, hints[key])
     elif not is_accepted(value, hint):
-        raise ValueError(f"{name}={as_text(value)}: need {describe(hint)}")
+        raise ValueError(f"{name}={as_text(value)}: need {describe(hint)}{why_not_class(value, hint)}")
 
 
 def dataclass_of(hint: Any) -> type | None:
@@ -101,20 +153,20 @@ def refuse_unknown(name: str, known: list[str], flag: str = "") -> NoReturn:
         flag: `--`, if the setting was given as a flag.
 
     Raises:
-        ValueError: always.
+        UnknownSettingError: always.
     """
     similar = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(flag + each for each in similar)}? --help lists them all" if similar else "--help lists them all"
-    raise ValueError(f"unknown {'flag' if flag else 'setting'} {flag}{name}; {hint}")
+    raise UnknownSettingError(f"unknown {'flag' if flag else 'setting'} {flag}{name}; {hint}", name)
 
 
-def type_hint(action: Action) -> Any:
+def type_hint(action: Action | None) -> Any:
     """The type hint of a parser's argument, or None."""
     return getattr(action, "_typehint", None)
 
 
 def iter_flags(argv: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yields the name and value of each flag: `NO_VALUE` if no word follows it, a list if several do.
+    """Yields the name and value of each flag: `NO_VALUE` if no word follows it, `Words` if several do.
 
     Raises:
         ValueError: a word belongs to no flag.
@@ -130,7 +182,7 @@ def iter_flags(argv: list[str]) -> Iterator[tuple[str, Any]]:
             words.append(argv[i])
             i += 1
         values = [_read_yaml_word(word) for word in words]
-        yield name, NO_VALUE if not values else values[0] if len(values) == 1 else values
+        yield name, NO_VALUE if not values else values[0] if len(values) == 1 else Words(values)
 
 
 def nested_flags(argv: list[str]) -> dict[str, Any]:
@@ -160,24 +212,48 @@ def read_arguments(parser: ArgumentParser, argv: list[str]) -> Namespace:
     """Parses a command line; a flag for true or false means true without a value.
 
     Raises:
-        ValueError: a value does not fit its setting, or a flag is unknown; the message suggests flags with similar names.
+        ValueError: a value does not fit its setting, a file of settings cannot be read, or a flag is unknown; the message suggests flags
+            with similar names.
     """
     parser.exit_on_error = False
     for action in parser._actions:
         if type_hint(action) is bool:
             action.nargs, action.const = "?", True
+    if null := next((word for word in argv if "\0" in word), None):
+        raise ValueError(f"{null!r} holds a null character, which no path or setting may; remove it")
+    flags = [(name, read_yaml(Path(value)) if name == "config" and isinstance(value, str) else value) for name, value in iter_flags(argv)]
+    actions = {action.dest: action for action in parser._actions}
     try:
-        return parser.parse_args(argv)
+        cfg = parser.parse_args(argv)
     except ArgumentError as error:
-        actions = {action.dest: action for action in parser._actions}
-        for name, value in iter_flags(argv):
-            if name == "config":
-                content = value if isinstance(value, dict) else yaml.safe_load(Path(value).read_text())
-                for key, inner in _leaves(content, actions):
+        for name, value in flags:
+            if name == "config" and isinstance(value, dict):
+                for key, inner in _leaves(value, actions):
                     _check_flag(key, inner, actions)
             else:
                 _check_flag(name, value, actions, "--")
-        raise ValueError(str(error)) from error  # the error is not about a single setting
+        raise ValueError(explain(error, actions)) from error  # the error is not about a single setting
+    for name, action in actions.items():  # of a config file; jsonargparse takes null for anything
+        *outer, last = name.split(".")
+        group, hint = cfg.get(".".join(outer)) if outer else cfg, type_hint(action)
+        is_null = isinstance(group, Namespace) and group.get(last, 0) is None and action.default is not None and hint is not None
+        if is_null and not is_accepted(None, hint):
+            raise ValueError(f"{name}=None: need {describe(hint)}")
+    return cfg
+
+
+def explain(error: ArgumentError, actions: dict[str, Action]) -> str:
+    """What an error of jsonargparse says, in one line that names the setting, its value and what it accepts."""
+    text = str(error)
+    if required := re.search(r"arguments are required: (.+)", text):
+        names = required[1].split(", ")
+        return "; ".join(f"--{name} is missing: {getattr(actions.get(name), 'help', None) or 'it needs a value'}" for name in names)
+    key, value = re.search(r'(?:key|option) "([^"]+)"', text), re.search(r"(?:Given|Got) value: (.*)", text)
+    hint = type_hint(actions[key[1]]) if key and key[1] in actions else None
+    if key is None or value is None or hint is None:
+        return " ".join(text.split())
+    quotes = " (in quotes, where YAML would read a number)" if str in (hint, *get_args(hint)) else ""
+    return f"{key[1]}={value[1]}: need {describe(hint)}{quotes}"
 
 
 def _leaves(content: dict[str, Any], actions: dict[str, Action], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -192,18 +268,22 @@ def _leaves(content: dict[str, Any], actions: dict[str, Action], prefix: str = "
 
 def _check_flag(name: str, value: Any, actions: dict[str, Action], flag: str = "") -> None:
     """Checks one setting against the parser's argument of this name, or against the dataclass that it is a part of."""
+    if not flag and name in ("config", "help", "print_config"):
+        raise ValueError(f"{name}={as_text(value)}: it is a flag of the command line, not a setting; remove it from the file")
     if name in actions:
         action = actions[name]
         hint = Literal[tuple(action.choices)] if action.choices is not None else type_hint(action)
         takes_several = isinstance(action.nargs, str) and action.nargs in "+*"
         group = [known for known in actions if known.startswith(f"{name}.")]
+        if isinstance(value, Words) and not takes_several:
+            words = " ".join(map(as_text, value))
+            raise ValueError(f"{flag}{name} takes one value, and {len(value)} follow it: {words}; put a value with spaces in quotes")
         if value is NO_VALUE and hint is not bool and action.nargs != 0:
             raise ValueError(f"{flag}{name} needs a value" + (f": {describe(hint)}" if hint is not None else ""))
         if hint is None and group:
             value = yaml.safe_load(Path(value).read_text()) if isinstance(value, str) and Path(value).is_file() else value
             if not isinstance(value, dict):
-                inner = ", ".join(known.removeprefix(f"{name}.") for known in group)
-                raise ValueError(f"{name}={as_text(value)}: need a mapping of {inner}, or a YAML file of them; or give --{group[0]}")
+                refuse_group(name, value, group)
             for key, inner_value in value.items():
                 _check_flag(f"{name}.{key}", inner_value, actions)
         elif hint is not None and value is not NO_VALUE:
@@ -218,6 +298,21 @@ def _check_flag(name: str, value: Any, actions: dict[str, Action], flag: str = "
         check_setting(outer, {inner: value}, hint)
         return
     refuse_unknown(name, [known for known in actions if known not in ("help", "print_config")], flag)
+
+
+def refuse_group(name: str, value: Any, group: list[str]) -> NoReturn:
+    """Raises an error about a value that is no mapping, of a setting that has others inside it.
+
+    Args:
+        name: The setting.
+        value: Its value.
+        group: The dotted names of the settings inside it.
+
+    Raises:
+        ValueError: always.
+    """
+    inner = ", ".join(known.removeprefix(f"{name}.") for known in group if not known.endswith(".help"))
+    raise ValueError(f"{name}={as_text(value)}: need a mapping of {inner}, or a YAML file of them; or give --{group[0]}")
 
 
 def build_dataclass(of: type[T], settings: Namespace | dict[str, Any]) -> T:
@@ -250,27 +345,3 @@ def check_arguments(of: type, method: str, options: dict[str, Any]) -> None:
     for action in parser._actions:
         if action.dest in options and type_hint(action) is not None:
             check_setting(action.dest, options[action.dest], type_hint(action))
-
-
-def check_typed(typed: dict[str, Any], cfg: Namespace) -> None:
-    """Refuses flags that something else in the settings would override.
-
-    Args:
-        typed: The flags of the command line, nested.
-        cfg: All settings.
-
-    Raises:
-        ValueError: every stage has a value of its own for a flag, or the agent has a guidance scale of its own.
-    """
-    stages = [] if "stages" in typed else getattr(cfg, "stages", None) or []
-    for key in typed:
-        if any(key in stage for stage in stages):
-            raise ValueError(
-                f"--{key} would not hold: the {len(stages)} stages of this config set it themselves; pass --stages null for one stage, or "
-                "a --config of your own stages (--print_config writes these)"
-            )
-    own, of_env = getattr(cfg, "guidance_scale", None), typed.get("env", {}).get("guidance_scale")
-    if own is not None and of_env is not None and "guidance_scale" not in typed and own != of_env:
-        raise ValueError(
-            f"--env.guidance_scale {of_env} would not hold: training uses guidance_scale={own:g}; pass --guidance_scale {of_env}"
-        )

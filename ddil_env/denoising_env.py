@@ -19,6 +19,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from ddil_env.errors import BROKEN_ACTIONS
 from ddil_env.expert import Expert, check_device
 from ddil_env.mdp import DenoisingMDP, Kernel, Reward, State
 from ddil_env.presets import load_expert
@@ -31,6 +32,9 @@ class DenoisingEnv(EnvBase):
 
     `env.reset()` starts at pure noise; `env.reset(td, set_state=True)` starts at td's `x_t`, `t` (and `c`), which
     need not lie on the grid. Element i of the batch draws from its own stream, seeded seed + i.
+
+    Actions that are not finite are refused: at once on a CPU; on a GPU, where looking at each action would wait for the device, at the
+    end of a `rollout` or at the next `reset`.
 
     Args:
         expert: An Expert, or the name of a preset.
@@ -95,6 +99,8 @@ class DenoisingEnv(EnvBase):
             {key: Categorical(2, (*self.batch_size, 1), dtype=torch.bool, device=self.device) for key in ("done", "terminated")},
             shape=self.batch_size,
         )
+        self._checks_each_step = self.device.type == "cpu"
+        self._broken = torch.zeros((), dtype=torch.int64, device=self.device)  # environments with actions that are not finite
         self._generators: list[torch.Generator] = []
         self._set_seed(int(torch.randint(2**31, ()).item()))
 
@@ -102,7 +108,8 @@ class DenoisingEnv(EnvBase):
         """As in TorchRL.
 
         Raises:
-            ValueError: the policy is a student's that samples by another kernel, or steps through other times.
+            ValueError: the policy is a student's that samples by another kernel, or steps through other times; or its actions are not
+                finite.
         """
         kernel = getattr(policy, "kernel", None)
         if kernel not in (None, self.mdp.kernel):
@@ -110,7 +117,9 @@ class DenoisingEnv(EnvBase):
                 f"kernel={self.mdp.kernel}, and this student samples by {kernel}; make its environment with agent.make_env(), or pass "
                 f"kernel={kernel!r}"
             )
-        return super().rollout(max_steps, policy, *args, **kwargs)
+        trajectory = super().rollout(max_steps, policy, *args, **kwargs)
+        self._refuse_broken_actions()
+        return trajectory
 
     def _set_seed(self, seed: int | None) -> None:
         first = 0 if seed is None else seed
@@ -134,6 +143,7 @@ class DenoisingEnv(EnvBase):
         return TensorDict(fields, batch_size=self.batch_size, device=self.device)
 
     def _reset(self, tensordict: TensorDictBase | None, set_state: bool = False, **kwargs: Any) -> TensorDict:
+        self._refuse_broken_actions()
         if tensordict is not None and "_reset" in tensordict:
             state = self._partial_start(tensordict["_reset"].reshape(-1))
         elif tensordict is not None and set_state:
@@ -166,5 +176,13 @@ class DenoisingEnv(EnvBase):
         if action.shape != (expected := (*self.batch_size, *self.expert.sample_shape)) or action.dtype != state.x_t.dtype:
             raise ValueError(f"actions of shape {tuple(action.shape)}, {action.dtype}: need {tuple(expected)}, {state.x_t.dtype}")
         action = action.reshape(state.x_t.shape)
+        self._broken += (~torch.isfinite(action).flatten(1).all(1) & (state.t > 0)).sum()
+        if self._checks_each_step:
+            self._refuse_broken_actions()
         after, reward, terminated = self.mdp.step(state, action, partial(self.mdp.noise, self._generators))
         return self._unflat(after, reward=reward, done=terminated, terminated=terminated.clone())
+
+    def _refuse_broken_actions(self) -> None:
+        if broken := int(self._broken):
+            self._broken.zero_()
+            raise ValueError(BROKEN_ACTIONS.format(broken))

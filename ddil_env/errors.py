@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+BROKEN_ACTIONS = "actions with NaN or infinite values in {} running environments; look at the policy, its weights or its dtype"
 BROKEN_LATENTS = "the network produced non-finite values (NaN or infinite) in {} samples; check its weights or dtype"
 
 

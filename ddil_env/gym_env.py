@@ -19,6 +19,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from ddil_env.errors import BROKEN_ACTIONS, check_finite
 from ddil_env.expert import Expert
 from ddil_env.mdp import DenoisingMDP, Kernel, Reward, State
 from ddil_env.presets import load_expert, preset_names
@@ -180,6 +181,7 @@ class DenoisingGymEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
         x_s = torch.as_tensor(np.asarray(action, np.float32), device=self.mdp.device)[None].clone()
         if x_s.shape != self._state.x_t.shape:
             raise ValueError(f"action of shape {tuple(x_s.shape[1:])}: need the latent's, {self.expert.sample_shape}")
+        check_finite(x_s, BROKEN_ACTIONS)
         self._state, reward, terminated = self.mdp.step(self._state, x_s, partial(self.mdp.noise, [self._generator]))
         observation, info = self._observe()
         return observation, float(reward[0]), bool(terminated[0]), False, info

@@ -43,7 +43,9 @@ def find_preset(group: str, name: str) -> Path:
         if Path(name).is_file():
             return Path(name)
         raise ValueError(f"no file {name!r} in {Path.cwd()}; pass the path of a YAML file, or one of: {', '.join(preset_names(group))}")
-    raise ValueError(f"unknown {group} {name!r}; presets: {', '.join(preset_names(group))}. Or pass a YAML path.")
+    others = [folder.name for folder in sorted(config_dir().iterdir()) if folder.name != "learner" and (folder / f"{name}.yaml").is_file()]
+    whose = f" {name!r} is a preset of {', '.join(others)}." if others and "/" not in name else ""
+    raise ValueError(f"unknown {group} {name!r}; presets: {', '.join(preset_names(group)) or 'none'}. Or pass a YAML path.{whose}")
 
 
 LARGEST = 100_000  # values in a YAML file
@@ -73,6 +75,14 @@ def _size(value: Any, known: dict[int, int]) -> int:
     return known[id(value)]
 
 
+def _with_null(value: Any) -> str | None:
+    """A text with a null character, in nested lists and mappings; None if there is none."""
+    if isinstance(value, dict | list):
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        return next((found for item in inner if (found := _with_null(item)) is not None), None)
+    return value if isinstance(value, str) and "\0" in value else None
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML file that holds a mapping.
 
@@ -85,6 +95,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if _size(content, {}) > LARGEST:
         raise ValueError(f"{path} unfolds to more than {LARGEST:,} values by its aliases; write out what you need")
+    if (null := _with_null(content)) is not None:
+        raise ValueError(f"{path}: {null!r} holds a null character, which no path or setting may; remove it")
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, but a config is a mapping of `name: value` lines")
     return content

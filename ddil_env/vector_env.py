@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from ddil_env.errors import check_choice
+from ddil_env.errors import BROKEN_ACTIONS, check_choice, check_finite
 from ddil_env.expert import Expert
 from ddil_env.gym_env import (
     apply_reset_options,
@@ -39,7 +39,9 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         kernel, reward, substeps, guidance_scale, grid: As in DenoisingMDP.
         num_envs: Size of the batch.
         autoreset_mode: `NextStep`, `SameStep` or `Disabled`, or gymnasium's enum.
-        output: `numpy`, or `torch` to keep every observation, reward and flag on the device.
+        output: `numpy`, or `torch` to keep every observation, reward and flag on the device. Gymnasium's wrappers that compute with
+            rewards and flags, such as RecordEpisodeStatistics and NormalizeReward, do so in numpy, and raise a TypeError over `torch`:
+            use `numpy` inside them.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         terminated = torch.zeros_like(running)
         if bool(running.any()):
             generators = self._select_generators(running)
+            check_finite(x_s[running], BROKEN_ACTIONS)
             now = self._state.map(lambda v: v[running])
             after, reward[running], terminated[running] = self.mdp.step(
                 now, x_s[running].clone(), partial(self.mdp.noise, generators), _rows(running)

@@ -32,7 +32,7 @@ from ddil_agents import (
     report,
 )
 from ddil_agents import __main__ as command_line
-from ddil_agents.commands.parse import find_agent, identify
+from ddil_agents.commands.agents import find_agent, identify
 
 EXAMPLES = ROOT / "examples"
 SMALL = ["--num_updates", "3", "--batch_size", "8", "--collect_size", "16", "--evaluate.n", "16", "--evaluate.n_paths", "4"]
@@ -136,7 +136,7 @@ def test_an_agent_is_found_by_name_class_path_and_entry_point(monkeypatch: pytes
     from my_agent import HuberDagger
 
     entered = EntryPoint(name="huber_dagger", value="my_agent:HuberDagger", group="ddil.agents")
-    monkeypatch.setattr("ddil_agents.commands.parse.entry_points", lambda group: [entered] if group == "ddil.agents" else [])
+    monkeypatch.setattr("ddil_agents.commands.agents.entry_points", lambda group: [entered] if group == "ddil.agents" else [])
     assert find_agent("dagger") is Dagger
     assert find_agent("my_agent.HuberDagger") is find_agent("huber_dagger") is HuberDagger
     assert (identify(Dagger), identify(HuberDagger)) == ("dagger", "my_agent.HuberDagger")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-from ddil_agents.commands.parse import agent_names
+from ddil_agents.commands.agents import agent_names
 
 ORDER = (  # packages, and the files that lie beside them; the algorithms and commands, one a file, are last
     "devices",
@@ -83,7 +83,7 @@ def test_an_algorithms_file_can_be_deleted_without_breaking_another(tmp_path: Pa
     assert {module: sorted(found) for module, found in importers.items() if found} == {}
     shutil.copytree(ROOT / "ddil_agents", tmp_path / "ddil_agents", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "ddil_agents" / "bc.py").unlink()
-    code = "from ddil_agents import *; import ddil_agents; from ddil_agents.commands.parse import agent_names, find_agent; "
+    code = "from ddil_agents import *; import ddil_agents; from ddil_agents.commands.agents import agent_names, find_agent; "
     code += "print(*map(find_agent, agent_names())); assert 'Dagger' in globals() and not hasattr(ddil_agents, 'BehaviourCloning')"
     where = os.pathsep.join([str(tmp_path), str(ROOT)])
     found = subprocess.run(

@@ -7,6 +7,7 @@ from contextlib import suppress
 import torch
 
 from ddil_agents.agent import Agent
+from ddil_agents.commands.conflicts import name_owners
 from ddil_agents.commands.parse import build_config, expert_and_config, parse
 from ddil_agents.config import LearnerConfig
 from ddil_agents.evaluation.metrics.diversity import lpips_distance
@@ -35,7 +36,8 @@ def check_command_line(agent: type[Agent], arguments: list[str], expert: Expert 
         check_expert(expert)
     else:
         config = build_config(agent, parser, cfg)
-    stages = plan_stages(config)
+    with name_owners(agent):
+        stages = plan_stages(config)
     check_data(agent, expert, stages)
     next(iter_learners(agent, expert, stages))
     evaluation = Evaluation(**vars(cfg.evaluate))

@@ -31,5 +31,6 @@ def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
         print(f"{where}: error: {error}{cure}", file=sys.stderr)
         raise SystemExit(2) from error
     except (ValueError, ArithmeticError, ImportError, MemoryError) as error:  # ImportError: an extra that is not installed
-        print(f"{where}: error: {error}", file=sys.stderr)
+        cause = "a path holds a null character, which no path may; remove it" if str(error) == "embedded null byte" else error
+        print(f"{where}: error: {cause}", file=sys.stderr)
         raise SystemExit(2) from error

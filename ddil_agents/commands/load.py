@@ -10,7 +10,8 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from ddil_agents.agent import Agent
-from ddil_agents.commands.parse import expert_and_config, find_agent, parse
+from ddil_agents.commands.agents import find_agent
+from ddil_agents.commands.parse import expert_and_config, parse
 from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.training.checkpoint import checkpoints, read_support

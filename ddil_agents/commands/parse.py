@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,64 +15,18 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from ddil_agents.agent import Agent
+from ddil_agents.commands.agents import command_of, identify
+from ddil_agents.commands.conflicts import check_agent_name, check_groups, check_typed, name_owners
 from ddil_agents.commands.help import show_help
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import ranks
 from ddil_agents.evaluation.settings import Evaluation, Validation
-from ddil_agents.settings import build_dataclass, check_typed, nested_flags, read_arguments
+from ddil_agents.settings import build_dataclass, nested_flags, read_arguments
 from ddil_agents.states.beta import SOURCES, Beta
 from ddil_agents.training.callbacks import Callback
 from ddil_agents.training.tracking import Tracker
 from ddil_env import Expert
 from ddil_env.presets import config_dir, find_expert, find_preset, make_expert, preset_names, read_env, read_yaml
-
-
-def agent_names() -> list[str]:
-    """Names of the agents of this package, which has a file for each, and of the entry points of installed packages."""
-    package = Path(__file__).parent.parent
-    ours = [path.stem for path in sorted(package.glob("*.py")) if f'\n    name = "{path.stem}"\n' in path.read_text()]
-    return ours + sorted(point.name for point in entry_points(group="ddil.agents"))
-
-
-def find_agent(name: str) -> type[Agent]:
-    """Finds an agent's class by its name in this package, by its class path, or by an entry point of an installed package.
-
-    Raises:
-        ValueError: there is no such agent, or it needs a package that is not installed.
-    """
-    registered = {point.name: point for point in entry_points(group="ddil.agents")}
-    module, _, attribute = name.rpartition(".")
-    found: Any = None
-    try:
-        if name in registered:
-            found = registered[name].load()
-        else:
-            names = vars(importlib.import_module(module or f"ddil_agents.{name}"))
-            agents = [x for x in names.values() if isinstance(x, type) and vars(x).get("name") == name]
-            found = names.get(attribute) if module else next(iter(agents), None)
-    except ImportError as error:
-        if error.name is not None and error.name not in (module, module.partition(".")[0], f"ddil_agents.{name}"):
-            raise ValueError(f"agent {name!r}: {error}; install it, or leave the agent out") from error
-    if isinstance(found, type) and issubclass(found, Agent) and hasattr(found, "name") and hasattr(found, "Config"):
-        return found
-    raise ValueError(
-        f"unknown agent {name!r}: choose one of {', '.join(agent_names())}, or the class path of your own, such as my_pkg.MyAgent, which "
-        "has a `name` and a `Config`"
-    )
-
-
-def identify(agent: type[Agent]) -> str:
-    """The name by which `find_agent` finds an agent: its `name` if it is of this package, else its class path, also if run as a script."""
-    module = agent.__module__
-    if module == "__main__":
-        main = sys.modules["__main__"]
-        module = main.__spec__.name if main.__spec__ is not None else Path(str(main.__file__)).stem
-    return agent.name if module == f"ddil_agents.{agent.name}" else f"{module}.{agent.__qualname__}"
-
-
-def command_of(agent: str) -> list[str]:
-    """The arguments of `python` that run the command of an agent."""
-    return ["-m", "ddil_agents", agent] if "." in agent or find_spec(f"ddil_agents.{agent}") is None else ["-m", f"ddil_agents.{agent}"]
 
 
 def resolve_presets(group: str, argv: list[str]) -> list[str]:
@@ -205,12 +156,19 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     after = [*(["--env.device", device] if device is not None else []), *(["--env.data", data] if data is not None else [])]
     print_config = [word for word in argv if word.partition("=")[0] == "--print_config"]
     argv = [*before, *(word for word in argv if word not in print_config), *after]
-    cfg = read_arguments(parser, argv)
-    check_typed(nested_flags(argv[len(before) :]), cfg)
+    typed = nested_flags(argv[len(before) :])
+    check_agent_name(agent, [*contents, typed])
+    with name_owners(agent):
+        cfg = read_arguments(parser, argv)
+    if cfg.out == "":
+        raise ValueError("out='': need the name of a directory; leave --out out for one in runs/ that is named after the run")
+    check_typed(typed, cfg)
     if "beta.forward" in known:
-        resolve_beta(agent, cfg, [*map(read_yaml, defaults), *contents, nested_flags(argv[len(before) :])])
+        resolve_beta(agent, cfg, [*map(read_yaml, defaults), *contents, typed])
         argv += [f"--beta.{name}={getattr(cfg.beta, name)!r}" for name in SOURCES]
         argv += [f"--stages={json.dumps(cfg.stages)}"] if "stages" in known else []
+    for content in contents:
+        check_groups({name: value for name, value in content.items() if name != "env"}, parser)  # env may be a preset's name
     if print_config:
         read_arguments(parser, [*argv, *print_config])  # exits
     return parser, cfg

@@ -8,11 +8,12 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from ddil_agents.agent import Agent
-from ddil_agents.commands.parse import command_of, identify, parse, take_flag
+from ddil_agents.commands.agents import command_of, identify
+from ddil_agents.commands.parse import parse, take_flag
 from ddil_agents.training.checkpoint import MAY_DIFFER_ON_RESUME
 from ddil_env.presets import read_yaml
 
-PLACES = {"env.model", "env.data", "env.images", "env.data_cache"}  # where what the run is made of lies, which may move
+PLACES = {"env.model", "env.prompts", "env.data", "env.images", "env.data_cache"}  # where what the run is made of lies, which may move
 
 # Settings that a resumed run may be given anew: they depend on the machine, and the training does not depend on them.
 MAY_CHANGE_ON_RESUME = MAY_DIFFER_ON_RESUME | PLACES | {"env.device", "evaluate.batch_size", "push_to_hub", "hub_private"}

@@ -27,12 +27,14 @@ from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser, Namespace
 
 from ddil_agents.agent import Agent
+from ddil_agents.commands.agents import command_of, identify
 from ddil_agents.commands.card import complete_card
 from ddil_agents.commands.checks import check_data, check_evaluation
 from ddil_agents.commands.combine_stages import combine_stages
+from ddil_agents.commands.conflicts import name_owners
 from ddil_agents.commands.errors import one_line_errors
 from ddil_agents.commands.hub import check_push, push
-from ddil_agents.commands.parse import command_of, expert_and_config, identify, name_of_env, parse, take_flag
+from ddil_agents.commands.parse import expert_and_config, name_of_env, parse, take_flag
 from ddil_agents.commands.plan import print_plan
 from ddil_agents.commands.resume import parse_resumed
 from ddil_agents.commands.save_and_evaluate import save_and_evaluate
@@ -66,7 +68,8 @@ def run(agent: type[Agent], argv: list[str] | None = None) -> None:
                 lock_run(resumed, locks)
         parser, cfg = parse(agent, argv) if resumed is None else parse_resumed(agent, resumed, argv)
         expert, config = expert_and_config(agent, parser, cfg)
-        stages = plan_stages(config)
+        with name_owners(agent):
+            stages = plan_stages(config)
         check_data(agent, expert, stages)
         learners = iter_learners(agent, expert, stages, resumed)
         torch.manual_seed(rank_stream_seed(config.seed, "dropout"))  # of a student; all else draws from streams of its own

@@ -47,6 +47,8 @@ class Comparison:
         if not self.arms:
             raise ValueError("arms={}: nothing to compare; name --agents, or arms in a config file")
         for name, arm in self.arms.items():
+            if not isinstance(name, str):
+                raise ValueError(f"arm {name!r}: YAML reads this name as {type(name).__name__}; put it in quotes")
             if not isinstance(arm, dict) or "agent" not in arm:
                 raise ValueError(f"arms.{name}={arm}: an arm is a mapping with an `agent`, such as {{agent: dagger, num_updates: 300}}")
             if not name or set(name) & set("/\\") or name.startswith((".", "teacher@")) or name == "teacher":
@@ -119,6 +121,8 @@ def arm_settings(comparison: Comparison, arm: str) -> tuple[str, dict[str, Any]]
         raise ValueError(f"env={settings['env']}: all arms use the comparison's env; to change the expert, name a YAML file there")
     if "seed" in own | dict(comparison.shared):
         raise ValueError(f"arm {arm!r} sets seed: each arm runs with the comparison's seeds; set seeds and first_seed instead")
+    if not isinstance(settings.get("evaluate", {}), dict):
+        raise ValueError(f"evaluate={settings['evaluate']!r}: need a mapping of an evaluation's settings, such as {{n: 1000}}")
     if "seed" in settings.get("evaluate", {}):
         raise ValueError(
             f"evaluate.seed={settings['evaluate']['seed']}: the noise of an evaluation comes from the seed of its run; leave it out"
@@ -134,6 +138,9 @@ def run_settings(comparison: Comparison, arm: str, seed: int) -> dict[str, Any]:
 def make_arms(agents: list[str], betas: list[str]) -> dict[str, dict[str, Any]]:
     """An arm for each agent and each β; `own` is the default β of the agent."""
     arms: dict[str, dict[str, Any]] = {}
+    for flag, names in (("agents", agents), ("betas", betas)):
+        if len(set(names)) < len(names):
+            raise ValueError(f"--{flag} {' '.join(names)}: each may stand once; for two arms of one agent write them into a config file")
     for agent in agents:
         for name in betas:
             if name != "own" and name not in BETAS:

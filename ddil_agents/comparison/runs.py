@@ -17,7 +17,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from ddil_agents.commands.parse import command_of
+from ddil_agents.commands.agents import command_of
 from ddil_agents.comparison.arms import Budget, Comparison, Run, arm_settings, run_settings
 from ddil_agents.comparison.results import student_row
 from ddil_agents.training.checkpoint import write_atomically
@@ -115,9 +115,23 @@ def matched_entry(comparison: Comparison, updates: dict[str, int]) -> dict[str, 
 
 
 def read_matched(out: Path) -> dict[str, Any]:
-    """A comparison's matched.json, by budget; empty if there is no such file."""
+    """A comparison's matched.json, by budget; empty if there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = out / MATCHED
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        matched: dict[str, Any] = json.loads(path.read_text())
+        if not all(isinstance(entry[key], dict) for entry in matched.values() for key in ("updates", "settings")):
+            raise ValueError("not the updates and settings of each budget")
+        if not all(isinstance(n, int) for entry in matched.values() for n in entry["updates"].values()):
+            raise ValueError("updates are whole numbers")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and the runs of other budgets than updates, which begin anew") from error
+    return matched
 
 
 def recorded_updates(comparison: Comparison, budget: Budget, out: Path) -> dict[str, int]:

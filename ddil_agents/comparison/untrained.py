@@ -15,6 +15,7 @@ from ddil_agents.agent import Agent
 from ddil_agents.commands.load import load_run
 from ddil_agents.comparison.arms import Comparison, Run
 from ddil_agents.comparison.results import Rows
+from ddil_agents.evaluation.cache import read_numbers
 from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.evaluation.trajectories import record
@@ -39,7 +40,7 @@ def evaluate_untrained(comparison: Comparison, runs: list[Run]) -> dict[str, Row
     for run in tqdm(runs, desc="untrained students", unit="run"):
         path, files = run.directory / "untrained.json", [run.directory / f"{who}.safetensors" for who in ("trajectories", "teacher")]
         needs_trajectories = run.seed == comparison.first_seed and not all(file.is_file() for file in files)
-        row = json.loads(path.read_text()) if path.is_file() else {}
+        row = read_numbers(path) if path.is_file() else {}
         if comparison.primary in row and not needs_trajectories:
             initial.setdefault(run.arm, {})[run.seed] = row
             continue

@@ -113,7 +113,7 @@ def write_cached(path: Path | None, tensors: dict[str, Tensor]) -> None:
 
 
 def read_or_compute(path: Path | None, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Reads numbers from a JSON file of a cache; computes and writes them where there is no such file.
+    """Reads numbers by name, or lists of them, from a JSON file of a cache; computes and writes them where there is no such file.
 
     Args:
         path: The file; None neither reads nor writes.
@@ -123,12 +123,30 @@ def read_or_compute(path: Path | None, compute: Callable[[], dict[str, Any]]) ->
         ValueError: the file is damaged.
     """
     if path is not None and path.is_file():
-        try:
-            cached: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it, and it is computed again") from error
-        return cached
+        return read_numbers(path)
     computed = compute()
     if path is not None:
         write_atomically(path, json.dumps(computed))
     return computed
+
+
+def read_numbers(path: Path) -> dict[str, Any]:
+    """Reads numbers by name, or lists of them, from a JSON file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        numbers: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(numbers, dict) or not all(map(_is_measured, numbers.values())):
+            raise ValueError("not numbers by name")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and it is computed again") from error
+    return numbers
+
+
+def _is_measured(value: Any) -> bool:
+    """Whether a value is a number, null, or a list or mapping of those."""
+    if isinstance(value, dict | list):
+        return all(map(_is_measured, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, int | float)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddil_agents.evaluation.metrics.frechet import FID_EXTRACTOR
+from ddil_agents.evaluation.provenance import PROVENANCE
 
 METRICS: dict[str, tuple[str, str, int]] = {  # key of a result → heading, format, and −1 where lower is better
     "success": ("success ↑", "{:.3f}", 1),
@@ -105,9 +106,33 @@ def read_result(path: Path) -> dict[str, Any]:
         ValueError: the file is absent, damaged, or no result of a run.
     """
     try:
-        result = json.loads(path.read_text())
-        if not {"student", "settings", "env_config", "models", "floors"} <= result.keys():
-            raise ValueError("not a run's result")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"cannot read {path} ({error}); write it again with --resume {path.parent}") from error
+        result: dict[str, Any] = json.loads(path.read_text())
+        _check_result(result)
+    except (OSError, ValueError) as error:
+        run = path.parent if (path.parent / "config.yaml").is_file() else path.parent.parent  # of a stage
+        raise ValueError(f"cannot read {path} ({error}); remove it, and write it again with --resume {run}") from error
     return result
+
+
+def _check_result(result: Any) -> None:
+    """Checks the types of what tables, figures and statistics read.
+
+    Raises:
+        ValueError: a value is missing, or of another type.
+    """
+    kinds = {"student": str, "settings": dict, "env_config": dict, "models": dict, "floors": dict}
+    if not isinstance(result, dict) or not kinds.keys() <= result.keys():
+        raise ValueError("not a run's result")
+    totals = dict.fromkeys(("num_updates", "teacher_nfe", "student_nfe"), int) | dict.fromkeys(PROVENANCE, str) | {"times": list}
+    for name, kind in (kinds | totals).items():
+        if not isinstance(result.get(name, kind()), kind):
+            raise ValueError(f"{name} is {result[name]!r:.60}, need {kind.__name__}")
+    if result["student"] not in result["models"]:
+        raise ValueError(f"student is {result['student']!r:.60}, which is none of its models")
+    for model, row in {**result["floors"], **result["models"]}.items():
+        if not isinstance(row, dict):
+            raise ValueError(f"{model} is {row!r:.60}, need its metrics by name")
+        for name in row.keys() & (COLUMNS.keys() | DIRECTIONS.keys()):
+            values = row[name] if isinstance(row[name], list) and name not in COLUMNS else [row[name]]
+            if any(isinstance(value, bool) or not isinstance(value, int | float | None) for value in values):
+                raise ValueError(f"{name} of {model} is {row[name]!r:.60}, need numbers")

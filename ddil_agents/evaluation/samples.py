@@ -110,7 +110,8 @@ class SampleDrawer:
     @cached_property
     def _image_folder_digest(self) -> str | None:
         """Identifies the folder of real pictures in a result: their number, and a digest."""
-        return None if self.settings.images is None else folder_digest(Path(self.settings.images))
+        store = None if self.settings.store is None else Path(self.settings.store)
+        return None if self.settings.images is None else folder_digest(Path(self.settings.images), store)
 
     @cached_property
     def _data_digest(self) -> tuple[str | None, ...]:

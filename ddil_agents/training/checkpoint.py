@@ -256,6 +256,8 @@ def _read_checkpoint(agent: TrainedAgent, directory: Path) -> tuple[Path, dict[s
             "Load it into an agent built with the same config."
         )
     saved_expert, expert = manifest.get("expert"), json.loads(json.dumps(agent.expert.identity()))
+    if saved_expert is not None:  # an earlier version wrote fewer entries
+        expert = {key: value for key, value in expert.items() if key in saved_expert}
     if saved_expert is not None and saved_expert != expert:
         key = next(key for key in sorted(expert.keys() | saved_expert.keys()) if expert.get(key) != saved_expert.get(key))
         raise ValueError(

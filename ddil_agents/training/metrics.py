@@ -233,11 +233,16 @@ def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def read_metrics(path: Path, until: int | None = None) -> list[dict[str, Any]]:
-    """Reads the lines of a metrics.jsonl up to a step; an incomplete last line, as a killed run leaves it, is left out.
+def read_metrics(path: Path, until: int | None = None, needs: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Reads the lines of a metrics.jsonl or eval.jsonl up to a step; an incomplete last line, as a killed run leaves it, is left out.
+
+    Args:
+        path: The file.
+        until: The last step; default: all.
+        needs: What each line holds beside `step` and `seconds`.
 
     Raises:
-        ValueError: the file cannot be read, or a line before the last is damaged.
+        ValueError: the file cannot be read, a line before the last is damaged, or a line holds something else than numbers by name.
     """
     rows: list[dict[str, Any]] = []
     try:
@@ -247,12 +252,28 @@ def read_metrics(path: Path, until: int | None = None) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            step, _ = row["step"], row["seconds"]
-        except (ValueError, TypeError, KeyError) as error:
+        except ValueError as error:
             if number == len(lines):
                 break
             raise ValueError(f"line {number} of {path} is damaged ({error}); remove that line") from error
-        if until is not None and step > until:
+        if (fault := _fault_of_row(row, needs)) is not None:
+            raise ValueError(f"line {number} of {path} is damaged ({fault}); remove that line")
+        if until is not None and row["step"] > until:
             break
         rows.append(row)
     return rows
+
+
+def _fault_of_row(row: Any, needs: tuple[str, ...]) -> str | None:
+    """What in a line is no number by its name, or missing; None if nothing is. A value may be null but for the step and the seconds."""
+    if not isinstance(row, dict):
+        return f"{row!r:.60} is no object"
+    for name, value in row.items():
+        if isinstance(value, dict):
+            if (fault := _fault_of_row({"step": 0, "seconds": 0, **value}, ())) is not None:
+                return f"in {name}, {fault}"
+        elif not isinstance(value, int | float | None) or (name in ("step", "seconds") and (value is None or isinstance(value, bool))):
+            return f"{name} is {value!r:.60}, not a number"
+    if missing := [name for name in ("step", "seconds", *needs) if name not in row]:
+        return f"it has no {', '.join(missing)}"
+    return None if isinstance(row["step"], int) else f"step is {row['step']!r}, not a whole number"

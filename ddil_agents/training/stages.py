@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
 from ddil_agents.devices import sharding
-from ddil_agents.settings import build_dataclass, check_setting, refuse_unknown
+from ddil_agents.settings import UnknownSettingError, build_dataclass, check_setting, explain, refuse_unknown
 from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.checkpoint import checkpoints, read_support
 from ddil_env import Expert, NetworkDenoiser, NoDataError, Support, TimeGrid, Unbounded, unroll
@@ -99,6 +99,8 @@ def plan_stages(config: LearnerConfig) -> list[Stage]:
                     f"leave it out, or choose a divisor of {steps}"
                 )
             stage_config = replace_settings(config, settings)
+        except UnknownSettingError as error:
+            raise UnknownSettingError(f"stage {number} of {len(config.stages)}: {error}", error.setting) from error
         except (ValueError, TypeError) as error:
             raise ValueError(f"stage {number} of {len(config.stages)}: {error}") from error
         stages.append(Stage(stage_config, teacher, f"stage_{number}"))
@@ -118,7 +120,7 @@ def replace_settings(config: LearnerConfig, changes: dict[str, Any]) -> LearnerC
     settings, hints = dataclasses.asdict(config) | {"stages": []}, get_type_hints(type(config))
     for key, value in changes.items():
         if key not in settings:
-            refuse_unknown(key, [*settings])
+            refuse_unknown(str(key), [*settings])
         nested = dataclasses.is_dataclass(getattr(config, key))
         if nested and not isinstance(value, dict):
             raise ValueError(f"{key}={value!r}: need a mapping of {', '.join(settings[key])}")
@@ -126,7 +128,10 @@ def replace_settings(config: LearnerConfig, changes: dict[str, Any]) -> LearnerC
         settings[key] = settings[key] | value if nested else value
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(type(config), None)
-    return build_dataclass(type(config), parser.parse_object(settings))
+    try:
+        return build_dataclass(type(config), parser.parse_object(settings))
+    except ArgumentError as error:
+        raise ValueError(explain(error, {action.dest: action for action in parser._actions})) from error
 
 
 def iter_learners(agent: type[Agent], expert: Expert, stages: list[Stage], out: Path | None = None) -> Iterator[tuple[Stage, Agent]]:

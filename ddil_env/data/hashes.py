@@ -29,17 +29,17 @@ class Hashes:
 
     Args:
         pairs: The pairs.
-        folder: The cache.
+        folder: The cache; None remembers nothing.
         workers: Number of threads that read files.
 
     Attributes:
         values: The hashes, in order of the pairs.
     """
 
-    def __init__(self, pairs: list[Pair], folder: Path, workers: int) -> None:
+    def __init__(self, pairs: list[Pair], folder: Path | None, workers: int) -> None:
         known: dict[str, list[object]] = {}
         with suppress(OSError, ValueError):  # there are none yet, or they are damaged: all is read
-            known = json.loads((folder / STAMPS).read_text())
+            known = json.loads((folder / STAMPS).read_text()) if folder is not None else {}
         stamp_of, begin = cache(_stamp), time.time()
         self._stamps: dict[str, list[object]] = {}
         self._new = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +54,10 @@ class PromptedExpert(LatentExpert):
             self.num_conditions = self.null_condition = len(self.pairs)
             self.embeddings = look_up(self.pairs, self.device, self.embeddings_on_device)
         self.network = self.load_network()
+
+    def identity(self) -> dict[str, Any]:
+        texts = hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()[:16]  # with data the captions are in `data`
+        return super().identity() | {"prompts": None if self.pairs is not None else texts}
 
     @abstractmethod
     def embedder(self) -> Embed:

@@ -77,7 +77,10 @@ def _read_file(path: Path, source: str) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {source} ({error}); it must be a UTF-8 text file with one prompt a line") from error
+        raise ValueError(
+            f"cannot read {source} ({error}); it must be a UTF-8 text file with one prompt a line. If it was moved since a run began, "
+            "resume that with --env.prompts PATH"
+        ) from error
     if suffix != ".json":
         return [line.removesuffix("\r") for line in text.split("\n")]  # a form feed or U+2028 is part of a prompt
     try:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from paper import Stochastic, plan, summary
 
+from ddil_agents.commands.agents import find_agent
 from ddil_agents.commands.checks import check_command_line
 from ddil_agents.commands.parse import build_config as settings_of
-from ddil_agents.commands.parse import find_agent, parse
+from ddil_agents.commands.parse import parse
 from ddil_agents.training.stages import plan_stages as stages_of
 from ddil_env import ExpertPolicy, GaussianMixtureExpert, TimeGrid
 from ddil_env.support import Box

@@ -12,8 +12,9 @@ from PIL import Image
 from tiny_sd import write_tiny_sd
 
 from ddil_agents import dagger, dmd2, evaluate
+from ddil_agents.commands.agents import find_agent
 from ddil_agents.commands.checks import check_command_line
-from ddil_agents.commands.parse import find_agent, resolve_presets
+from ddil_agents.commands.parse import resolve_presets
 from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.settings import Evaluation, extractor_for
 from ddil_agents.report import merge_results, save_curves

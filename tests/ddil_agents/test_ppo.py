@@ -23,8 +23,8 @@ from tiny_sd import write_tiny_sd
 from torch import Tensor
 
 from ddil_agents import BCConfig, BehaviourCloning, compare, evaluate, ppo, report
+from ddil_agents.commands.agents import find_agent
 from ddil_agents.commands.load import load_run
-from ddil_agents.commands.parse import find_agent
 from ddil_agents.ppo import PPOAgent, PPOConfig
 from ddil_agents.training.metrics import read_metrics
 from ddil_env import GaussianMixtureExpert, load_expert, unroll

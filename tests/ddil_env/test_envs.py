@@ -17,6 +17,7 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from gymnasium.wrappers import FlattenObservation, RecordVideo
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from helpers import expert_action, latents, mixture, preset
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
@@ -527,3 +528,53 @@ def test_actions_and_starts_that_an_environment_would_have_to_guess_at_are_refus
     for options, message in (({"t": True}, "'t' holds true or false"), ({"x_t": [math.nan, 0.0]}, "'x_t' holds NaN or infinity")):
         with pytest.raises(ValueError, match=message):
             single.reset(options=options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_actions_that_are_not_finite_are_refused(value: float) -> None:
+    message = "actions with NaN or infinite values in 1 of 1 running environments; look at the policy"
+    single = DenoisingGymEnv(mixture(), 2)
+    single.reset(seed=0)
+    with pytest.raises(ValueError, match=message):
+        single.step(np.full(2, value))
+    for output in ("numpy", "torch"):
+        several = DenoisingVectorEnv(mixture(), 2, num_steps=2, output=output)
+        several.reset(seed=0)
+        actions = torch.zeros(2, 2)
+        actions[1] = value
+        with pytest.raises(ValueError, match=message.replace("1 of 1", "1 of 2")):
+            several.step(actions.numpy() if output == "numpy" else actions)
+    several.step(torch.zeros(2, 2))
+    several.step(torch.zeros(2, 2))
+    several.step(torch.full((2, 2), value))  # the step of an autoreset, which takes no action
+
+
+def test_torchrls_environment_refuses_them_at_once_on_a_cpu_and_without_waiting_on_a_gpu() -> None:
+    env = DenoisingEnv(mixture(), 2, [3])
+    broken = env.reset().set("action", torch.tensor([[0.0, 0.0], [float("nan"), 0.0], [0.0, float("inf")]]))
+    with pytest.raises(ValueError, match="actions with NaN or infinite values in 2 running environments"):
+        env.step(broken)
+    env._checks_each_step = False  # as on a GPU
+    env.step(broken)
+    with pytest.raises(ValueError, match="in 2 running environments"):
+        env.reset()
+    env.reset()
+    with pytest.raises(ValueError, match="in 6 running environments"):
+        env.rollout(2, lambda td: td.set("action", torch.full((3, 2), float("nan"))), break_when_any_done=False)
+    env.rollout(2)
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_gymnasiums_statistics_are_around_numpy(mode: str) -> None:
+    options: dict[str, Any] = {"num_steps": 2, "reward": "expert_l2", "autoreset_mode": mode}
+    env = RecordEpisodeStatistics(DenoisingVectorEnv(mixture(), 3, **options))
+    env.reset(seed=0)
+    rewards = [env.step(np.zeros((3, 2), np.float32)) for _ in range(2)]
+    info = rewards[1][4].get("final_info") or rewards[1][4]
+    np.testing.assert_allclose(info["episode"]["r"], rewards[0][1] + rewards[1][1])
+    assert info["episode"]["l"].tolist() == [2, 2, 2]
+    around_torch = RecordEpisodeStatistics(DenoisingVectorEnv(mixture(), 3, output="torch", **options))
+    around_torch.reset(seed=0)
+    with pytest.raises(TypeError):
+        around_torch.step(torch.zeros(3, 2))
+    assert "RecordEpisodeStatistics" in str(DenoisingVectorEnv.__doc__)  # where the cure is

@@ -18,13 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor, nn
 
-from ddil_env.data.files import formats, is_picture
+from ddil_env.data.files import Pair, formats, is_picture
+from ddil_env.data.hashes import Hashes
 from ddil_env.data.pictures import on_white
 from ddil_env.weights import read_tensors
 
+HASH_THREADS = 4
+ROTATED = (
+    "pictures to compare with are read as they are stored, as published FIDs are, and at least one has a rotation in its EXIF data, which "
+    "training data follow; if they are your own, rotate the files first"
+)
 RESIZE = "centre_crop_lanczos_256"
 
 
@@ -66,6 +72,8 @@ def _read_picture(path: Path) -> Image.Image:
         with Image.open(path, formats=formats()) as image:
             if image.mode.startswith("I") or image.mode == "F":  # convert() would clip these to white
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+            if image.getexif().get(ExifTags.Base.Orientation, 1) > 1:
+                warnings.warn(ROTATED, stacklevel=2)
             return on_white(image)
     except Exception as error:  # Pillow's plug-ins raise all kinds of errors on a damaged file
         raise ValueError(f"cannot read image {path} ({error}); repair it, or leave it out of the paths") from error
@@ -76,11 +84,21 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_picture(path.name))
 
 
-def folder_digest(folder: Path) -> str:
-    """Identifies the pictures of a folder, wherever it is: their number, and a digest of their names and sizes in bytes."""
-    files = picture_files(folder)
-    listed = repr([(path.name, path.stat().st_size) for path in files])
-    return f"{len(files)} pictures, {hashlib.sha256(listed.encode()).hexdigest()[:12]}"
+def folder_digest(folder: Path, store: Path | None = None) -> str:
+    """Identifies the pictures of a folder, wherever it is: their number, and a digest of their names and contents.
+
+    Args:
+        folder: The folder.
+        store: Where hashes of the files are remembered, so that a file is read again only if its size, times or inode have changed; None
+            reads all files.
+    """
+    pairs = [Pair(path.name, "", str(path), 0, path.stat().st_size) for path in picture_files(folder)]
+    hashes = Hashes(pairs, store, HASH_THREADS)
+    if store is not None:
+        store.mkdir(parents=True, exist_ok=True)
+        hashes.remember(store)
+    listed = repr([(pair.name, value) for pair, value in zip(pairs, hashes.values, strict=True)])
+    return f"{len(pairs)} pictures, {hashlib.sha256(listed.encode()).hexdigest()[:12]}"
 
 
 def load_pictures(paths: Path | Iterable[Path], size: int = 256, batch_size: int = 64) -> Iterator[Tensor]:

@@ -1,6 +1,7 @@
 """The evaluator: batches, their store, trajectories step by step, pictures and captions."""
 
 import dataclasses
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from ddil_agents.evaluation import provenance, quality, samples
 from ddil_agents.evaluation.evaluator import Evaluator
 from ddil_agents.evaluation.metrics.distances import mmd2, split_half
 from ddil_agents.evaluation.metrics.frechet import frechet_distance
+from ddil_agents.evaluation.metrics.pictures import folder_digest
 from ddil_agents.evaluation.metrics.precision_recall import precision_recall_density_coverage
 from ddil_agents.evaluation.results import describe_measurement, table
 from ddil_agents.evaluation.settings import Evaluation, extractor_for
 from ddil_agents.evaluation.shift import kernel_bandwidth
 from ddil_env import DdimPolicy, ExpertPolicy, GaussianMixtureExpert, NoDataError, TimeGrid, load_expert, unroll
 from ddil_env.corrections import ScaledEpsilon
+from ddil_env.data import hashes
 
 
 def mixture():
@@ -354,6 +357,26 @@ def test_cached_features_of_one_folder_are_not_read_for_another(tmp_path: Path, 
         for name, store in (("b", {}), ("a", {"store": str(tmp_path / "store")}), ("b", {"store": str(tmp_path / "store")}))
     )
     assert rows[1] == alone != rows[0]
+
+
+def test_a_picture_edited_to_the_same_size_and_time_makes_another_folder(tmp_path: Path, monkeypatch):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(3):
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(pictures / f"{i}.bmp")
+    alone, kept = folder_digest(pictures), folder_digest(pictures, tmp_path / "store")
+    assert alone == kept == folder_digest(Path(pictures.rename(tmp_path / "moved")))
+    pictures = tmp_path / "moved"
+    monkeypatch.setattr(hashes, "SETTLED", -1.0)  # what was written just now is remembered
+    assert folder_digest(pictures, tmp_path / "store") == kept
+    with monkeypatch.context() as patch:
+        patch.setattr(hashes, "hash_picture", lambda pair: pytest.fail("read again"))
+        assert folder_digest(pictures, tmp_path / "store") == kept
+    before = (pictures / "1.bmp").stat()
+    Image.new("RGB", (4, 4), (9, 0, 0)).save(pictures / "1.bmp")
+    os.utime(pictures / "1.bmp", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (pictures / "1.bmp").stat().st_size == before.st_size
+    assert folder_digest(pictures, tmp_path / "store") == folder_digest(pictures) != kept
 
 
 def test_reading_a_folder_of_pictures_goes_on_where_it_was_killed(tmp_path: Path, colour, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from line_world import GAIN, Steersman
 
 from ddil_agents import DMD2, Beta, Dagger, DaggerConfig, DMD2Config
-from ddil_agents.commands.parse import find_agent
+from ddil_agents.commands.agents import find_agent
 from ddil_agents.dart import Dart, DartConfig
 from ddil_agents.evaluation.episodes import EpisodeEvaluator
 from ddil_agents.ppo import PPOAgent, PPOConfig

@@ -25,8 +25,9 @@ from tiny_pipelines import write_tiny_ddpm, write_tiny_dit, write_tiny_sd3, writ
 from tiny_sd import write_tiny_sd
 
 from ddil_agents import dagger
+from ddil_agents.commands.agents import find_agent
 from ddil_agents.commands.checks import check_command_line
-from ddil_agents.commands.parse import find_agent, parse
+from ddil_agents.commands.parse import parse
 from ddil_agents.training.metrics import read_metrics
 from ddil_env import NoDataError, check_expert, load_expert
 from ddil_env.data.pairs import Pairs

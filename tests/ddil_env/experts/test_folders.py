@@ -381,6 +381,28 @@ def test_a_run_goes_on_with_its_model_in_another_place(
     dagger.main(["--resume", run, "--env.model", str(tmp_path / "moved")])
 
 
+def test_a_run_goes_on_with_its_prompts_in_another_place_and_with_no_others(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, prompts, moved = str(tmp_path / "run"), tmp_path / "prompts.txt", tmp_path / "moved.txt"
+    prompts.write_text("\n".join(WORDS))
+    sizes = "--num_updates 1 --num_steps 2 --teacher_steps 2 --batch_size 2 --collect_size 2 --lora null "
+    judged = (
+        "--gradient_accumulation 1 --mixed_precision no --env.guidance_scale 1 --evaluate.n 10 --evaluate.n_paths 2 --evaluate.n_action 2"
+    )
+    env = ["--env", "sd15", "--env.model", str(folders["sd"]), "--env.prompts", str(prompts)]
+    dagger.main([*env, *sizes.split(), *judged.split(), "--out", run])
+    prompts.rename(moved)
+    with pytest.raises(SystemExit):
+        dagger.main(["--resume", run])
+    assert "If it was moved since a run began, resume that with --env.prompts PATH" in capsys.readouterr().err
+    (tmp_path / "others.txt").write_text("\n".join(reversed(WORDS)))
+    with pytest.raises(SystemExit):
+        dagger.main(["--resume", run, "--env.prompts", str(tmp_path / "others.txt")])
+    assert "was trained on another expert: its prompts is" in capsys.readouterr().err
+    dagger.main(["--resume", run, "--env.prompts", str(moved)])
+
+
 def test_a_folder_of_data_whose_name_looks_like_a_pattern_is_a_folder(folders: dict[str, Path], tmp_path: Path) -> None:
     data = tmp_path / "pics [1024px] {a,b}"
     data.mkdir()

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import save_file
 
 from ddil_agents.evaluation.metrics import hps as hps_module
@@ -90,6 +90,15 @@ def test_reference_pictures_of_any_format_count_and_transparent_ones_lie_on_whit
     clear, opaque = next(load_pictures(tmp_path, size=8))
     assert (clear == 255).all()
     assert (opaque == torch.tensor([1, 2, 3])).all()
+
+
+def test_a_rotation_that_reference_pictures_do_not_follow_is_told(tmp_path):
+    image = Image.new("RGB", (20, 10), "red")
+    exif = image.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.save(tmp_path / "a.png", exif=exif)
+    with pytest.warns(UserWarning, match="at least one has a rotation in its EXIF data.*rotate the files first"):
+        list(load_pictures(tmp_path, 4))
 
 
 def test_a_picture_of_16_bits_is_refused_since_pillow_would_clip_it(tmp_path):
