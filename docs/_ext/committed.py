@@ -1,0 +1,124 @@
+"""Directives that show committed results: a section of a Markdown file, or some rows of a table in it. No number is typed twice.
+
+A file, section, row or column that is not there stops the build.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+from docutils.parsers.rst import directives
+from markdown import MarkdownDirective
+from sphinx.application import Sphinx
+
+HEADING = re.compile(r"^(#+) (.*)$")
+LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:)([^)\s]+)\)")
+
+
+def plain(text: str) -> str:
+    """A heading without its markup."""
+    return text.replace("`", "").strip()
+
+
+def section_of(text: str, title: str) -> str:
+    """The section of a Markdown file whose heading begins with this title, without the heading.
+
+    Raises:
+        ValueError: there is none, or several.
+    """
+    lines, fenced, found, level, taken = text.splitlines(), False, 0, 0, []
+    for line in lines:
+        fenced ^= line.startswith("```")
+        match = None if fenced else HEADING.match(line)
+        if match and level and len(match[1]) <= level:
+            level = 0
+        if match and plain(match[2]).startswith(title):
+            found, level = found + 1, len(match[1])
+        elif level:
+            taken.append(line)
+    if found != 1:
+        raise ValueError(f"{found} sections begin with {title!r}; need one")
+    return "\n".join(taken).strip()
+
+
+def without_headings(text: str) -> str:
+    """Markdown with its title left out, other headings in bold, and links to files as their text."""
+    lines = []
+    for line in text.splitlines():
+        match = HEADING.match(line)
+        lines.append(line if match is None else "" if match[1] == "#" else f"**{match[2]}**")
+    return LINK.sub(lambda m: m[1] if "`" in m[1] or "/" in m[1] or "." in m[1] else f"{m[1]} (`{m[2]}`)", "\n".join(lines))
+
+
+def tables_of(text: str) -> list[list[list[str]]]:
+    """The cells of each table of a Markdown text, (rows, columns); the first row is the head."""
+    tables: list[list[list[str]]] = []
+    before = ""
+    for line in text.splitlines():
+        if line.startswith("|"):
+            if not before.startswith("|"):
+                tables.append([])
+            cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+            if not all(set(cell) <= {"-", ":"} and cell for cell in cells):
+                tables[-1].append(cells)
+        before = line
+    return tables
+
+
+def select(tables: list[list[list[str]]], rows: list[str], columns: list[str]) -> list[list[str]]:
+    """The rows and columns of the first table that has all of them, in the order asked for.
+
+    Args:
+        tables: As `tables_of` returns them.
+        rows: First cells; empty: all rows.
+        columns: Headings; empty: all columns.
+
+    Raises:
+        ValueError: no table has them all.
+    """
+    for head, *body in tables:
+        names = {plain(row[0]): row for row in body}
+        if set(columns) <= {plain(cell) for cell in head} and set(rows) <= names.keys():
+            plain_head = [plain(cell) for cell in head]
+            at = [0, *(plain_head.index(column) for column in columns)] if columns else list(range(len(head)))
+            chosen = [names[row] for row in rows] if rows else body
+            return [[row[i] if i < len(row) else "" for i in at] for row in [head, *chosen]]
+    raise ValueError(f"no table has the rows {rows} and the columns {columns}")
+
+
+def as_table(cells: list[list[str]]) -> str:
+    """Cells as a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "---|" * len(cells[0]), *lines[1:]])
+
+
+class CommittedDirective(MarkdownDirective):
+    """`{committed} benchmarks/results/README.md`, with `:section:` one section of it."""
+
+    required_arguments = 1
+    option_spec: ClassVar[dict[str, Any]] = {"section": directives.unchanged_required}
+
+    def markdown(self) -> str:
+        text = self.depend_on(self.arguments[0])
+        return without_headings(section_of(text, self.options["section"]) if "section" in self.options else text)
+
+
+class RowsDirective(MarkdownDirective):
+    """Rows of a table of a committed file: a row's first cell on each line of the content; `:section:`, `:columns: a | b`."""
+
+    required_arguments = 1
+    option_spec: ClassVar[dict[str, Any]] = {"section": directives.unchanged_required, "columns": directives.unchanged_required}
+
+    def markdown(self) -> str:
+        text = self.depend_on(self.arguments[0])
+        text = section_of(text, self.options["section"]) if "section" in self.options else text
+        columns = [part.strip() for part in self.options.get("columns", "").split("|") if part.strip()]
+        cells = select(tables_of(text), [line.strip() for line in self.content if line.strip()], columns)
+        return f"{without_headings(as_table(cells))}\n\n{{.source}}\nFrom `{self.arguments[0]}`."
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.add_directive("committed", CommittedDirective)
+    app.add_directive("rows", RowsDirective)
+    return {"parallel_read_safe": True}

@@ -1,0 +1,145 @@
+"""Directives that are made from the code: flags of the commands, presets, error messages, and cards of the sections that exist."""
+
+from __future__ import annotations
+
+import ast
+from importlib import import_module
+from typing import Any, ClassVar
+
+from markdown import ROOT, MarkdownDirective
+from sphinx.application import Sphinx
+
+from ddil_agents import compare, evaluate
+from ddil_agents.commands import help as help_of
+from ddil_agents.commands.help import Flag
+from ddil_agents.commands.parse import find_agent, make_parser
+from ddil_agents.settings import read_arguments
+from ddil_env.presets import read_env
+
+ANY_EXPERT = "ddil_env.experts.digits.Digits"
+OTHERS = {"evaluate": evaluate, "compare": compare}  # commands that are not an agent's, by name
+
+
+def agent_flags(agent: str, env: str | None = None) -> dict[str, list[Flag]]:
+    """The flags of an agent's command by topic: those of every env, or those that one env adds.
+
+    Args:
+        agent: Name of the agent.
+        env: Name of a preset of configs/env.
+    """
+    preset = {} if env is None else read_env(env)
+    parser = make_parser(find_agent(agent), str(preset.pop("expert", ANY_EXPERT)), [])
+    given = [f"--env.{key}={'null' if value is None else value}" for key, value in preset.items()]
+    flags = help_of.flags_of(parser, read_arguments(parser, given))
+    chosen = [flag for flag in flags if flag.name.startswith("env.") == (env is not None) and flag.name != "env.expert"]
+    return help_of.group_flags(chosen, help_of.TOPICS)
+
+
+def other_flags(command: str) -> dict[str, list[Flag]]:
+    """The flags of a command that is not an agent's, by topic."""
+    parser = OTHERS[command].make_parser()
+    parser.set_defaults({"jobs": None} if command == "compare" else {})  # its default depends on the machine
+    flags = help_of.flags_of(parser, parser.get_defaults())
+    return help_of.group_flags(flags, {"most used": OTHERS[command].FIRST, "others": ()})
+
+
+def flag_list(topics: dict[str, list[Flag]]) -> str:
+    """Flags as definition lists in Markdown, a bold title above each topic."""
+    parts = []
+    for title, flags in topics.items():
+        parts.append(f"**{title.capitalize()}**\n")
+        for flag in flags:
+            default = flag.default.removeprefix("default: ")
+            shown = "" if not default or default == "required" else f" = `{default}`"
+            required = " (required)" if default == "required" else ""
+            parts.append(f"`--{flag.name}` *{flag.values.replace('|', ' or ')}*{shown}{required}\n: {escape(flag.description)}\n")
+    return "\n".join(parts)
+
+
+def escape(text: str) -> str:
+    """Escapes what Markdown would read as markup, outside of backticks."""
+    parts = text.split("`")
+    special = str.maketrans({c: f"\\{c}" for c in "\\*_[]<>$|{}"})
+    return "`".join(part if i % 2 else part.translate(special) for i, part in enumerate(parts))
+
+
+class FlagsDirective(MarkdownDirective):
+    """`{flags} dagger`; with `:env: sd15` the flags that this env adds."""
+
+    required_arguments = 1
+    option_spec: ClassVar[dict[str, Any]] = {"env": str}
+
+    def markdown(self) -> str:
+        command = self.arguments[0]
+        for module in (help_of, import_module(f"ddil_agents.{command}"), import_module("ddil_agents.config")):
+            self.env.note_dependency(str(module.__file__))
+        return flag_list(other_flags(command) if command in OTHERS else agent_flags(command, self.options.get("env")))
+
+
+class PresetsDirective(MarkdownDirective):
+    """`{presets} dagger`: every file of configs/dagger, data/ included, each in a dropdown."""
+
+    required_arguments = 1
+
+    def markdown(self) -> str:
+        parts = []
+        for path in sorted((ROOT / "configs" / self.arguments[0]).rglob("*.yaml")):
+            name = path.relative_to(ROOT).as_posix()
+            parts.append(f":::{{dropdown}} {name}\n```yaml\n{self.depend_on(name)}```\n:::\n")
+        if not parts:
+            raise ValueError(f"configs/{self.arguments[0]} holds no YAML file")
+        return "\n".join(parts)
+
+
+def message(node: ast.expr) -> str | None:
+    """The text of an error message, with … in the place of values; None if it is not written where it is raised."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values if not isinstance(part, ast.Tuple))
+    return None
+
+
+def error_messages(source: str) -> list[tuple[str, str]]:
+    """Class and message of the errors that a file raises, in order, each message once."""
+    found: dict[str, str] = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name) and node.exc.args:
+            text = message(node.exc.args[0])
+            if text is not None and len(text.replace("…", "").split()) > 2:
+                found.setdefault(text, node.exc.func.id)
+    return [(kind, text) for text, kind in found.items()]
+
+
+class ErrorsDirective(MarkdownDirective):
+    """`{errors} ddil_agents`: the messages of all errors that a package raises, by file."""
+
+    required_arguments = 1
+
+    def markdown(self) -> str:
+        parts = []
+        for path in sorted((ROOT / self.arguments[0]).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            if found := error_messages(self.depend_on(name)):
+                parts.append(f"**`{name}`**\n\n" + "\n".join(f"- {escape(text)}" for _, text in found) + "\n")
+        return "\n".join(parts)
+
+
+class SectionsDirective(MarkdownDirective):
+    """Cards, a line `path | title | text` for each; a page that does not exist gets none."""
+
+    def markdown(self) -> str:
+        cards = []
+        for line in self.content:
+            path, title, text = (part.strip() for part in line.split("|"))
+            if path in self.env.found_docs:
+                cards.append(f":::{{grid-item-card}} {title}\n:link: /{path}\n:link-type: doc\n{text}\n:::")
+        return "::::{grid} 1 2 2 3\n:gutter: 3\n\n" + "\n\n".join(cards) + "\n\n::::"
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.add_directive("flags", FlagsDirective)
+    app.add_directive("presets", PresetsDirective)
+    app.add_directive("errors", ErrorsDirective)
+    app.add_directive("sections", SectionsDirective)
+    return {"parallel_read_safe": True}
