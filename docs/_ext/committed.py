@@ -22,18 +22,19 @@ def plain(text: str) -> str:
 
 
 def section_of(text: str, title: str) -> str:
-    """The section of a Markdown file whose heading begins with this title, without the heading.
+    """The section of a Markdown file whose heading is this title, or the only one to begin with it, without the heading.
 
     Raises:
         ValueError: there is none, or several.
     """
+    exact = any(match and plain(match[2]) == title for match in map(HEADING.match, text.splitlines()))
     lines, fenced, found, level, taken = text.splitlines(), False, 0, 0, []
     for line in lines:
         fenced ^= line.startswith("```")
         match = None if fenced else HEADING.match(line)
         if match and level and len(match[1]) <= level:
             level = 0
-        if match and plain(match[2]).startswith(title):
+        if match and (plain(match[2]) == title or (not exact and plain(match[2]).startswith(title))):
             found, level = found + 1, len(match[1])
         elif level:
             taken.append(line)
@@ -118,7 +119,39 @@ class RowsDirective(MarkdownDirective):
         return f"{without_headings(as_table(cells))}\n\n{{.source}}\nFrom `{self.arguments[0]}`."
 
 
+def hours(text: str) -> list[dict[str, float]]:
+    """Hours of each agent in the head of a file of configs/learner: with prompts alone, and with pictures.
+
+    Raises:
+        ValueError: the head has no such line.
+    """
+    match = re.search(r"#\s+(bc [^;]*); with --data ([^#]*?)\.?\n", text)
+    if match is None:
+        raise ValueError("the head of the file states no hours")
+    alone = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+) h", match[1])}
+    pictures = [float(value) for value in re.findall(r"[\d.]+\d", match[2])]
+    return [alone, dict(zip(alone, pictures, strict=True))]
+
+
+class HoursDirective(MarkdownDirective):
+    """The hours that the files of configs/learner state, as a table."""
+
+    has_content = False
+
+    def markdown(self) -> str:
+        cells: list[list[str]] = []
+        for env in ("sd15", "ssd1b", "sdxl", "sd3"):
+            text = self.depend_on(f"configs/learner/{env}.yaml")
+            updates = re.search(r"^num_updates: (\d+)", text, re.M)
+            for what, found in zip(("prompts alone", "pictures"), hours(text), strict=True):
+                if not cells:
+                    cells.append(["`--env`", "updates", "data", *(f"`{name}`" for name in found)])
+                cells.append([f"`{env}`", updates[1] if updates else "", what, *(f"{value:g} h" for value in found.values())])
+        return as_table(cells)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("committed", CommittedDirective)
     app.add_directive("rows", RowsDirective)
+    app.add_directive("hours", HoursDirective)
     return {"parallel_read_safe": True}

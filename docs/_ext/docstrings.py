@@ -12,6 +12,8 @@ SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
 
 def escape(line: str) -> str:
     """Escapes what reStructuredText would read as emphasis, substitutions and links, outside of backticks."""
+    if line.startswith("    * "):  # an entry of a list that was made above
+        return "    * " + escape(line[6:])
     parts = re.split(r"(`[^`]*`)", line)
     return "".join(
         part if i % 2 else re.sub(r"_(?=\W|$)", r"\\_", part.replace("\\", r"\\").replace("*", r"\*").replace("|", r"\|"))
@@ -41,8 +43,23 @@ def as_rst(lines: list[str]) -> list[str]:
     return result
 
 
+def returns_as_list(lines: list[str]) -> list[str]:
+    """Makes a list of what a `Returns:` section names line by line, where entries go on in indented lines."""
+    result = list(lines)
+    for start, line in enumerate(lines):
+        if line not in ("Returns:", "Yields:"):
+            continue
+        end = next((i for i in range(start + 1, len(lines)) if lines[i] and not lines[i].startswith(" ")), len(lines))
+        if any(entry.startswith("     ") for entry in lines[start + 1 : end]):
+            result[start + 1 : end] = [
+                f"    * {entry.strip()}" if entry.strip() and not entry.startswith("     ") else f"      {entry.strip()}".rstrip()
+                for entry in lines[start + 1 : end]
+            ]
+    return result
+
+
 def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = as_rst(lines)
+    lines[:] = as_rst(returns_as_list(lines))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
