@@ -1,6 +1,6 @@
 """Checks the built site: every internal link leads to a file, and every anchor to an element of it. External links are only listed.
 
-    python docs/check_links.py docs/_build/html
+python docs/check_links.py docs/_build/html
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Page(HTMLParser):
 
 def check(site: Path) -> tuple[list[str], set[str]]:
     """Returns what is broken, a line for each link, and the external links."""
+    site = site.resolve()
     pages = {path: Page(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
     broken, external = [], set()
     for path, page in pages.items():
@@ -40,13 +41,12 @@ def check(site: Path) -> tuple[list[str], set[str]]:
             if parts.scheme or parts.netloc:
                 external.add(link)
                 continue
-            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path.resolve()
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             target = target / "index.html" if target.is_dir() else target
             if not target.is_file():
                 broken.append(f"{path.relative_to(site)}: {link} leads to no file")
-            elif parts.fragment and target.suffix == ".html" and not target.is_relative_to(site.resolve() / "_downloads"):
-                if unquote(parts.fragment) not in pages[site / target.relative_to(site.resolve())].anchors:
-                    broken.append(f"{path.relative_to(site)}: {link} has no such anchor")
+            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors:
+                broken.append(f"{path.relative_to(site)}: {link} has no such anchor")
     return broken, external
 
 

@@ -6,14 +6,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent), str(HERE.parent / "benchmarks")]
 
-import ddil_env  # noqa: F401  # so that a build without the library fails here, by its name
-
 project, author, copyright = "DDIL", "The DDIL maintainers", "2026, the DDIL maintainers. Apache-2.0"
 html_title = "DDIL"
 extensions = [
     *("myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sphinx_design"),
     *("sphinx.ext.mathjax", "sphinx-mathjax-offline"),  # the site shows equations without a network
-    *("docstrings", "generated", "committed"),  # in _ext
+    *("docstrings", "directives"),  # in _ext
 ]
 exclude_patterns = ["_build", "_ext", "README.md"]
 

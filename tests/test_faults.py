@@ -1,4 +1,4 @@
-"""What is damaged, refused or cut short is named, with its cure, and nothing is lost by it; docs/reliability.md is a table of it all."""
+"""What is damaged, refused or cut short is named, with its cure, and nothing is lost by it; docs/reference/reliability.md is a table of it all."""
 
 from __future__ import annotations
 
@@ -361,7 +361,7 @@ def test_an_evaluation_out_of_memory_names_its_batch_and_a_resume_takes_a_smalle
 
 
 def test_every_test_that_the_table_of_faults_names_exists() -> None:
-    lines = (ROOT / "docs" / "reliability.md").read_text().splitlines()
+    lines = (ROOT / "docs" / "reference" / "reliability.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith("| ")][1:]
     assert len(rows) > 15
     for row in rows:

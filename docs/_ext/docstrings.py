@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
 
 
 def escape(line: str) -> str:
     """Escapes what reStructuredText would read as emphasis, substitutions and links, outside of backticks."""
-    if line.startswith("    * "):  # an entry of a list that was made above
-        return "    * " + escape(line[6:])
     parts = re.split(r"(`[^`]*`)", line)
     return "".join(
         part if i % 2 else re.sub(r"_(?=\W|$)", r"\\_", part.replace("\\", r"\\").replace("*", r"\*").replace("|", r"\|"))
@@ -44,22 +43,26 @@ def as_rst(lines: list[str]) -> list[str]:
 
 
 def returns_as_list(lines: list[str]) -> list[str]:
-    """Makes a list of what a `Returns:` section names line by line, where entries go on in indented lines."""
+    """Makes a list of a `Returns:` section whose entries go on in indented lines, which napoleon would take for one text."""
     result = list(lines)
     for start, line in enumerate(lines):
         if line not in ("Returns:", "Yields:"):
             continue
         end = next((i for i in range(start + 1, len(lines)) if lines[i] and not lines[i].startswith(" ")), len(lines))
         if any(entry.startswith("     ") for entry in lines[start + 1 : end]):
+            entries = lines[start + 1 : end]
+            result[end:end] = [""]
             result[start + 1 : end] = [
-                f"    * {entry.strip()}" if entry.strip() and not entry.startswith("     ") else f"      {entry.strip()}".rstrip()
-                for entry in lines[start + 1 : end]
+                f"* {entry.strip()}" if entry.startswith("    ") and not entry.startswith("     ") else f"  {entry.strip()}".rstrip()
+                for entry in entries
             ]
+            result[start : start + 1] = [f"**{line[:-1]}**", ""]
+            return result
     return result
 
 
 def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = as_rst(returns_as_list(lines))
+    lines[:] = returns_as_list(as_rst(lines))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

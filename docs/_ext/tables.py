@@ -1,16 +1,8 @@
-"""Directives that show committed results: a section of a Markdown file, or some rows of a table in it. No number is typed twice.
-
-A file, section, row or column that is not there stops the build.
-"""
+"""Reads committed Markdown: sections, tables and their rows. What is not there is an error, so that a page cannot go stale in silence."""
 
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
-
-from docutils.parsers.rst import directives
-from markdown import MarkdownDirective
-from sphinx.application import Sphinx
 
 HEADING = re.compile(r"^(#+) (.*)$")
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:)([^)\s]+)\)")
@@ -94,31 +86,6 @@ def as_table(cells: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(cells[0]), *lines[1:]])
 
 
-class CommittedDirective(MarkdownDirective):
-    """`{committed} benchmarks/results/README.md`, with `:section:` one section of it."""
-
-    required_arguments = 1
-    option_spec: ClassVar[dict[str, Any]] = {"section": directives.unchanged_required}
-
-    def markdown(self) -> str:
-        text = self.depend_on(self.arguments[0])
-        return without_headings(section_of(text, self.options["section"]) if "section" in self.options else text)
-
-
-class RowsDirective(MarkdownDirective):
-    """Rows of a table of a committed file: a row's first cell on each line of the content; `:section:`, `:columns: a | b`."""
-
-    required_arguments = 1
-    option_spec: ClassVar[dict[str, Any]] = {"section": directives.unchanged_required, "columns": directives.unchanged_required}
-
-    def markdown(self) -> str:
-        text = self.depend_on(self.arguments[0])
-        text = section_of(text, self.options["section"]) if "section" in self.options else text
-        columns = [part.strip() for part in self.options.get("columns", "").split("|") if part.strip()]
-        cells = select(tables_of(text), [line.strip() for line in self.content if line.strip()], columns)
-        return f"{without_headings(as_table(cells))}\n\n{{.source}}\nFrom `{self.arguments[0]}`."
-
-
 def hours(text: str) -> list[dict[str, float]]:
     """Hours of each agent in the head of a file of configs/learner: with prompts alone, and with pictures.
 
@@ -131,27 +98,3 @@ def hours(text: str) -> list[dict[str, float]]:
     alone = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+) h", match[1])}
     pictures = [float(value) for value in re.findall(r"[\d.]+\d", match[2])]
     return [alone, dict(zip(alone, pictures, strict=True))]
-
-
-class HoursDirective(MarkdownDirective):
-    """The hours that the files of configs/learner state, as a table."""
-
-    has_content = False
-
-    def markdown(self) -> str:
-        cells: list[list[str]] = []
-        for env in ("sd15", "ssd1b", "sdxl", "sd3"):
-            text = self.depend_on(f"configs/learner/{env}.yaml")
-            updates = re.search(r"^num_updates: (\d+)", text, re.M)
-            for what, found in zip(("prompts alone", "pictures"), hours(text), strict=True):
-                if not cells:
-                    cells.append(["`--env`", "updates", "data", *(f"`{name}`" for name in found)])
-                cells.append([f"`{env}`", updates[1] if updates else "", what, *(f"{value:g} h" for value in found.values())])
-        return as_table(cells)
-
-
-def setup(app: Sphinx) -> dict[str, Any]:
-    app.add_directive("committed", CommittedDirective)
-    app.add_directive("rows", RowsDirective)
-    app.add_directive("hours", HoursDirective)
-    return {"parallel_read_safe": True}

@@ -1,13 +1,8 @@
-"""Directives that are made from the code: flags of the commands, presets, error messages, and cards of the sections that exist."""
+"""What the reference takes from the code, in Markdown: the flags of the commands, and the messages of errors."""
 
 from __future__ import annotations
 
 import ast
-from importlib import import_module
-from typing import Any, ClassVar
-
-from markdown import ROOT, MarkdownDirective
-from sphinx.application import Sphinx
 
 from ddil_agents import compare, evaluate
 from ddil_agents.commands import help as help_of
@@ -63,34 +58,6 @@ def escape(text: str) -> str:
     return "`".join(part if i % 2 else part.translate(special) for i, part in enumerate(parts))
 
 
-class FlagsDirective(MarkdownDirective):
-    """`{flags} dagger`; with `:env: sd15` the flags that this env adds."""
-
-    required_arguments = 1
-    option_spec: ClassVar[dict[str, Any]] = {"env": str}
-
-    def markdown(self) -> str:
-        command = self.arguments[0]
-        for module in (help_of, import_module(f"ddil_agents.{command}"), import_module("ddil_agents.config")):
-            self.env.note_dependency(str(module.__file__))
-        return flag_list(other_flags(command) if command in OTHERS else agent_flags(command, self.options.get("env")))
-
-
-class PresetsDirective(MarkdownDirective):
-    """`{presets} dagger`: every file of configs/dagger, data/ included, each in a dropdown."""
-
-    required_arguments = 1
-
-    def markdown(self) -> str:
-        parts = []
-        for path in sorted((ROOT / "configs" / self.arguments[0]).rglob("*.yaml")):
-            name = path.relative_to(ROOT).as_posix()
-            parts.append(f":::{{dropdown}} {name}\n```yaml\n{self.depend_on(name)}```\n:::\n")
-        if not parts:
-            raise ValueError(f"configs/{self.arguments[0]} holds no YAML file")
-        return "\n".join(parts)
-
-
 def message(node: ast.expr) -> str | None:
     """The text of an error message, with … in the place of values; None if it is not written where it is raised."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -109,37 +76,3 @@ def error_messages(source: str) -> list[tuple[str, str]]:
             if text is not None and len(text.replace("…", "").split()) > 2:
                 found.setdefault(text, node.exc.func.id)
     return [(kind, text) for text, kind in found.items()]
-
-
-class ErrorsDirective(MarkdownDirective):
-    """`{errors} ddil_agents`: the messages of all errors that a package raises, by file."""
-
-    required_arguments = 1
-
-    def markdown(self) -> str:
-        parts = []
-        for path in sorted((ROOT / self.arguments[0]).rglob("*.py")):
-            name = path.relative_to(ROOT).as_posix()
-            if found := error_messages(self.depend_on(name)):
-                parts.append(f"**`{name}`**\n\n" + "\n".join(f"- {escape(text)}" for _, text in found) + "\n")
-        return "\n".join(parts)
-
-
-class SectionsDirective(MarkdownDirective):
-    """Cards, a line `path | title | text` for each; a page that does not exist gets none."""
-
-    def markdown(self) -> str:
-        cards = []
-        for line in self.content:
-            path, title, text = (part.strip() for part in line.split("|"))
-            if path in self.env.found_docs:
-                cards.append(f":::{{grid-item-card}} {title}\n:link: /{path}\n:link-type: doc\n{text}\n:::")
-        return "::::{grid} 1 2 2 3\n:gutter: 3\n\n" + "\n\n".join(cards) + "\n\n::::"
-
-
-def setup(app: Sphinx) -> dict[str, Any]:
-    app.add_directive("flags", FlagsDirective)
-    app.add_directive("presets", PresetsDirective)
-    app.add_directive("errors", ErrorsDirective)
-    app.add_directive("sections", SectionsDirective)
-    return {"parallel_read_safe": True}
