@@ -1,4 +1,4 @@
-"""What is damaged, refused or cut short is named, with its cure, and nothing is lost by it; docs/reference/reliability.md is a table of it all."""
+"""What is damaged, refused or cut short is named, with its cure, and nothing is lost by it: the table of docs/reference/reliability.md."""
 
 from __future__ import annotations
 
