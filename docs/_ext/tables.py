@@ -32,7 +32,7 @@ def section_of(text: str, title: str) -> str:
             taken.append(line)
     if found != 1:
         raise ValueError(f"{found} sections begin with {title!r}; need one")
-    return "\n".join(taken).strip()
+    return "\n".join(taken).strip("\n")
 
 
 def without_headings(text: str) -> str:
