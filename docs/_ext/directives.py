@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
-from from_code import OTHERS, agent_flags, error_messages, escape, flag_list, other_flags
+from from_code import OTHERS, agent_flags, differing_settings, error_messages, escape, flag_list, other_flags
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from tables import as_table, hours, section_of, select, tables_of, without_headings
@@ -57,6 +57,18 @@ class FlagsDirective(MarkdownDirective):
         for module in (help_of, import_module(f"ddil_agents.{command}"), import_module("ddil_agents.config")):
             self.env.note_dependency(str(module.__file__))
         return flag_list(other_flags(command) if command in OTHERS else agent_flags(command, self.options.get("env")))
+
+
+class DifferencesDirective(MarkdownDirective):
+    """`{differences} dagger sd15 paper`: what `--config paper` of dagger changes beside the defaults of `--env sd15`."""
+
+    required_arguments = 3
+
+    def markdown(self) -> str:
+        agent, env, config = self.arguments
+        for path in (f"configs/learner/{env}.yaml", f"configs/{agent}/text_to_image.yaml", f"configs/{agent}/{config}.yaml"):
+            self.depend_on(path)
+        return as_table(differing_settings(agent, env, config))
 
 
 class PresetsDirective(MarkdownDirective):
@@ -146,6 +158,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     kinds = {
         "flags": FlagsDirective,
         "presets": PresetsDirective,
+        "differences": DifferencesDirective,
         "errors": ErrorsDirective,
         "sections": SectionsDirective,
         "committed": CommittedDirective,

@@ -7,7 +7,7 @@ import ast
 from ddil_agents import compare, evaluate
 from ddil_agents.commands import help as help_of
 from ddil_agents.commands.help import Flag
-from ddil_agents.commands.parse import find_agent, make_parser
+from ddil_agents.commands.parse import find_agent, make_parser, parse
 from ddil_agents.settings import read_arguments
 from ddil_env.presets import read_env
 
@@ -56,6 +56,16 @@ def escape(text: str) -> str:
     parts = text.split("`")
     special = str.maketrans({c: f"\\{c}" for c in "\\*_[]<>$|{}"})
     return "`".join(part if i % 2 else part.translate(special) for i, part in enumerate(parts))
+
+
+def differing_settings(agent: str, env: str, config: str) -> list[list[str]]:
+    """The settings that a preset changes beside the defaults of an env: name, default and the preset's value, with a head."""
+    default, preset = (vars(parse(find_agent(agent), ["--env", env, *more])[1].as_flat()) for more in ([], ["--config", config]))
+    names = [
+        name for name in dict.fromkeys([*preset, *default]) if default.get(name) != preset.get(name) and name not in ("config", "stages")
+    ]
+    cells = [[f"`{name}`", *(f"`{help_of.format_default(values.get(name))}`" for values in (default, preset))] for name in names]
+    return [["setting", f"`--env {env}`", f"`--config {config}`"], *cells]
 
 
 def message(node: ast.expr) -> str | None:

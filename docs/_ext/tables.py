@@ -64,18 +64,18 @@ def select(tables: list[list[list[str]]], rows: list[str], columns: list[str]) -
 
     Args:
         tables: As `tables_of` returns them.
-        rows: First cells; empty: all rows.
+        rows: First cells, of one or several rows each; empty: all rows.
         columns: Headings; empty: all columns.
 
     Raises:
         ValueError: no table has them all.
     """
     for head, *body in tables:
-        names = {plain(row[0]): row for row in body}
-        if set(columns) <= {plain(cell) for cell in head} and set(rows) <= names.keys():
+        names = [plain(row[0]) for row in body]
+        if set(columns) <= {plain(cell) for cell in head} and set(rows) <= set(names):
             plain_head = [plain(cell) for cell in head]
             at = [0, *(plain_head.index(column) for column in columns)] if columns else list(range(len(head)))
-            chosen = [names[row] for row in rows] if rows else body
+            chosen = [row for wanted in rows for name, row in zip(names, body, strict=True) if name == wanted] if rows else body
             return [[row[i] if i < len(row) else "" for i in at] for row in [head, *chosen]]
     raise ValueError(f"no table has the rows {rows} and the columns {columns}")
 

@@ -65,6 +65,13 @@ def test_the_flags_of_a_command_are_all_there_with_their_defaults() -> None:
     assert "`--jobs` *INT* = `null`" in from_code.flag_list(from_code.other_flags("compare"))
 
 
+def test_what_a_preset_changes_is_told_beside_the_defaults() -> None:
+    head, *rows = from_code.differing_settings("dagger", "sd15", "paper")
+    assert head == ["setting", "`--env sd15`", "`--config paper`"]
+    assert ["`batch_size`", "`32`", "`224`"] in rows
+    assert ["`lora.rank`", "`64`", "`null`"] in rows
+
+
 def test_error_messages_are_read_from_the_code() -> None:
     source = 'def f(x):\n    if x:\n        raise ValueError(f"x={x}: need at least 1")\n    raise KeyError("x")\n'
     assert from_code.error_messages(source) == [("ValueError", "x=…: need at least 1")]
@@ -75,6 +82,7 @@ def test_rows_and_sections_are_found_or_refused() -> None:
     assert tables.section_of(TABLE, "Two") == "more"
     assert "**In one**" in tables.without_headings(TABLE)
     assert tables.select(tables.tables_of(TABLE), ["y"], ["b"]) == [["", "b"], ["`y`", "4"]]
+    assert len(tables.select([[["", "a"], ["x", "1"], ["x", "2"]]], ["x"], [])) == 3
     with pytest.raises(ValueError, match="no table has the rows"):
         tables.select(tables.tables_of(TABLE), ["z"], [])
     with pytest.raises(ValueError, match="0 sections begin with 'Three'"):
