@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent), str(HERE.parent / "benchmarks")]
+sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 
 project, author, copyright = "DDIL", "The DDIL maintainers", "2026, the DDIL maintainers. Apache-2.0"
 html_title = "DDIL"
