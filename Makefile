@@ -4,9 +4,11 @@ VENV ?= .venv
 OUT ?= runs/demo
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.ready-docs
+SITE ?= docs/_build/html
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-oldest lint docs clean
 
 # On pictures, two students in 4 steps, by behaviour cloning and by DAgger, beside their teacher; and in a world, in which samples feed back.
 demo: $(READY)
@@ -29,11 +31,20 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site of the documentation, in docs/_build/html: warnings are errors, and every internal link is followed.
+docs: $(DOCS_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -d docs/_build/doctrees -b html docs $(SITE)
+	$(BIN)/python docs/check_links.py $(SITE)
+
 # constraints.txt holds the versions that the tests were last seen to pass with.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 $(OLDEST)/.ready: pyproject.toml
@@ -44,4 +55,4 @@ $(OLDEST)/.ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) runs dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) runs dist build docs/_build .pytest_cache .mypy_cache .ruff_cache

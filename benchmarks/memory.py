@@ -128,8 +128,9 @@ def momenta(parameters: list[nn.Parameter], optimizer: str) -> int:
 
 
 def dtype_of(unet: Any) -> torch.dtype:
-    """In which a UNet takes its inputs."""
-    dtype: torch.dtype = unet.conv_in.weight.dtype
+    """In which a UNet, or a transformer of Stable Diffusion 3, takes its inputs."""
+    first = unet.conv_in if hasattr(unet, "conv_in") else unet.pos_embed.proj
+    dtype: torch.dtype = first.weight.dtype
     return dtype
 
 

@@ -1,4 +1,4 @@
-"""What a data-parallel run costs: forwards, bytes moved and memory, and the throughput that follows (docs/scaling.md).
+"""What a data-parallel run costs: forwards, bytes moved and memory, and the throughput that follows (docs/reference/scaling.md).
 
     python benchmarks/scaling.py [--gpus 1 8 64 256] [--peak 989e12] [--utilisation .35] [--inside 300e9] [--between 50e9]
 
@@ -124,7 +124,7 @@ def example() -> DMD2Config:
 
 
 def tables(gpus: list[int], cluster: Cluster) -> str:
-    """The worked example of docs/scaling.md, in Markdown: the preset, and the same on student states alone."""
+    """The worked example of docs/reference/scaling.md, in Markdown: the preset, and the same on student states alone."""
     config = example()
     lines = ["| forwards an update, of one process | teacher | student | critic |", "|---|---|---|---|"]
     counted = forwards(config, guided=True)

@@ -142,8 +142,8 @@ def check_comparison(comparison: Comparison, out: Path) -> None:
         recorded_updates(comparison, budget, out)
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
+def make_parser() -> ArgumentParser:
+    """Makes the parser of this command."""
     parser = ArgumentParser(prog="python -m ddil_agents.compare", description=__doc__)
     presets = ", ".join(preset_names("ablations"))
     parser.add_argument("--config", action="config", help=f"settings as YAML: a file, or one of configs/ablations: {presets}")
@@ -165,6 +165,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=str, required=True, help="directory of the comparison; an interrupted one is resumed")
     parser.add_argument("--report_only", type=bool, default=False, help="train nothing, report the finished runs")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
     with one_line_errors(parser):
         if {"--help", "-h"} & set(argv):
             print(help_of(parser, "--out DIR (--config NAME|FILE | --env NAME --agents AGENT …) [--SETTING VALUE …]", FIRST))

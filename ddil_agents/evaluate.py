@@ -44,8 +44,8 @@ def _read_expert_settings(run: str | None, env: str) -> dict[str, Any]:
     return read_yaml(config).get("env") or {} if config.is_file() else {}
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
+def make_parser() -> ArgumentParser:
+    """Makes the parser of this command."""
     parser = ArgumentParser(prog="python -m ddil_agents.evaluate", description=__doc__)
     presets = ", ".join(preset_names("evaluate"))
     parser.add_argument("--config", action="config", help=f"settings as YAML: a file, or one of configs/evaluate: {presets}")
@@ -77,6 +77,12 @@ def main(argv: list[str] | None = None) -> None:
         "--out", type=str | None, default=None, help="JSON file for the results; finished batches are cached beside it until the end"
     )
     parser.add_class_arguments(Evaluation, None, skip={"seed"})
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
     with one_line_errors(parser):
         if {"--help", "-h"} & set(argv):
             print(help_of(parser, "[--env NAME|FILE] [--steps N …] | --run DIR  [--SETTING VALUE …]", FIRST))

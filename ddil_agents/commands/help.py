@@ -109,16 +109,13 @@ def flags_of(parser: ArgumentParser, values: Namespace) -> list[Flag]:
     return flags
 
 
-def help_text(usage: str, about: str | None, flags: list[Flag], topics: dict[str, tuple[str, ...]]) -> str:
-    """Formats the help of a command.
+def group_flags(flags: list[Flag], topics: dict[str, tuple[str, ...]]) -> dict[str, list[Flag]]:
+    """Sorts flags into topics.
 
     Args:
-        usage: One or two lines.
-        about: The description of the command, a module's docstring.
         flags: The flags, in any order.
         topics: By title, the names of flags, or prefixes of names that end in a dot, in order. A topic without names has all other flags.
     """
-    width = min(shutil.get_terminal_size().columns, 120)
     remaining = {flag.name: flag for flag in flags}
     by_topic: dict[str, list[Flag]] = {}
     for title, patterns in topics.items():
@@ -131,7 +128,19 @@ def help_text(usage: str, about: str | None, flags: list[Flag], topics: dict[str
     for title, patterns in topics.items():
         if not patterns:
             by_topic[title] += remaining.values()
-    groups = [f"{title}:\n" + "\n".join(flag.lines(width) for flag in group) for title, group in by_topic.items() if group]
+    return {title: group for title, group in by_topic.items() if group}
+
+
+def help_text(usage: str, about: str | None, flags: list[Flag], topics: dict[str, tuple[str, ...]]) -> str:
+    """Formats the help of a command.
+
+    Args:
+        usage: One or two lines.
+        about: The description of the command, a module's docstring.
+        flags, topics: As in `group_flags`.
+    """
+    width = min(shutil.get_terminal_size().columns, 120)
+    groups = [f"{title}:\n" + "\n".join(flag.lines(width) for flag in group) for title, group in group_flags(flags, topics).items()]
     paragraphs = [
         paragraph if any(line.startswith(" ") for line in paragraph.splitlines()) else textwrap.fill(paragraph, width)
         for paragraph in (about or "").strip().split("\n\n")

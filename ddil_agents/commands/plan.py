@@ -1,7 +1,7 @@
 """Prints the plan of a run before it starts: its stages, its files, and about how many forwards it will take.
 
-The numbers of forwards are computed from the settings, without calling a network; docs/scaling.md has the formulas as a table, and the
-tests compare them with the counters of runs.
+The numbers of forwards are computed from the settings, without calling a network; docs/reference/scaling.md has the formulas as a table,
+and the tests compare them with the counters of runs.
 """
 
 from __future__ import annotations

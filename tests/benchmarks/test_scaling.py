@@ -106,5 +106,5 @@ def test_what_a_backward_hides_is_no_time() -> None:
 
 
 def test_the_page_shows_what_the_script_prints() -> None:
-    page = (ROOT / "docs" / "scaling.md").read_text()
+    page = (ROOT / "docs" / "reference" / "scaling.md").read_text()
     assert tables([1, 8, 64, 256], Cluster()) in page

@@ -1,0 +1,53 @@
+"""Configuration of the documentation site; `make docs` builds it."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
+
+project, author, copyright = "DDIL", "The DDIL maintainers", "2026, the DDIL maintainers. Apache-2.0"
+html_title = "DDIL"
+extensions = [
+    *("myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "sphinx_design"),
+    *("sphinx.ext.mathjax", "sphinx-mathjax-offline"),  # the site shows equations without a network
+    *("docstrings", "directives"),  # in _ext
+]
+exclude_patterns = ["_build", "_ext", "README.md"]
+
+html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_theme_options = {"sidebar_hide_name": False, "navigation_with_keys": True}
+
+myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist", "attrs_inline", "attrs_block"]
+myst_heading_anchors = 4
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE / "_build" / "notebooks")
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_member_order = "bysource"
+autodoc_class_signature = "mixed"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_preserve_defaults = True
+napoleon_google_docstring, napoleon_numpy_docstring = True, False
+napoleon_use_rtype = False
+default_role = "code"
+copybutton_exclude = ".linenos, .gp, .go"
+
+
+def leave_out_absent(app, docname, source):
+    """Leaves entries of the first page's table of contents out whose page is not there."""
+    if docname == "index":
+        entries = [line for line in source[0].splitlines() if line.endswith("/index") and " " not in line]
+        for entry in entries:
+            if entry not in app.env.found_docs:
+                source[0] = source[0].replace(f"\n{entry}\n", "\n")
+
+
+def setup(app):
+    app.connect("source-read", leave_out_absent)

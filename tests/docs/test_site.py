@@ -1,0 +1,121 @@
+"""The site's pages follow its rules, and what they take from code and committed files is there."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+import ddil_agents
+import ddil_env
+from ddil_agents.commands.agents import agent_names
+
+DOCS = ROOT / "docs"
+sys.path[:0] = [str(DOCS), str(DOCS / "_ext")]
+
+import check_links  # noqa: E402
+import docstrings  # noqa: E402
+import from_code  # noqa: E402
+import tables  # noqa: E402
+
+PAGES = [path for path in sorted(DOCS.rglob("*.md")) if "_build" not in path.parts]
+OWN = [path for path in PAGES if path.relative_to(DOCS).parts[0] not in ("start", "concepts", "tutorials")]
+HEADINGS = [
+    "Overview",
+    "Equation and code",
+    "Usage",
+    "Logged metrics",
+    "Differences from the paper",
+    "Expected result",
+    "In a world",
+    "Next",
+]
+TABLE = "# T\n\n## One `file.json`\n\n| | a | b |\n|---|---|---|\n| x | 1 | 2 |\n| `y` | 3 | 4 |\n\n### In one\n\ntext\n\n## Two\n\nmore\n"
+
+
+def test_every_page_ends_with_where_to_go_next() -> None:
+    assert [str(page) for page in OWN if page.name != "index.md" and "\n## Next\n" not in page.read_text()] == []
+
+
+@pytest.mark.parametrize("agent", [name for name in agent_names() if (ROOT / "ddil_agents" / f"{name}.py").is_file()])
+def test_every_algorithm_has_a_page_of_the_same_headings_and_its_flags(agent: str) -> None:
+    text = (DOCS / "algorithms" / f"{agent}.md").read_text()
+    found = [heading.replace("papers", "paper") for heading in re.findall(r"^## (.*)$", text, re.M)]
+    assert found == HEADINGS
+    assert f"```{{flags}} {agent}\n" in (DOCS / "reference" / "cli" / f"{agent}.md").read_text()
+    assert f"({agent}.md)" in (DOCS / "algorithms" / "index.md").read_text()
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = "".join((DOCS / "reference" / f"api_{name}.md").read_text() for name in ("env", "agents"))
+    public = {f"ddil_env.{name}" for name in ddil_env.__all__}
+    public |= {f"ddil_agents.{name}" for name in dir(ddil_agents) if name != "SOURCES"}  # a tuple of names
+    documented = set(re.findall(r"^\.\. auto\w+:: (\S+)$", text, re.M))
+    assert sorted(public - documented) == []
+
+
+def test_the_flags_of_a_command_are_all_there_with_their_defaults() -> None:
+    text = from_code.flag_list(from_code.agent_flags("dagger"))
+    assert "`--num_updates` *INT* = `1000`\n: Number of updates" in text
+    assert "--env." not in text
+    assert "`--env.max_batch`" in from_code.flag_list(from_code.agent_flags("bc", "sd15"))
+    assert "`--jobs` *INT* = `null`" in from_code.flag_list(from_code.other_flags("compare"))
+
+
+def test_what_a_preset_changes_is_told_beside_the_defaults() -> None:
+    head, *rows = from_code.differing_settings("dagger", "sd15", "paper")
+    assert head == ["setting", "`--env sd15`", "`--config paper`"]
+    assert ["`batch_size`", "`32`", "`224`"] in rows
+    assert ["`lora.rank`", "`64`", "`null`"] in rows
+
+
+def test_error_messages_are_read_from_the_code() -> None:
+    source = 'def f(x):\n    if x:\n        raise ValueError(f"x={x}: need at least 1")\n    raise KeyError("x")\n'
+    assert from_code.error_messages(source) == [("ValueError", "x=…: need at least 1")]
+
+
+def test_rows_and_sections_are_found_or_refused() -> None:
+    assert tables.section_of(TABLE, "One").startswith("| | a | b |")
+    assert tables.section_of(TABLE, "Two") == "more"
+    assert "**In one**" in tables.without_headings(TABLE)
+    assert tables.select(tables.tables_of(TABLE), ["y"], ["b"]) == [["", "b"], ["`y`", "4"]]
+    assert len(tables.select([[["", "a"], ["x", "1"], ["x", "2"]]], ["x"], [])) == 3
+    with pytest.raises(ValueError, match="no table has the rows"):
+        tables.select(tables.tables_of(TABLE), ["z"], [])
+    with pytest.raises(ValueError, match="0 sections begin with 'Three'"):
+        tables.section_of(TABLE, "Three")
+    with pytest.raises(ValueError, match="states no hours"):
+        tables.hours("num_updates: 3\n")
+
+
+def test_the_rows_that_pages_show_are_in_the_files_that_they_name() -> None:
+    shown = 0
+    for page in PAGES:
+        for path, options, rows in re.findall(r"^```\{rows\} (\S+)\n((?::.*\n)*)(.*?)```$", page.read_text(), re.M | re.S):
+            given = dict(re.findall(r"^:(\w+): (.*)$", options, re.M))
+            text = (ROOT / path).read_text()
+            text = tables.section_of(text, given["section"]) if "section" in given else text
+            columns = [part.strip() for part in given.get("columns", "").split("|") if part.strip()]
+            assert tables.select(tables.tables_of(text), rows.split("\n")[:-1], columns)
+            shown += 1
+    assert shown >= 15
+
+
+def test_docstrings_become_markup_that_shows_what_they_say() -> None:
+    lines = ["A formula:", "", "    a* = |x_0|", "", "Of x_ and *args, `x_`.", "", "Args:", "    x: |x|"]
+    assert docstrings.as_rst(lines) == [
+        *("A formula:", "", "::", "", "    a* = |x_0|", "", r"Of x\_ and \*args, `x_`.", "", "Args:", r"    x: \|x\|"),
+    ]
+
+
+def test_broken_links_and_anchors_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html#here">1</a><a href="b.html#there">2</a><a href="c.html">3</a><a href="https://x.org">4</a>'
+    )
+    (tmp_path / "b.html").write_text('<p id="here"></p><a href="#here">1</a>')
+    broken, external = check_links.check(tmp_path)
+    assert broken == ["a.html: b.html#there has no such anchor", "a.html: c.html leads to no file"]
+    assert external == {"https://x.org"}
