@@ -51,6 +51,7 @@ class Rule(NamedTuple):
     """Whether runs of the benchmark are still missing."""
 
 
+FIRST = ("run", "seeds", "n_episodes", "out")  # in --help
 RULE = Rule(shortfall=0.05, ratio=2.75, right=16, cells=16, closed=(0.51, 0.66, 0.85), interim=True)
 
 
@@ -137,16 +138,22 @@ def advise(found: dict[str, Any], rule: Rule = RULE) -> list[str]:
     return [*said, f"This rule was right in {rule.right} of {rule.cells} cells of the benchmark{interim}."]
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
+def make_parser() -> ArgumentParser:
+    """Makes the parser of this command."""
     parser = ArgumentParser(prog="python -m ddil_agents.advise", description=__doc__)
     parser.add_argument("--run", type=str | None, default=None, help="run directory of a student in a world")
     parser.add_argument("--seeds", type=int, default=4, help="evaluations, each of starts and noise of its own")
     parser.add_argument("--n_episodes", type=int, default=50, help="episodes of student and teacher in each")
     parser.add_argument("--out", type=str | None, default=None, help="JSON file for what was measured and said")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
     with one_line_errors(parser):
         if {"--help", "-h"} & set(argv):
-            print(help_of(parser, "--run DIR  [--SETTING VALUE …]", ("run", "seeds", "n_episodes", "out")))
+            print(help_of(parser, "--run DIR  [--SETTING VALUE …]", FIRST))
             return
         args = read_arguments(parser, argv)
         if args.run is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from ddil_agents import compare, evaluate
+from ddil_agents import advise, compare, evaluate
 from ddil_agents.commands import help as help_of
 from ddil_agents.commands.agents import find_agent
 from ddil_agents.commands.help import Flag
@@ -13,7 +13,7 @@ from ddil_agents.settings import read_arguments
 from ddil_env.presets import read_env
 
 ANY_EXPERT = "ddil_env.experts.digits.Digits"
-OTHERS = {"evaluate": evaluate, "compare": compare}  # commands that are not an agent's, by name
+OTHERS = {"advise": advise, "evaluate": evaluate, "compare": compare}  # commands that are not an agent's, by name
 
 
 def agent_flags(agent: str, env: str | None = None) -> dict[str, list[Flag]]:
