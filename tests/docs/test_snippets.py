@@ -134,7 +134,7 @@ def check_module(module: str, argv: list[str], marked: bool) -> None:
         check_agent_command(argv[0], argv[1:], marked=True)
     elif package == "ddil_agents" and name in ("evaluate", "compare"):
         check_other_command(name, argv)
-    elif package == "ddil_agents" and "." not in name and name not in ("report", "check"):
+    elif package == "ddil_agents" and "." not in name and name not in ("advise", "report", "check"):
         check_agent_command(name, argv, marked)
     else:
         assert_flags(Path(str(importlib.import_module(module).__file__)).read_text(), argv)
