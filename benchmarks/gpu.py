@@ -14,7 +14,8 @@
     g   where the time of b's and c's loops goes, kernel by kernel
 
 The parts run in this order, each within its share of the minutes; what one leaves goes to the next. results.json and results.md are
-written anew after every row, and a failure is written down with its traceback. All weights of Stable Diffusion are random.
+written anew after every row, and a failure is written down with its traceback. After one that takes the GPU from this process, the parts
+that are left run in a new one, whose results are in after_LETTER/. All weights of Stable Diffusion are random.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import yaml
 from diffusers.utils import logging
 from gpu_checks import FEW, LEARNERS, check_pictures, run_marked_tests, settings
 from gpu_memory import memory
-from gpu_report import Part, Report
+from gpu_report import Part, Report, device_works
 from gpu_speed import profiles, rollouts, steps, synchronize
 from transformers.utils.logging import disable_progress_bar
 
@@ -190,6 +191,12 @@ def main(argv: list[str] | None = None) -> None:
         options = {"folder": args.training or args.out / "training"} if letter == "f" else {}
         part.run(measure, **options)
         print(f"{letter}. {part.status}, {part.seconds:.0f} s", flush=True)
+        rest = "".join(asked[asked.index(letter) + 1 :])
+        if rest and not device_works(device):
+            left = max(args.minutes - (time.monotonic() - start) / 60, 0.5)
+            go_on = ["--out", str(args.out / f"after_{letter}"), "--minutes", f"{left:.2f}", "--parts", rest]
+            go_on += ["--training", str(args.training or args.out / "training")]
+            os.execv(sys.executable, [sys.executable, __file__, *go_on])
 
 
 if __name__ == "__main__":

@@ -164,7 +164,8 @@ def check_env(part: Part, name: str, expert: Expert, reference: Expert) -> None:
     for each in (reference, expert):
         env = DenoisingEnv(each, 4, [8], reward="expert_l2")
         x_T = torch.randn(8, *each.sample_shape, generator=torch.Generator().manual_seed(0)).to(each.device)
-        start = TensorDict({"x_t": x_T, "t": env.mdp.grid.times[:1].expand(8), "c": torch.arange(8, device=each.device)}, [8])
+        c = torch.arange(8, device=each.device) % each.num_conditions
+        start = TensorDict({"x_t": x_T, "t": env.mdp.grid.times[:1].expand(8), "c": c}, [8])
         with torch.no_grad():
             path = env.rollout(4, ExpertPolicy(each), auto_reset=False, tensordict=env.reset(start, set_state=True))
         found[each] = path["next", "x_t"].cpu(), path["next", "reward"].cpu()

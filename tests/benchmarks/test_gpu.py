@@ -87,6 +87,18 @@ def test_the_end_of_its_time_stops_a_part_and_keeps_what_it_measured(part: Part,
     assert (found["status"], [row["name"] for row in found["rows"]]) == ("out of time", ["first"])
 
 
+def test_parts_after_a_failed_kernel_run_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(gpu, "PARTS", {letter: gpu.Kind(letter, lambda part: part.add("row"), 0.5) for letter in "ab"})
+    monkeypatch.setattr(gpu, "device_works", lambda device: False)
+    monkeypatch.setattr(gpu.os, "execv", lambda path, argv: started.append(argv))
+    gpu.main(["--dry", "--out", str(tmp_path), "--minutes", "4"])
+    (argv,) = started
+    assert argv[2:4] == ["--out", str(tmp_path / "after_a")]
+    assert argv[argv.index("--parts") + 1] == "b"
+    assert json.loads((tmp_path / "results.json").read_text())["parts"]["a"]["status"] == "done"
+
+
 def test_a_cell_shows_a_number_an_interval_and_lines() -> None:
     assert [cell(x) for x in (None, 0.123456, (1.0, 0.5, 2.0), ["2 × a|b"])] == ["", "0.1235", "1.000 (0.500 … 2.000)", "2 × a\\|b"]
 

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gpu_checks import LEARNERS, WAITING, Recorder, allowed, settings, waits
+from gpu_checks import (
+    LEARNERS,
+    WAITING,
+    Recorder,
+    allowed,
+    check_env,
+    check_labels_and_buffer,
+    check_learner,
+    count_waits,
+    settings,
+    waits,
+)
+from gpu_report import Part, Report
 from helpers import guided
 from pretended_gpu import GpuTensor, pretended_gpu
 
@@ -50,11 +63,11 @@ def test_a_learner_trains_there_as_here_and_waits_only_where_it_says(agent: type
 @pytest.mark.parametrize(("name", "agent"), [("fork", Dagger), ("fork", DMD2), ("kuramoto", Dagger)])
 def test_a_world_waits_in_its_frames_alone(name: str, agent: type[Algorithm], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kuramoto, "TRANSIENT", 1.0)
-    own, losses = {"guidance_scale": None, "num_worlds": 4, "collect_size": 8, "batch_size": 8}, []
+    own, losses = {"guidance_scale": None, "num_worlds": 2, "collect_size": 4, "batch_size": 4}, []
     for device in ("cpu", "cuda"):
         with pretended_gpu():
             expert = load_expert(name, device=device)
-            expert.make_world = partial(expert.make_world, num_frames=3)  # type: ignore[method-assign]
+            expert.make_world = partial(expert.make_world, num_frames=2)  # type: ignore[method-assign]
             learner, measured = trained(agent, expert, **own)
             losses.append(measured.held if isinstance(measured, GpuTensor) else measured)
             if device == "cuda":
@@ -70,6 +83,19 @@ def test_an_environment_steps_there() -> None:
         expert = guided(device="cuda")
         path = DenoisingEnv(expert, 4, [8], reward="expert_l2").rollout(4, ExpertPolicy(expert))
         assert path["next", "x_t"].is_cuda
+
+
+def test_the_checks_of_a_gpu_run_there(tmp_path: Path) -> None:
+    """Part a of benchmarks/gpu.py, whose lines for a GPU run nowhere else."""
+    report = Report(tmp_path, {})
+    part = report.parts["a"] = Part(report, "A part", "cuda", False, seconds=60)
+    with pretended_gpu():
+        both = guided(device="cuda"), guided()
+        check_env(part, "mixture", *both)
+        check_labels_and_buffer(part, "mixture", *both)
+        count_waits(part, Dagger, "mixture", both[0], **SMALL)
+        check_learner(part, Dagger, "mixture", *both, 2, [False, True], **SMALL)
+    assert [row["within"] for row in part.rows] == ["yes"] * 7
 
 
 def test_it_refuses_what_a_gpu_refuses_and_sees_what_it_waits_for() -> None:
