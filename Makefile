@@ -49,7 +49,7 @@ $(DOCS_READY): $(READY)
 
 $(OLDEST)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
-	grep -oE '"[A-Za-z0-9_-]+(\[[a-z]+\])?>=[0-9.]+"' pyproject.toml | sed -E 's/"|\[[a-z]+\]//g; s/>=/==/' >$(OLDEST)/constraints.txt
+	grep -oE '"[A-Za-z0-9_-]+(\[[a-z0-9]+\])?>=[0-9.]+"' pyproject.toml | sed -E 's/"|\[[a-z0-9]+\]//g; s/>=/==/' >$(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable ".[dev]"
 	touch $@

@@ -4,17 +4,18 @@
     python benchmarks/gpu.py --out DIR --minutes 4 --parts cd     # some parts
     python benchmarks/gpu.py --out DIR --dry                      # every part on the CPU, tiny: that it runs, not how fast
 
-    a   correctness: environment, labels, buffer and 20 updates of every learner beside the CPU's, with TF32 and without; the lines that
-        wait for the GPU in an update; `pytest -m gpu`, which resumes runs bit for bit
+    a   correctness: environment, labels, buffer, 20 updates of every learner and episodes in worlds beside the CPU's, with TF32 and
+        without; the lines that wait for the GPU in an update; `pytest -m gpu`, which resumes runs bit for bit
     b   rollouts of Stable Diffusion 1.5's UNet beside diffusers' pipeline: eager, as a CUDA graph, and compiled
     c   a step of LCM and an iteration of DMD2 beside their scripts, the whole job from a folder of pictures, and the steps compiled
     d   peaks of memory beside those that memory.py counts, the largest batch, SDXL
-    e   draws from the buffer, collections, and the copies between host and device in them
+    e   draws from the buffer, collections and the copies between host and device in them, and episodes in worlds
     f   training: every learner on digits under strong guidance, over seeds, for as long as there is time; goes on in --training DIR
     g   where the time of b's and c's loops goes, kernel by kernel
 
 The parts run in this order, each within its share of the minutes; what one leaves goes to the next. results.json and results.md are
-written anew after every row, and a failure is written down with its traceback. All weights of Stable Diffusion are random.
+written anew after every row, and a failure is written down with its traceback. After one that takes the GPU from this process, the parts
+that are left run in a new one, whose results are in after_LETTER/. All weights of Stable Diffusion are random.
 """
 
 from __future__ import annotations
@@ -33,16 +34,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import buffer
+import gpu_worlds
 import torch
 import yaml
 from diffusers.utils import logging
-from gpu_checks import LEARNERS, correctness, settings
+from gpu_checks import FEW, LEARNERS, check_pictures, run_marked_tests, settings
 from gpu_memory import memory
-from gpu_report import Part, Report
+from gpu_report import Part, Report, device_works
 from gpu_speed import profiles, rollouts, steps, synchronize
 from transformers.utils.logging import disable_progress_bar
 
-from ddil_agents import Dagger
+from ddil_agents import DMD2, Dagger
 from ddil_agents.comparison.results import student_row
 from ddil_agents.evaluation.provenance import provenance
 from ddil_agents.evaluation.results import read_result
@@ -67,6 +69,17 @@ DRY_TRAINING = {
     "shared": {"num_updates": 2, "num_steps": 2, "evaluate": {"n": 20, "n_paths": 4, "n_action": 4}},
     "arms": {"bc": {"agent": "bc"}},
 }
+
+
+def correctness(part: Part) -> None:
+    """Part a."""
+    updates = 3 if part.dry else 20
+    check_pictures(part, "digits8" if part.dry else "digits", (Dagger, DMD2) if part.dry else LEARNERS, updates)
+    with part.attempt("pytest -m gpu"):
+        run_marked_tests(part)
+    gpu_worlds.correctness(part, updates)
+    if not part.dry:
+        check_pictures(part, "coloured_digits", FEW, updates)
 
 
 def data(part: Part) -> None:
@@ -96,6 +109,7 @@ def data(part: Part) -> None:
                 copies = {event.key: event.count for event in profiler.key_averages() if event.key.startswith("Memcpy")}
             told = [f"{count} × {key}" for key, count in copies.items()]
             part.add(f"collection of {states}, {name}", ms=1e3 * statistics.median(times), states_per_s=states / min(times), copies=told)
+    gpu_worlds.rollouts(part)
 
 
 def training(part: Part, folder: Path) -> None:
@@ -134,12 +148,12 @@ class Kind(NamedTuple):
 
 
 PARTS = {
-    "a": Kind("Correctness: the GPU beside the CPU", correctness, 0.20),
+    "a": Kind("Correctness: the GPU beside the CPU", correctness, 0.24),
     "b": Kind("Rollouts beside diffusers' pipeline", rollouts, 0.14),
     "c": Kind("Gradient steps and the whole job beside the field's scripts", steps, 0.33),
     "d": Kind("Memory", memory, 0.10),
     "e": Kind("Buffer and collections", data, 0.03),
-    "f": Kind("Training", training, 0.14),
+    "f": Kind("Training", training, 0.10),
     "g": Kind("Profiles", profiles, 0.06),
 }
 
@@ -177,6 +191,12 @@ def main(argv: list[str] | None = None) -> None:
         options = {"folder": args.training or args.out / "training"} if letter == "f" else {}
         part.run(measure, **options)
         print(f"{letter}. {part.status}, {part.seconds:.0f} s", flush=True)
+        rest = "".join(asked[asked.index(letter) + 1 :])
+        if rest and not device_works(device):
+            left = max(args.minutes - (time.monotonic() - start) / 60, 0.5)
+            go_on = ["--out", str(args.out / f"after_{letter}"), "--minutes", f"{left:.2f}", "--parts", rest]
+            go_on += ["--training", str(args.training or args.out / "training")]
+            os.execv(sys.executable, [sys.executable, __file__, *go_on])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ class OutOfTime(BaseException):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime in the body after so many seconds; in the main thread alone."""
+    """Raises OutOfTime in the body after so many seconds, and again every five: one that falls into a destructor is lost."""
 
     def end(*_: object) -> None:
         raise OutOfTime
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 5)
     try:
         yield
     finally:
@@ -39,7 +39,18 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 def free_memory() -> None:
     gc.collect()
-    torch.cuda.empty_cache()
+    with suppress(RuntimeError):  # of a GPU that a failed kernel has taken from this process
+        torch.cuda.empty_cache()
+
+
+def device_works(device: str) -> bool:
+    """Whether the GPU still answers this process; after an illegal access or a failed assertion in a kernel it never does again."""
+    try:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Report:

@@ -82,12 +82,13 @@ class CompletionCollector(Collector):
     def label(self, x_t: Tensor, t: Tensor, s: Tensor, c: Tensor | None, w: Tensor | None) -> Tensor:
         if self.reuse_rollout:
             return super().label(x_t, t, s, c, w)
-        x = x_t.clone()
-        for t_i, t_next in pairwise(self.grid.times):
-            started = t >= t_i  # the states whose trajectory has started by t_i
-            if started.any():
-                c_i, w_i = (None if a is None else a[started] for a in (c, w))
-                x[started] = super().label(x[started], t[started].clamp(max=t_i), t_next.expand(int(started.sum())), c_i, w_i)
+        x, started = x_t.clone(), t >= self.grid.times[:-1, None]  # (N, n): the states whose trajectory has started by each time
+        counts = started.sum(1).tolist()  # waits for the device, once for each source
+        for k, now, (t_i, t_next) in zip(counts, started, pairwise(self.grid.times), strict=True):
+            if k:
+                rows = now.argsort(descending=True, stable=True)[:k]
+                c_i, w_i = (None if a is None else a[rows] for a in (c, w))
+                x[rows] = super().label(x[rows], t[rows].clamp(max=t_i), t_next.expand(k), c_i, w_i)
         return x
 
 

@@ -133,7 +133,7 @@ class Algorithm(TrainedAgent):
         """Collects and labels states with the current β, adds them to the buffer and returns them."""
         states = self.collector.collect(self.collect_size, self.beta(), self.step)
         if len(states):
-            self.buffer.extend(states)
+            self.buffer.extend(states, self.collector.collected)
         return states
 
     def draw(self) -> TensorDict:

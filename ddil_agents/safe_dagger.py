@@ -134,8 +134,8 @@ class GatedCollector(Collector):
             return states
         x_t, t, s, c, w, check = (states.get(key, None) for key in ("x_t", "t", "s", "c", "w", "x_s"))
         d = (self.student_policy.act(x_t, t, s, c, w) - check).square().flatten(1).mean(1)  # (m,)
-        _, time = t.unique(return_inverse=True)
-        mean = torch.zeros_like(d).scatter_reduce(0, time, d, "mean", include_self=False)  # (m,); row i is the mean d at the i-th time
+        time = (self.grid.times >= t[:, None]).sum(1)  # (m,), 1 for the first of the grid
+        mean = d.new_zeros(len(self.grid.times) + 1).scatter_reduce(0, time, d, "mean", include_self=False)  # of d at each time
         largest = (d / mean[time].clamp(min=1e-30)).topk(self.num_labelled(len(states))).indices.sort().values
         states = states[largest]
         x_t, t, s, c, w = (states.get(key, None) for key in ("x_t", "t", "s", "c", "w"))

@@ -71,8 +71,8 @@ def space() -> GaussianMixtureExpert:
     return GaussianMixtureExpert(MEANS, 0.2, [1, 2, 3])
 
 
-def guided() -> GaussianMixtureExpert:
-    return GaussianMixtureExpert(MEANS, 0.2, [1, 2, 3], labels=[0, 1, 1], guidance_scale=2.0)
+def guided(**options: Any) -> GaussianMixtureExpert:
+    return GaussianMixtureExpert(MEANS, 0.2, [1, 2, 3], labels=[0, 1, 1], guidance_scale=2.0, **options)
 
 
 def video() -> GaussianMixtureExpert:

@@ -48,12 +48,16 @@ class SourceWriter(_OnDisk, Writer):
     """One ring per source, side by side in one flat storage: source i owns the slots starts[i] … starts[i] + capacities[i] − 1.
 
     Cursors and counts are Python integers, so that a draw reads them without waiting for the device.
+
+    Attributes:
+        arriving: Rows of each source in the next `extend`, where they lie source after source; None: they are counted and sorted there.
     """
 
     def __init__(self, capacities: Sequence[int]) -> None:
         super().__init__()
         self.capacities = list(capacities)
         self.starts = [sum(self.capacities[:i]) for i in range(len(self.capacities))]
+        self.arriving: Sequence[int] | None = None
         self._empty()
 
     def add(self, data: TensorDictBase) -> int:
@@ -63,17 +67,22 @@ class SourceWriter(_OnDisk, Writer):
         """Writes each row into its source's ring over that source's oldest, and returns the rows' slots (n,)."""
         if len(self._storage) < self._storage.max_size:  # once: every slot is addressable, however the rings fill up
             self._storage.set(slice(0, self._storage.max_size), data[:1].expand(self._storage.max_size))
-        source = data["source"].long().cpu()  # (n,)
-        index, written = torch.empty_like(source), []
-        for i, (start, capacity) in enumerate(zip(self.starts, self.capacities, strict=True)):
-            rows = (source == i).nonzero().squeeze(1)
-            index[rows] = start + (self.cursors[i] + torch.arange(len(rows))) % capacity
-            written.append(rows[-capacity:])  # of more rows than the ring holds, the newest
-            self.cursors[i] = (self.cursors[i] + len(rows)) % capacity
-            self.counts[i] = min(self.counts[i] + len(rows), capacity)
-        kept = torch.cat(written)
-        self._storage.set(index[kept].to(data["source"].device), data[kept], set_cursor=False)
-        return index
+        source, order, counts = data["source"], None, self.arriving
+        if counts is None:
+            counts = torch.bincount(source.long().cpu(), minlength=len(self.capacities)).tolist()
+            order = source.argsort(stable=True)
+            data = data[order]
+        slots, first = [], 0
+        for i, (start, capacity, n) in enumerate(zip(self.starts, self.capacities, counts, strict=True)):
+            slots.append(start + (self.cursors[i] + torch.arange(n, device=source.device)) % capacity)
+            if n:
+                kept = slice(max(n - capacity, 0), n)  # of more rows than the ring holds, the newest
+                self._storage.set(slots[i][kept], data[first : first + n][kept], set_cursor=False)
+            first += n
+            self.cursors[i] = (self.cursors[i] + n) % capacity
+            self.counts[i] = min(self.counts[i] + n, capacity)
+        index = torch.cat(slots)
+        return index if order is None else torch.empty_like(index).scatter(0, order, index)
 
     def _empty(self, empty_write_count: bool = True) -> None:
         self.cursors = [0] * len(self.capacities)
@@ -95,6 +104,7 @@ class SourceSampler(_OnDisk, Sampler):
     def __init__(self, writer: SourceWriter, device: torch.device, prioritised: bool, exponent: float) -> None:
         self.writer, self.prioritised, self.exponent = writer, prioritised, exponent
         self.priorities = torch.zeros(sum(writer.capacities), dtype=torch.float64, device=device)  # p^a; 0 where no state lies
+        self.starts = torch.tensor(writer.starts[1:], device=device)
         self.beta: tuple[float, ...] = ()
         self._cumulative: Tensor | None = None
 
@@ -102,7 +112,7 @@ class SourceSampler(_OnDisk, Sampler):
         """New states are as likely as the likeliest held of their source, so that each is soon drawn."""
         index = index.to(self.priorities.device)
         highest = torch.stack([p.max() for p in self.priorities.split(self.writer.capacities)])  # (3,)
-        source = torch.bucketize(index, torch.tensor(self.writer.starts[1:], device=index.device), right=True)
+        source = torch.bucketize(index, self.starts, right=True)
         self.priorities[index] = torch.where(highest > 0, highest, 1.0)[source]
         self._cumulative = None
 
@@ -209,11 +219,17 @@ class SourceBuffer:
     def __len__(self) -> int:
         return sum(self._writer.counts)
 
-    def extend(self, states: TensorDictBase) -> None:
+    def extend(self, states: TensorDictBase, counts: Sequence[int] | None = None) -> None:
         """Stores states (n,), detached; a full ring loses its oldest. Rows of several sources may come together.
 
+        Args:
+            states: The states, each with its source.
+            counts: How many there are of each source, of states that lie source after source, as a collection's do; None: they are
+                counted and sorted here, for which a GPU is waited for.
+
         Raises:
-            ValueError: no `source` of shape (n,), a source that does not exist, or fields unlike those of the first call.
+            ValueError: no `source` of shape (n,), a source that does not exist, fields unlike those of the first call, or counts that do
+                not sum to n.
         """
         states = states.detach().exclude("index")  # the index of an earlier draw says nothing here
         fields = {k: (v.shape[1:], v.dtype) for k, v in states.items(include_nested=True, leaves_only=True)}
@@ -226,12 +242,19 @@ class SourceBuffer:
                 f"{changed[0]!r} was {self._fields.get(changed[0])} at the first extend() and is {fields.get(changed[0])} now; "
                 "every state of a buffer has the same keys, shapes and dtypes"
             )
+        if counts is not None and (len(counts) != len(SOURCES) or sum(counts) != len(states)):
+            raise ValueError(f"counts={[*counts]}: need one for each of {', '.join(SOURCES)}, which sum to the {len(states)} states")
         if len(states) == 0:
             return
-        low, high = torch.stack(source.aminmax()).tolist()
-        if low < 0 or high >= len(SOURCES):
-            raise ValueError(f"source {low if low < 0 else high} does not exist; 0 … {len(SOURCES) - 1} are {', '.join(SOURCES)}")
-        self.replay.extend(states.to(self.device), update_priority=False)
+        if counts is None:
+            low, high = torch.stack(source.aminmax()).tolist()
+            if low < 0 or high >= len(SOURCES):
+                raise ValueError(f"source {low if low < 0 else high} does not exist; 0 … {len(SOURCES) - 1} are {', '.join(SOURCES)}")
+        self._writer.arriving = counts
+        try:
+            self.replay.extend(states.to(self.device), update_priority=False)
+        finally:
+            self._writer.arriving = None
         self._fields = fields
 
     def sample(self, batch_size: int, beta: Sequence[float] | Tensor) -> TensorDict:

@@ -68,6 +68,7 @@ class Collector:
         world: Where rollouts are whole episodes (episodes.py); None: a rollout is one denoising.
 
     Attributes:
+        collected: States of each source in the last collection, in which they lie source after source.
         world_steps: Samples that worlds have taken so far.
         unlabelled: States that the expert's own episodes have visited and that are not labelled yet, (m,).
 
@@ -109,6 +110,7 @@ class Collector:
         self.unlabelled: TensorDict | None = None
         if world is not None:
             self.streams["world"] = torch.Generator().manual_seed(rank_stream_seed(seed, "world"))
+        self.collected = [0] * len(SOURCES)
         self._remainder = [0.0] * len(SOURCES)  # states of each source's share that earlier collections left out
 
     @torch.no_grad()
@@ -125,7 +127,7 @@ class Collector:
             range, `source` uint8, `actors` (m, N) bool, true where the expert acted before this state, `version` int64,
             `nfe` int64, the expert forwards that the state took, in its rollout and for its label.
         """
-        parts = []
+        parts, self.collected = [], [0] * len(SOURCES)
         for i, (source, count) in enumerate(zip(SOURCES, self.counts(n, beta), strict=True)):
             if count:
                 p_expert = {"teacher": 1.0, "student": self.p_expert}
@@ -133,6 +135,7 @@ class Collector:
                 states["source"] = torch.full((len(states),), i, dtype=torch.uint8, device=states.device)
                 states["version"] = torch.full((len(states),), version, dtype=torch.int64, device=states.device)
                 parts.append(states)
+                self.collected[i] = len(states)
         return torch.cat(parts) if parts else TensorDict(batch_size=[0], device=self.expert.device)
 
     def counts(self, n: int, beta: tuple[float, float, float]) -> list[int]:

@@ -42,7 +42,7 @@ def collect_episode_states(collector: Collector, world: World, n: int, p_expert:
     while sum(map(len, parts)) < n:
         parts.append(visit_states(collector, world, p_expert))
     visited = torch.cat(parts)
-    visited = visited[torch.randperm(len(visited), generator=collector.streams["path"]).to(visited.device)]
+    visited = visited[torch.randperm(len(visited), generator=collector.streams["path"]).to(visited.device, non_blocking=True)]
     if keep:
         collector.unlabelled = visited[n:].clone()  # a copy, so that the rest is freed
     return visited[:n]
@@ -66,15 +66,15 @@ def visit_states(collector: Collector, world: World, p_expert: float) -> TensorD
         for t, u in pairwise(times):
             visited.append(x)
             x = collector.step(x, t.expand(k), u.expand(k), c, w, expert_acts)
-        parts.append((torch.stack(visited)[j.to(device), torch.arange(k, device=device)], c, w, expert_acts, j))
+        parts.append((torch.stack(visited)[j.to(device, non_blocking=True), torch.arange(k, device=device)], c, w, expert_acts, j))
         return collector.execute(x)
 
     seeds = torch.randint(2**62, (world.num_worlds,), generator=collector.streams["world"]).tolist()
-    episodes = run_episodes(world, [torch.Generator().manual_seed(seed) for seed in seeds], act)
-    collector.world_steps += int(episodes.alive.sum())
+    run_episodes(world, [torch.Generator().manual_seed(seed) for seed in seeds], act)
     columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
     x_t, c, w, expert_acts, j = columns
+    collector.world_steps += len(j)
     actors = torch.zeros(len(j), collector.grid.num_steps, dtype=torch.bool)
     actors[:, :m] = expert_acts[:, None] & (torch.arange(m) < j[:, None])
-    fields = {"x_t": x_t, "t": times[j.to(device)], "c": c, "actors": actors.to(device)}
-    return TensorDict(fields if w is None else fields | {"w": w}, batch_size=[len(j)])
+    fields = {"x_t": x_t, "t": times[j.to(device, non_blocking=True)], "c": c, "actors": actors.to(device, non_blocking=True)}
+    return TensorDict(fields if w is None else fields | {"w": w}, batch_size=[len(j)], device=device)

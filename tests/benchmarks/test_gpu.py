@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import gpu
-import gpu_checks
 import gpu_job
 import pytest
 import torch
@@ -27,7 +26,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     """A dry run of all parts but the training, which runs commands that have tests of their own, and `pytest -m gpu`."""
     out = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_checks, "run_marked_tests", lambda part: None)
+        patch.setattr(gpu, "run_marked_tests", lambda part: None)
         gpu.main(["--dry", "--out", str(out), "--parts", "a,b,c,d,e,g"])
     return out, json.loads((out / "results.json").read_text())
 
@@ -38,7 +37,7 @@ def test_every_part_runs_on_a_cpu(results: tuple[Path, dict[str, Any]]) -> None:
     for part in found["parts"].values():
         assert part["rows"]
         assert not part["errors"]
-    assert all(row["within"] == "yes" for row in found["parts"]["a"]["rows"])
+    assert all(row["within"] == "yes" for row in found["parts"]["a"]["rows"] if "left_out" not in row)
     assert (out / "g_lcm_ours.txt").read_text()
     table = (out / "results.md").read_text()
     assert all(str(found[key]) in table for key in ("command", "hardware", "torch", "diffusers", "date"))
@@ -86,6 +85,18 @@ def test_the_end_of_its_time_stops_a_part_and_keeps_what_it_measured(part: Part,
     part.run(measure)
     found = json.loads((tmp_path / "results.json").read_text())["parts"]["a"]
     assert (found["status"], [row["name"] for row in found["rows"]]) == ("out of time", ["first"])
+
+
+def test_parts_after_a_failed_kernel_run_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(gpu, "PARTS", {letter: gpu.Kind(letter, lambda part: part.add("row"), 0.5) for letter in "ab"})
+    monkeypatch.setattr(gpu, "device_works", lambda device: False)
+    monkeypatch.setattr(gpu.os, "execv", lambda path, argv: started.append(argv))
+    gpu.main(["--dry", "--out", str(tmp_path), "--minutes", "4"])
+    (argv,) = started
+    assert argv[2:4] == ["--out", str(tmp_path / "after_a")]
+    assert argv[argv.index("--parts") + 1] == "b"
+    assert json.loads((tmp_path / "results.json").read_text())["parts"]["a"]["status"] == "done"
 
 
 def test_a_cell_shows_a_number_an_interval_and_lines() -> None:

@@ -396,6 +396,26 @@ def test_the_state_of_a_buffer_built_otherwise_is_refused(other: SourceBuffer) -
         other.load_state_dict(filled().state_dict())
 
 
+def test_counts_that_do_not_fit_the_states_are_refused() -> None:
+    buffer = SourceBuffer(50)
+    with pytest.raises(ValueError, match=r"counts=\[2, 0, 0\]: need one for each of forward, teacher, student, which sum to the 3 states"):
+        buffer.extend(states([0, 0, 1]), [2, 0, 0])
+    assert len(buffer) == 0
+
+
+def test_states_with_their_counts_are_stored_as_without() -> None:
+    """More of a source than its ring holds, and several times around it."""
+    told, counted = SourceBuffer(5), SourceBuffer(5)
+    for first in (0, 100, 200):
+        given = states([0] * 3 + [1] * 7 + [2] * 4, first=first)
+        told.extend(given, [3, 7, 4])
+        counted.extend(given[torch.arange(14).roll(3)])
+    assert told.counts == counted.counts == {"forward": 5, "teacher": 5, "student": 5}
+    for buffer in (told, counted):
+        assert set(buffer.sample(500, (1, 0, 0))["id"].tolist()) == {101, 102, 200, 201, 202}
+        assert set(buffer.sample(500, (0, 1, 0))["id"].tolist()) == set(range(205, 210))
+
+
 def test_an_absent_device_is_refused() -> None:
     with pytest.raises(ValueError, match="'cuda:99' is not to be had"):
         SourceBuffer(5, device="cuda:99")
