@@ -615,10 +615,10 @@ def test_keyboard_reaches_everything_and_shows_where_it_is(browser, comparison):
     assert sum(name.startswith("SUMMARYNumbers of ") for name in reached) >= 8
 
 
-def test_the_readmes_example_is_a_page_of_at_most_3_mb():
-    page, readme = ROOT / "docs/four_agents/report.html", (ROOT / "README.md").read_text()
+def test_the_sites_example_is_a_page_of_at_most_3_mb():
+    page, site = ROOT / "docs/four_agents/report.html", (ROOT / "docs/evaluate/report.md").read_text()
     assert page.stat().st_size <= 3_000_000
-    assert "[docs/four_agents](docs/four_agents/report.html)" in readme
-    assert (ROOT / re.search(r"\((docs/four_agents/\S+\.png)\)", readme)[1]).is_file()
+    assert "(path:../four_agents/report.html)" in site
+    assert (ROOT / "docs" / re.search(r"\(\.\./(four_agents/\S+\.png)\)", site)[1]).is_file()
     text = page.read_text()
     assert all(f">{arm}<" in text or f"> {arm}<" in text for arm in ("bc", "dagger", "lcm", "dmd2"))
