@@ -216,6 +216,8 @@ def covariate_shift(colours: Colours) -> Figure:
         chart.plot(range(1, len(own) + 1), own, "o-", color=colours[colour])
         chart.plot([1, 8], [measured["error_data"]] * 2, "--", color=colours[colour], lw=1.2)
     chart.set(xlabel="eighth of an episode", yscale="log", title="error on own places (– – demonstrations)", xticks=range(1, 9))
+    chart.set_yticks([0.01, 0.03, 0.1, 0.3], [".01", ".03", ".1", ".3"])
+    chart.minorticks_off()
     return figure
 
 
