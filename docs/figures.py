@@ -1,6 +1,6 @@
 """Draws the figures of docs/concepts from the library itself, each for a light and a dark page.
 
-    python docs/figures.py                 # all of them, two minutes on one core
+    python docs/figures.py                 # all of them, in less than a minute on one core
     python docs/figures.py labels worlds   # some
 
 Text is 12 points or more on figures 4.6 inches wide, so that it stays above 12 pixels on a phone.

@@ -1,4 +1,5 @@
 import torch
+
 from ddil_agents import load
 
 agent = load("runs/dagger")
