@@ -14,12 +14,17 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import close_session, constants
+from huggingface_hub import constants
 from PIL import Image
 from tiny_sd import write_tiny_sd
 
 from ddil_agents import dagger
 from ddil_agents.commands.hub import check_push, push
+
+try:
+    from huggingface_hub import close_session
+except ImportError:  # before 1.0
+    from huggingface_hub.utils import reset_sessions as close_session
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -65,6 +70,8 @@ class Answer(BaseHTTPRequestHandler):
         if self.path == "/api/whoami-v2" and self.headers["Authorization"] == "Bearer right":
             token = {"accessToken": {"role": self.server.role}}
             self.answer(200, {"type": "user", "name": "me", "orgs": [{"name": "lab"}], "auth": token})
+        elif "expand=xetEnabled" in self.path:  # before 1.0
+            self.answer(200, {"id": "me/fast", "xetEnabled": False})
         else:
             self.answer(401 if "whoami" in self.path else 404, {"error": "Invalid credentials"})
 
