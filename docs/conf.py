@@ -27,6 +27,8 @@ nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / "notebooks")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
+nb_execution_in_temp = True  # what a notebook writes is of no use here
+nb_output_stderr = "remove"  # progress bars
 
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
