@@ -43,7 +43,7 @@ FEWER = 5  # seeds of what is not tested
 ROLLOUTS = 64  # of 400 frames, from the same starts and with the same noise for all
 EVALUATION_SEED, TUNING_EVALUATION_SEED = 20_001, 20_000
 TEACHER_STEPS = 8
-BASE: dict[str, Any] = {  # configs/dagger/kuramoto.yaml
+BASE: dict[str, Any] = {  # configs/dagger/kuramoto.yaml, but for the learning rate
     "num_updates": 1000,
     "collect_size": 275,
     "updates_per_collect": 64,
@@ -71,7 +71,7 @@ class Cell(NamedTuple):
     num_steps: int = 4
     small: bool = True  # else the teacher's network, from its weights
     solver: bool = False  # whether the equation's solver labels in the teacher's place
-    learning_rate: float = 0.005
+    learning_rate: float = 0.01
 
 
 CELLS = {
@@ -131,7 +131,7 @@ def low_pass(frames: Tensor) -> Tensor:
     return torch.fft.irfft(modes, frames.shape[-1])
 
 
-NOISES, RATES = (0.03, 0.06, 0.1, 0.3), (1e-3, 3e-3)
+NOISES, RATES = (0.03, 0.06, 0.1, 0.3), (3e-3, 5e-3, 2e-2)
 CORE = ("bc", "ddil", "dagger", "adaptive")  # the arms of every cell; of the cells in MAIN, all
 ARMS = {
     "bc": Arm(BehaviourCloning, {}, len(SEEDS), tuned=True),

@@ -119,6 +119,19 @@ def no_shorter(narrow: dict[str, Any] | None) -> bool | None:
     return None if narrow is None else narrow["low"] > -SHORTER
 
 
+def claims(summary: dict[str, Any]) -> dict[str, bool]:
+    """Whether dagger loses less valid time than `SHORTER` frames against bc, and whether it is better than the best dart, in both cells.
+
+    Nothing is claimed before the runs of the test and of the tuning are there.
+    """
+    tested = [summary[cell] for cell in MAIN]
+    darts = [cell["dagger_beside"].get(cell["best_dart"]) for cell in tested]
+    if any(cell["test"] is None for cell in tested) or None in darts:
+        return {}
+    better = [dart["valid_time"]["low"] > 0 and dart["success"]["low"] > -NEAR for dart in darts]
+    return {"no_shorter": all(cell["no_shorter"]["dagger"] is True for cell in tested), "better_than_dart": all(better)}
+
+
 def frames(effect: dict[str, Any] | None) -> str:
     return "–" if effect is None else f"{effect['mean']:+.1f} [{effect['low']:+.1f}, {effect['high']:+.1f}]"
 
@@ -188,6 +201,12 @@ def write_report(records: Records, cells: Iterable[str], out: Path) -> None:
     if not summary["cells"][MAIN[0]]["test"]:
         lines += ["**Not all runs that are tested are there: no test yet.**", ""]
     lines += overview(summary["cells"])
+    found = claims(summary["cells"])
+    titles = {
+        "no_shorter": f"dagger loses no more than {SHORTER:g} frames of valid time against bc",
+        "better_than_dart": "dagger is better than the best dart",
+    }
+    lines += [f"In both cells that are tested, {titles[key]}: **{'holds' if held else 'does not hold'}**.\n" for key, held in found.items()]
     for name, cell in summary["cells"].items():
         if cell["arms"]:
             lines += detail(name, cell)

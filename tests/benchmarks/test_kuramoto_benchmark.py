@@ -1,5 +1,6 @@
 """The benchmark of the Kuramoto–Sivashinsky equation: its runs, and what its report makes of records with a planted effect."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from kuramoto_arms import ARMS, BASE, CELLS, CORE, SMALL, Cell, LowPass, Task, config_of, low_pass, seeds_of, weights_of
-from kuramoto_report import MAIN, SEEDS, TUNING, best_noise, summarise, verdicts, write_report
+from kuramoto_report import MAIN, SEEDS, TUNING, best_noise, claims, summarise, verdicts, write_report
 from records import collect_records, restore_records
 from worlds_runs import Runs
 
@@ -58,9 +59,10 @@ def test_the_cells_arms_and_seeds_are_those_that_were_registered() -> None:
     assert Task(MAIN[0], TUNING[0], Path()).arms == [arm for arm in ARMS if ARMS[arm].tuned]
 
 
-def test_the_arm_dagger_is_the_preset() -> None:
+def test_the_arm_dagger_is_the_preset_at_another_rate() -> None:
     parser, cfg = parse(Dagger, ["--env", "kuramoto", "--config", "kuramoto"])
-    assert expert_and_config(Dagger, parser, cfg)[1] == config_of(CELLS[MAIN[0]], "dagger", 0)
+    preset = expert_and_config(Dagger, parser, cfg)[1]
+    assert config_of(CELLS[MAIN[0]], "dagger", 0) == dataclasses.replace(preset, learning_rate=0.01)
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(0.3, "more"), (-0.3, "less"), (0.0, "none")])
@@ -88,6 +90,8 @@ def test_the_report_tests_nothing_before_all_runs_are_there_and_compares_no_tuni
     write_report(records, CELLS, tmp_path / "all.json")
     assert "no test yet" not in (text := (tmp_path / "all.md").read_text())
     assert "more (p = 0.031), more (p = 0.031)" in text
+    assert claims(summary["cells"]) == {"no_shorter": True, "better_than_dart": False}  # its bounded share is lower than dart's .9
+    assert "dagger is better than the best dart: **does not hold**" in text
     records[MAIN[1], "ddil", SEEDS[-1]] |= {"lost": "the loss is not finite", "success": 0.0}
     write_report(records, CELLS, tmp_path / "lost.json")
     assert f"ddil, not finite: [{SEEDS[-1]}]" in (tmp_path / "lost.md").read_text()
