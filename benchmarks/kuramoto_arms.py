@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
-from kuramoto_report import MAIN, SEEDS, TUNING, write_report
+from kuramoto_report import FEWER, MAIN, NOISES, SEEDS, TUNING, write_report
 from records import Records, collect_records, place_of, run_tasks
 from torch import Tensor
 
@@ -39,7 +39,6 @@ from ddil_env.experts.kuramoto import Kuramoto, KuramotoSolver
 from ddil_env.experts.train_kuramoto import train
 
 VERSION = 1  # to be raised where the library, the world or the training of teachers changes what a run is
-FEWER = 5  # seeds of what is not tested
 ROLLOUTS = 64  # of 400 frames, from the same starts and with the same noise for all
 EVALUATION_SEED, TUNING_EVALUATION_SEED = 20_001, 20_000
 TEACHER_STEPS = 8
@@ -131,8 +130,8 @@ def low_pass(frames: Tensor) -> Tensor:
     return torch.fft.irfft(modes, frames.shape[-1])
 
 
-NOISES, RATES = (0.03, 0.06, 0.1, 0.3), (3e-3, 5e-3, 2e-2)
-CORE = ("bc", "ddil", "dagger", "adaptive")  # the arms of every cell; of the cells in MAIN, all
+RATES = (3e-3, 5e-3, 2e-2)  # beside the cell's own, on the tuning seeds
+CORE = ("bc", "ddil", "dagger", "adaptive", "dart 0.03")  # the arms of every cell; of the cells in MAIN, all
 ARMS = {
     "bc": Arm(BehaviourCloning, {}, len(SEEDS), tuned=True),
     "ddil": Arm(Dagger, {"beta": Beta(0.5, 0, 0.5)}, len(SEEDS)),

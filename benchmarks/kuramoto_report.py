@@ -13,9 +13,11 @@ from worlds_runs import Records, Runs, interval, signed
 from ddil_agents.comparison.statistics import holm, sign_flip_test
 from ddil_agents.training.checkpoint import write_atomically
 
-SEEDS, TUNING = range(800, 808), (790, 791)  # those that are compared; those on which rates and sizes of noise are chosen
+SEEDS, TUNING = range(800, 808), (790, 791)  # those that are compared; those on which sizes of noise are chosen
+FEWER = 5  # seeds of what is not tested
 MAIN = ("4 steps", "2 steps")  # the cells that are tested
 TESTED = ("ddil", "dagger")  # the arms that are compared with bc there, in success
+NOISES = (0.01, 0.03, 0.06, 0.1, 0.3)  # sizes of dart's noise, in standard deviations of the attractor
 EQUAL = 0.03  # a difference in success whose 90 % interval lies within ± this is called none
 NEAR = 0.05  # success by which a size of noise may fall short of the best one and still be chosen
 SHORTER = 6.0  # frames of valid time, a tenth of it, that an arm may lose
@@ -41,9 +43,9 @@ COSTS = {
 
 def best_noise(runs: Runs, cell: str) -> str | None:
     """The size of noise of the longest valid time on the tuning seeds, of those whose success is within `NEAR` of the highest."""
-    sizes = list(dict.fromkeys(arm for c, arm, _ in runs.records if c == cell and arm.startswith("dart")))
+    sizes = [f"dart {noise:g}" for noise in NOISES]
     success = {arm: list(runs.values(cell, arm, "success", TUNING).values()) for arm in sizes}
-    if len(sizes) < 4 or any(len(values) < len(TUNING) for values in success.values()):
+    if any(len(values) < len(TUNING) for values in success.values()):
         return None
     stable = [arm for arm in sizes if np.mean(success[arm]) >= max(map(np.mean, success.values())) - NEAR]
     return max(stable, key=lambda arm: np.mean(list(runs.values(cell, arm, "valid_time", TUNING).values()) or [0]))
@@ -126,7 +128,9 @@ def claims(summary: dict[str, Any]) -> dict[str, bool]:
     """
     tested = [summary[cell] for cell in MAIN]
     darts = [cell["dagger_beside"].get(cell["best_dart"]) for cell in tested]
-    if any(cell["test"] is None for cell in tested) or None in darts:
+    if any(cell["test"] is None for cell in tested):
+        return {}
+    if any(dart is None or dart["success"] is None or dart["success"]["seeds"] < FEWER or dart["valid_time"] is None for dart in darts):
         return {}
     better = [dart["valid_time"]["low"] > 0 and dart["success"]["low"] > -NEAR for dart in darts]
     return {"no_shorter": all(cell["no_shorter"]["dagger"] is True for cell in tested), "better_than_dart": all(better)}

@@ -50,7 +50,7 @@ def test_the_cells_arms_and_seeds_are_those_that_were_registered() -> None:
     listed = {arm for row in section.splitlines() if row.startswith("| ") for arm in row.split("|")[1].strip(" *").split(", ")}
     assert set(ARMS) - listed == {"bc, four times", *(arm for arm in ARMS if arm.startswith("dart") or "rate" in arm)}
     assert "| bc, four times |" in section
-    assert "| dart .03, .06, .1, .3 |" in section
+    assert "| dart .01, .03, .06, .1, .3 |" in section
     assert [seeds_of(MAIN[0], arm) for arm in ("bc", "ddil", "teacher")] == [(*TUNING, *SEEDS), tuple(SEEDS), tuple(SEEDS[:5])]
     assert seeds_of(MAIN[1], "unroll 2") == seeds_of("dt 3", "teacher") == ()
     assert all(seeds_of(cell, arm) == tuple(SEEDS[:5]) for cell in CELLS if cell not in MAIN for arm in CORE)
@@ -98,7 +98,8 @@ def test_the_report_tests_nothing_before_all_runs_are_there_and_compares_no_tuni
     del records[MAIN[1], "ddil", SEEDS[-1]]
     write_report(records, CELLS, tmp_path / "less.json")
     assert "no test yet" in (tmp_path / "less.md").read_text()
-    assert json.loads((tmp_path / "less.json").read_text())["cells"][MAIN[0]]["test"] is None
+    assert (less := json.loads((tmp_path / "less.json").read_text())["cells"])[MAIN[0]]["test"] is None
+    assert claims(less) == {}
 
 
 def test_a_run_is_recorded_once_and_a_teacher_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
