@@ -7,7 +7,7 @@ bounded      share of rollouts all of whose frames stay within 5 standard deviat
 W2 late      sliced 2-Wasserstein distance of the last quarter of the frames to as many states of the solver, every tenth frame; a rollout
              that ended counts with its last frame within the bound
 valid time   frames until a rollout's error against the solver's from the same start is .4 of the attractor's standard deviation
-error        mean squared error of a sample on held-out histories, against the recorded increment, in its standard deviations
+error        mean squared error of a sample on held-out histories, against the recorded one
 recovery     root mean square error of the next frame after histories with noise of .1 standard deviations, in units of the noise: below 1
              a model leads back
 high modes   energy of the modes 9 to 23 late in the rollouts, over the solver's
@@ -67,7 +67,8 @@ class Rollouts:
         x_T = torch.randn(x_0.shape, generator=generator)
         noise = NOISE * torch.randn(c.shape, generator=generator)
         sample, recovered = (unroll(policy, grid, x_T, history)[:, -1] for history in (c, c + noise))
-        off = noise[:, -1] + expert.increment * (recovered - x_0)
+        transition = self.evaluator.world.transition
+        off = transition(c + noise, recovered)[0] - transition(c, x_0)[0]
         return self.of_frames(frames.gather(0, last[..., None].expand(-1, -1, frames.shape[2]))) | {
             "bounded": float(bounded.float().mean()),
             "valid time": float(valid_time(frames, self.truth).double().mean()),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +26,12 @@ class Task(Protocol):
 
     def place(self, arm: str) -> Path:
         """Where the record of an arm lies."""
+
+
+def place_of(runs: Path, key: Key) -> Path:
+    """Where the record of a run lies, in the folder of its cell."""
+    cell, arm, seed = (str(x).replace(",", "").replace("'", "").replace(" ", "_") for x in key)
+    return runs / cell / f"{arm}-s{seed}.json"
 
 
 def key_of(record: dict[str, Any]) -> Key:
@@ -55,3 +63,22 @@ def restore_records(records: Records, tasks: Iterable[Task]) -> int:
             write_atomically(task.place(arm), json.dumps(record))
             restored += 1
     return restored
+
+
+def run_tasks(
+    run: Callable[[Any], None], tasks: Sequence[Task], runs: Path, kept: Path, check: Callable[[Records], None], jobs: int
+) -> Records:
+    """Runs what has no record yet, so many tasks at a time, and returns all records, those of earlier calls among them.
+
+    Args:
+        run: Writes a record for each arm of a task that has none; a function of a module, which other processes import.
+        tasks: In the order in which they begin.
+        runs, kept, check: As in `collect_records`.
+        jobs: Processes.
+    """
+    print(f"{restore_records(collect_records(runs, kept, check), tasks)} records restored from {kept}", flush=True)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for number, ended in enumerate(as_completed(pool.submit(run, task) for task in tasks), 1):
+            ended.result()
+            print(f"{number} of {len(tasks)} seeds of cells, {len(collect_records(runs, kept, check))} runs", flush=True)
+    return collect_records(runs, kept, check)

@@ -18,15 +18,13 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from records import Records, collect_records, restore_records
+from records import Records, collect_records, place_of, run_tasks
 from worlds_report import write_report
 from worlds_runs import SEEDS, TUNED, TUNING
 
@@ -139,8 +137,7 @@ class Task(NamedTuple):
 
     def place(self, arm: str) -> Path:
         """Where the record of an arm lies."""
-        folder = self.cell.replace(",", "").replace("'", "").replace(" ", "_")
-        return self.runs / folder / f"{arm.replace(' ', '_')}-s{self.seed}.json"
+        return place_of(self.runs, (self.cell, arm, self.seed))
 
 
 @cache
@@ -229,12 +226,7 @@ def main() -> None:
         compared = SEEDS[: args.seeds]
         seeds = [*compared[:3], *TUNING, *compared[3:]]
         tasks = [Task(name, seed, args.runs, tuple(args.arms)) for seed in seeds for name in args.cells]  # balanced over cells at any time
-        restore_records(records, tasks)
-        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-            for number, ended in enumerate(as_completed(pool.submit(run, task) for task in tasks), 1):
-                ended.result()
-                print(f"{number} of {len(tasks)} seeds of cells, {len(collect_records(args.runs, kept, check))} runs", flush=True)
-        records = collect_records(args.runs, kept, check)
+        records = run_tasks(run, tasks, args.runs, kept, check, args.jobs)
     if not records:
         parser.error(f"--runs {args.runs}: nothing has run there; leave --report_only out, or name another folder")
     write_report(records, CELLS, args.out)

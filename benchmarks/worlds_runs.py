@@ -25,6 +25,8 @@ def value(record: Mapping[str, Any], metric: str) -> float | None:
         return None if ratio is None or data is None else ratio * data
     if metric == "error_first":
         return record["error_own"][0] if "error_own" in record else None
+    if metric == "error_last":
+        return record["error_own"][-1] if "error_own" in record else None
     if metric == "error_expert":
         spans = [x for x in record.get("error_expert", ()) if x is not None]
         return float(np.mean(spans)) if spans else None
@@ -38,15 +40,17 @@ class Runs:
 
     Args:
         records: By cell, arm and seed.
+        seeds: Those that are compared.
     """
 
-    def __init__(self, records: Records) -> None:
-        self.records = records
+    def __init__(self, records: Records, seeds: Iterable[int] = SEEDS) -> None:
+        self.records, self.seeds = records, tuple(seeds)
 
-    def of(self, cell: str, arm: str, seeds: Iterable[int] = SEEDS) -> dict[int, dict[str, Any]]:
-        return {seed: self.records[cell, arm, seed] for seed in seeds if (cell, arm, seed) in self.records}
+    def of(self, cell: str, arm: str, seeds: Iterable[int] | None = None) -> dict[int, dict[str, Any]]:
+        chosen = self.seeds if seeds is None else seeds
+        return {seed: self.records[cell, arm, seed] for seed in chosen if (cell, arm, seed) in self.records}
 
-    def values(self, cell: str, arm: str, metric: str, seeds: Iterable[int] = SEEDS) -> Values:
+    def values(self, cell: str, arm: str, metric: str, seeds: Iterable[int] | None = None) -> Values:
         found = {seed: value(record, metric) for seed, record in self.of(cell, arm, seeds).items()}
         return {seed: x for seed, x in found.items() if x is not None and math.isfinite(x)}
 

@@ -3,7 +3,8 @@
     python -m ddil_agents.dagger --env kuramoto --config kuramoto
     python -m ddil_env.experts.train_kuramoto --out kuramoto.safetensors      # trains it again
 
-A condition is the last frame, a sample the increment to the next one, time .5 later; the world is the model's own history.
+A condition is the last frame, a sample the increment to the next one, time .5 later; the world is the model's own history. Other times
+between frames, and samples that are the next frame itself, are those of other files of weights.
 """
 
 from __future__ import annotations
@@ -35,12 +36,16 @@ def surrogate(channels: int = CHANNELS, depth: int = DEPTH, prediction_type: Pre
 
 
 class KuramotoSolver(Expert):
-    """The solver as an expert: whatever x_t is, its estimate of x_0 is the increment that the equation makes of the history.
+    """The solver as an expert: whatever x_t is, its estimate of x_0 is what the equation makes of the history.
 
     Args:
         num_sequences: Recorded solutions that forward states come from, of 40; the others are held out.
         weights: A safetensors file of another training; default: the shipped one.
         device: Where it computes.
+
+    Attributes:
+        dt, std: Time between frames, and the standard deviation of the attractor, by which frames are divided.
+        increment: A sample times this is added to the last frame; None: a sample is the next frame.
 
     Raises:
         ValueError: a file that is absent, damaged or of another network; more sequences than there are.
@@ -51,7 +56,8 @@ class KuramotoSolver(Expert):
         super().__init__(schedule, (1, POINTS), condition_shape=(1, 1, POINTS), device=device)
         shipped = Path(str(files("ddil_env") / "experts" / "weights" / "kuramoto.safetensors"))
         self.stored = read_tensors(Path(weights) if weights else shipped, "train it again")
-        self.dt, self.std, self.increment = (float(self.stored[name]) for name in ("dt", "std", "increment"))
+        self.dt, self.std = (float(self.stored[name]) for name in ("dt", "std"))
+        self.increment = float(self.stored["increment"]) if "increment" in self.stored else None
         self.equation = KuramotoSivashinsky(device=self.device)
         frames = self.stored["frames"].to(self.device)  # (sequences, frames, points), divided by std
         if not 1 <= num_sequences < len(frames):
@@ -67,16 +73,20 @@ class KuramotoSolver(Expert):
         if c is None:
             raise ValueError(f"c=None: the solver needs a history; pass c (b, *{self.condition_shape})")
         frame = c[:, -1].double()
-        x_0 = (self.equation.solve(frame * self.std, self.dt) / self.std - frame) / self.increment
+        x_0 = self.sample_of(frame, self.equation.solve(frame * self.std, self.dt) / self.std)
         return self.schedule.prediction(x_0.float(), x_t, t, "x_0")
+
+    def sample_of(self, frame: Tensor, following: Tensor) -> Tensor:
+        """The sample x_0 that leads from a frame to the following one, of their shape."""
+        return following if self.increment is None else (following - frame) / self.increment
 
     def make_world(self, num_worlds: int, **options: Any) -> KuramotoWorld:
         return KuramotoWorld(num_worlds, self.equation, self.std, self.increment, self.dt, device=self.device, **options)
 
     def pairs(self, held_out: bool) -> tuple[Tensor, Tensor]:
-        """All increments (n, 1, points) of recorded sequences, and the frames before them, (n, 1, 1, points)."""
+        """All samples (n, 1, points) of recorded sequences, and the frames before them, (n, 1, 1, points)."""
         frames = self.sequences[held_out]
-        x_0 = (frames[:, 1:] - frames[:, :-1]) / self.increment
+        x_0 = self.sample_of(frames[:, :-1], frames[:, 1:])
         return x_0.flatten(0, 1)[:, None], frames[:, :-1].flatten(0, 1)[:, None, None]
 
     def sample_condition(self, n: int, generator: torch.Generator | None = None) -> Tensor:

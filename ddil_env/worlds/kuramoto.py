@@ -105,7 +105,7 @@ class KuramotoWorld(Autoregressive):
         num_worlds: How many.
         equation: Computes the starts.
         std: The attractor's standard deviation.
-        increment: A sample times this is added to the last frame.
+        increment: A sample times this is added to the last frame; None: a sample is the next frame.
         dt: Time between frames.
         num_frames: Frames of an episode.
         bound: Largest value of a frame.
@@ -117,7 +117,7 @@ class KuramotoWorld(Autoregressive):
         num_worlds: int,
         equation: KuramotoSivashinsky,
         std: float,
-        increment: float,
+        increment: float | None,
         dt: float,
         num_frames: int = 400,
         bound: float = BOUND,

@@ -1,9 +1,11 @@
 """The Kuramoto–Sivashinsky equation: its solver, its world, the surrogate and the solver as experts."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ddil_env import ExpertPolicy, TimeGrid, check_expert, unroll
 from ddil_env.conv1d import TimeConditionedConv1d
@@ -128,6 +130,19 @@ def test_the_solver_answers_the_recorded_increments_whatever_the_noise(solver: K
     for t in (1.0, 50.0, 99.0):
         pred = solver.predict(torch.randn(16, 1, 48), torch.full((16,), t), c)
         torch.testing.assert_close(pred.x_0, x_0, atol=1e-4, rtol=0)
+
+
+def test_samples_may_be_the_next_frames_themselves(solver: KuramotoSolver, tmp_path: Path) -> None:
+    save_file({name: value for name, value in solver.stored.items() if name != "increment"}, tmp_path / "absolute.safetensors")
+    absolute = KuramotoSolver(weights=str(tmp_path / "absolute.safetensors"))
+    assert absolute.increment is None
+    x_0, c = absolute.reference_data(16, held_out=True)
+    increments, _ = solver.reference_data(16, held_out=True)
+    torch.testing.assert_close(x_0, c[:, 0] + solver.increment * increments)
+    pred = absolute.predict(torch.randn(16, 1, 48), torch.full((16,), 50.0), c)
+    torch.testing.assert_close(pred.x_0, x_0, atol=1e-4, rtol=0)
+    following, _ = absolute.make_world(16).transition(c, x_0)
+    assert torch.equal(following[:, 0], x_0)
 
 
 def test_the_surrogate_conforms_and_foretells_the_next_frame(expert: Kuramoto) -> None:
