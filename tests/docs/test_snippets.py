@@ -32,7 +32,7 @@ from ddil_env import Expert, load_expert
 FENCE = re.compile(r"^```(python|bash)\n(.*?)^```$", re.M | re.S)
 NOT_RUN, NEEDS = "# Not run by the tests", "# needs"  # the marks of blocks that need what is not there
 LAUNCHERS = ("torchrun", "accelerate")
-OTHER_PROGRAMS = ("pip", "jupytext", "source", "cd", "git", "hf", "pytest", "tensorboard")
+OTHER_PROGRAMS = ("pip", "jupytext", "rm", "source", "cd", "git", "hf", "pytest", "tensorboard")
 EMBEDDED = ("gaussian_mixture", "digits", "digits8", "coloured_digits", "fork", "lunar_lander", "kuramoto")
 
 
