@@ -362,7 +362,7 @@ def test_an_evaluation_out_of_memory_names_its_batch_and_a_resume_takes_a_smalle
 
 
 @cache
-def tests_of(module: str) -> set[str]:
+def functions_of(module: str) -> set[str]:
     (path,) = (ROOT / "tests").rglob(f"{module}.py")
     return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
 
@@ -376,4 +376,4 @@ def test_every_test_that_a_table_of_faults_names_exists(table: str) -> None:
         named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", row)
         assert named or "| tried" in row, f"no test in: {row}"
         for module, name in named:
-            assert name in tests_of(module), f"{module} has no {name}"
+            assert name in functions_of(module), f"{module} has no {name}"
