@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -141,6 +142,12 @@ def seeds_needed(comparisons: int = 1, level: float = 0.95) -> int:
     return next(n for n in itertools.count(1) if comparisons * smallest_p(n) <= alpha)
 
 
+@cache
+def _sign_flips(n: int) -> Floats:
+    """All flips of n signs but the first, (2^(n−1), n): s and −s have the same |Σ|."""
+    return np.array([(1.0, *rest) for rest in itertools.product((1.0, -1.0), repeat=n - 1)])
+
+
 def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:
     """Two-sided p-value of the mean paired difference, under the null hypothesis that each difference has either sign equally likely.
 
@@ -158,9 +165,8 @@ def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:
     """
     d = _as_scores(differences, "differences").mean(1)  # (n,)
     n, observed = len(d), abs(d.sum()) - ROUND_OFF * abs(d).sum()
-    if n <= MAX_ENUMERATED:  # s and −s have the same |Σ|, so the first sign is fixed
-        flips = np.array([(1, *rest) for rest in itertools.product((1, -1), repeat=n - 1)])  # (2^(n−1), n)
-        return float(np.mean(abs(flips @ d) >= observed))
+    if n <= MAX_ENUMERATED:
+        return float(np.mean(abs(_sign_flips(n) @ d) >= observed))
     generator, rows = np.random.default_rng(seed), 1000
     drawn = (2 * generator.integers(2, size=(rows, n)) - 1 for _ in range(NUM_DRAWS // rows))
     return float(sum(np.count_nonzero(abs(flips @ d) >= observed) for flips in drawn) + 1) / (NUM_DRAWS + 1)
