@@ -33,7 +33,7 @@ class AdaptiveShares:
     def __init__(self, beta: Beta) -> None:
         self.beta = beta
         self.exponents = [0.0] * len(beta.shares)
-        self.progress = 0.0
+        self.step = 0
 
     def __call__(self) -> tuple[float, float, float]:
         """The present shares, which sum to 1."""
@@ -44,24 +44,25 @@ class AdaptiveShares:
         forward, teacher, student = (floor + free * w / sum(weights) for floor, w in zip(floors, weights, strict=True))
         return forward, teacher, student
 
-    def update(self, alignment: Sequence[float], progress: float) -> None:
-        """Takes the alignment of each source into account, as that of the time since the last call.
+    def update(self, alignment: Sequence[float], step: int, total_updates: int) -> None:
+        """Takes the alignment of each source into account, as that of the updates since the last call.
 
         Args:
             alignment: aᵢ; of a source without new states 0 is no news.
-            progress: u, of 0 to 1.
+            step: Updates so far.
+            total_updates: Updates of the run, of which those since the last call are the part du; a run may have been made longer.
 
         Raises:
             FloatingPointError: an alignment that is not finite.
         """
         if broken := [name for name, a in zip(SOURCES, alignment, strict=True) if not math.isfinite(a)]:
             raise FloatingPointError(f"the gradient on new {broken[0]} states is not finite; lower learning_rate or raise warmup_updates")
-        gain = 40 * self.beta.decay * (progress - self.progress)
+        gain = 40 * self.beta.decay * (step - self.step) / total_updates
         self.exponents = [z + gain * a for z, a in zip(self.exponents, alignment, strict=True)]
-        self.progress = progress
+        self.step = step
 
     def state_dict(self) -> dict[str, Any]:
-        return {"exponents": list(self.exponents), "progress": self.progress}
+        return {"exponents": list(self.exponents), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.exponents, self.progress = list(state["exponents"]), state["progress"]
+        self.exponents, self.step = list(state["exponents"]), state["step"]

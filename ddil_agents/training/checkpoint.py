@@ -24,7 +24,7 @@ The state, as `Trainer.state_dict` and `TrainedAgent.state_dict` make it:
     callbacks               of each callback that keeps a state, by name
     buffer                  build (capacities and settings), states, writer (ring positions), sampler (priorities), generator
     collector               streams (random streams by name), owed (`Collector.counts`), world_steps and unlabelled (states) in a world
-    adaptive_shares         of the schedule `adaptive`: exponents and progress; absent with another
+    adaptive_shares         of the schedule `adaptive`: exponents and step; absent with another
     support                 the calibrated quantiles that estimates are projected onto; None without
 
 What lies beside the checkpoints in a run directory is in training/metrics.py (metrics.jsonl, support.json).

@@ -181,7 +181,7 @@ class Trainer:
             states = algorithm.collect()
         algorithm.teacher_nfe += algorithm.expert.nfe - before
         if algorithm.adaptive_shares is not None and len(states):
-            algorithm.adaptive_shares.update(align_gradients(algorithm, states), algorithm.step / algorithm.total_updates)
+            algorithm.adaptive_shares.update(align_gradients(algorithm, states), algorithm.step, algorithm.total_updates)
         return states
 
     def update(self, batch: TensorDict) -> dict[str, Tensor]:

@@ -29,12 +29,15 @@ def config(**settings: Any) -> DaggerConfig:
 def test_shares_follow_the_integral_of_the_alignment() -> None:
     shares = AdaptiveShares(BETA)
     assert shares() == pytest.approx([floored(share) for share in BETA.shares])  # at the start
-    shares.update((-0.2, 0.1, 0.6), 0.25)
-    shares.update((0.4, 0.0, 0.8), 0.75)
+    shares.update((-0.2, 0.1, 0.6), 25, 100)
+    shares.update((0.4, 0.0, 0.8), 75, 100)
     z = [20 * (0.25 * a + 0.5 * b) for a, b in ((-0.2, 0.4), (0.1, 0.0), (0.6, 0.8))]  # 40 · decay = 20
     factors = [share * math.exp(x) for share, x in zip(BETA.shares, z, strict=True)]
     assert shares() == pytest.approx([floored(w / sum(factors)) for w in factors])
     assert sum(shares()) == pytest.approx(1)
+    before = shares()
+    shares.update((0.0, 0.0, 1.0), 100, 400)  # the run was made longer: what has been learnt is not taken back
+    assert shares()[2] > before[2]
 
 
 def floored(share: float) -> float:
@@ -43,11 +46,11 @@ def floored(share: float) -> float:
 
 def test_shares_keep_to_their_floors_and_absent_sources_stay_absent() -> None:
     shares = AdaptiveShares(Beta(0.5, 0, 0.5, schedule="adaptive"))
-    shares.update((-1000.0, 1000.0, 1000.0), 1.0)
+    shares.update((-1000.0, 1000.0, 1000.0), 1, 1)
     assert shares() == pytest.approx((ADAPTIVE_FLOOR, 0, 1 - ADAPTIVE_FLOOR))
     assert Beta(0.5, 0, 0.5, schedule="adaptive").largest_shares() == pytest.approx([1 - ADAPTIVE_FLOOR, 0, 1 - ADAPTIVE_FLOOR])
     with pytest.raises(FloatingPointError, match="the gradient on new forward states is not finite"):
-        shares.update((math.nan, 0.0, 0.0), 1.0)
+        shares.update((math.nan, 0.0, 0.0), 1, 1)
 
 
 def test_alignment_is_the_first_order_change_of_the_loss_on_own_states() -> None:
