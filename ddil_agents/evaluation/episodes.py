@@ -132,7 +132,9 @@ class EpisodeEvaluator:
         for key, others in sets.items():
             if others is not None:
                 n = min(CONDITIONS, len(own), len(others))
-                shift[key] = sliced_wasserstein(own[:n], others[-n:])  # of the expert itself, two halves
+                shift[key] = sliced_wasserstein(own[:n], others[:n])
+        if episodes is self.expert_episodes:  # beside itself: two halves
+            shift["condition_shift_to_expert"] = split_half(sliced_wasserstein, own) if len(own) > 1 else 0.0
         return shift
 
     def _errors(self, policy: DdimPolicy, grid: TimeGrid, kernel: Kernel, episodes: Episodes, ends: Sequence[int]) -> list[float | None]:

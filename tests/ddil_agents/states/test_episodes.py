@@ -142,7 +142,7 @@ def test_a_student_learns_to_steer() -> None:
     assert after["survival"] == [1.0] * 8
     assert after["length"] == 6
     floor = evaluator.floors()["teacher_halves"]["condition_shift_to_expert"]
-    assert teacher["condition_shift_to_expert"] == pytest.approx(floor, rel=1.0)
+    assert teacher["condition_shift_to_expert"] == floor > 0
     assert after["condition_shift_to_expert"] < 2 * floor < before["condition_shift_to_expert"]
     assert before["condition_shift"] > after["condition_shift"]
     c = torch.randn(200, 2)
