@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,14 @@ from torch import Tensor
 
 
 def read_demonstrations(
-    dataset_id: str, env_id: str, action_shape: tuple[int, ...], observation_shape: tuple[int, ...], warn: Callable[[str], None] = print
+    dataset_id: str, env_id: str, action_shape: tuple[int, ...], observation_shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reads the episodes of a local dataset; nothing is downloaded.
+    """Reads the episodes of a local dataset; nothing is downloaded. Those without an action are left out, and counted in a warning.
 
     Args:
         dataset_id: As Minari names it, such as `me/landings-v0`; it looks in MINARI_DATASETS_PATH, or in ~/.minari/datasets.
         env_id: The environment that the demonstrations must be of.
         action_shape, observation_shape: Of one action and of one observation.
-        warn: Is told of episodes that are left out because they have no action.
 
     Returns:
         Observations (m, *observation_shape), the actions taken there (m, *action_shape), in [−1, 1] of the environment's bounds, and their
@@ -37,7 +36,7 @@ def read_demonstrations(
         raise ImportError(f"data={dataset_id!r} is a Minari dataset: pip install 'ddil[worlds]'") from error
     try:
         dataset = minari.load_dataset(dataset_id, download=False)
-    except (FileNotFoundError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         found = "cannot be read" if (get_dataset_path(dataset_id) / "data").exists() else "is not there"
         raise ValueError(
             f"data={dataset_id!r}: the dataset {found} in {get_dataset_path()}; MINARI_DATASETS_PATH names another folder, and "
@@ -68,7 +67,7 @@ def read_demonstrations(
     if not episodes:
         raise ValueError(f"data={dataset_id!r} has no episode with an action")
     if empty:
-        warn(f"data={dataset_id!r}: {empty} episodes without an action are left out")
+        warnings.warn(f"data={dataset_id!r}: {empty} episodes without an action are left out", stacklevel=2)
     c, a, e = (torch.from_numpy(np.concatenate(parts)) for parts in (observations, actions, episodes))
     if not bool(torch.isfinite(c).all() and torch.isfinite(a).all()):
         raise ValueError(f"data={dataset_id!r} holds observations or actions that are not finite")
