@@ -42,17 +42,18 @@ class Rule(NamedTuple):
     """Success by which a student must fall short of its teacher."""
     ratio: float
     """Error on own conditions over that on data, from which on own conditions are the cause."""
-    right: int
-    """Cells of the benchmark in which the rule of the shortfall was right, of those below."""
-    cells: int
+    gained: int
+    """Cells of the benchmark in which half and half gained as much, of those below."""
+    fell_short: int
+    """Cells in which behaviour cloning fell short by that much."""
     closed: tuple[float, float, float]
-    """Part of the shortfall that half and half made up for where it was worth it: quartiles."""
+    """Part of the shortfall that half and half made up for where it gained: quartiles."""
     interim: bool
     """Whether runs of the benchmark are still missing."""
 
 
 FIRST = ("run", "seeds", "n_episodes", "out")  # in --help
-RULE = Rule(shortfall=0.05, ratio=2.75, right=16, cells=16, closed=(0.51, 0.66, 0.85), interim=True)
+RULE = Rule(shortfall=0.05, ratio=2.75, gained=12, fell_short=12, closed=(0.51, 0.66, 0.85), interim=True)
 
 
 class Estimate(NamedTuple):
@@ -113,7 +114,7 @@ def advise(found: dict[str, Any], rule: Rule = RULE) -> list[str]:
     if ratio is not None:
         causes = [
             (ratio.low >= rule.ratio, "own conditions are much harder than data: errors feed back"),
-            (ratio.high < rule.ratio, "own conditions are about as hard as data"),
+            (ratio.high < rule.ratio, "own conditions are not much harder than data"),
             (True, "more episodes or seeds would tell whether own conditions are harder than data"),
         ]
         cause = next(text for applies, text in causes if applies)
@@ -125,17 +126,17 @@ def advise(found: dict[str, Any], rule: Rule = RULE) -> list[str]:
         weak = ratio is not None and ratio.high < rule.ratio
         said.append(
             f"The student falls short of its teacher by {shortfall} in success: DDIL is worth its rollouts. In the benchmark half of the "
-            f"labels on own states made up for {middle:.0%} of it (quartiles {low:.0%} and {high:.0%}). Train again by "
+            f"labels on own states made up for {middle:.0%} of that (quartiles {low:.0%} and {high:.0%}). Train again by "
             "python -m ddil_agents.dagger with --beta.forward .5 --beta.student .5, or with --beta.schedule adaptive beside."
         )
         if weak:
             said.append("Since it is weak on data too, a larger student or more updates may help as much.")
     elif shortfall.high < rule.shortfall:
-        said.append(f"The student falls short of its teacher by {shortfall} in success: own states have nothing to mend; keep it.")
+        return [*said, f"The student falls short of its teacher by {shortfall} in success: own states have nothing to mend; keep it."]
     else:
         said.append(f"It falls short of its teacher by {shortfall} in success, around the threshold {rule.shortfall:g}: raise --seeds.")
-    interim = ", interim: not all of its runs are there" if rule.interim else ""
-    return [*said, f"This rule was right in {rule.right} of {rule.cells} cells of the benchmark{interim}."]
+    interim = " (interim: not all of its runs are there)" if rule.interim else ""
+    return [*said, f"In the benchmark half and half gained {rule.shortfall:g} in {rule.gained} of {rule.fell_short} such cells{interim}."]
 
 
 def make_parser() -> ArgumentParser:
@@ -161,6 +162,11 @@ def main(argv: list[str] | None = None) -> None:
         for name, least in (("seeds", 2), ("n_episodes", 1)):
             if getattr(args, name) < least:
                 raise ValueError(f"--{name} {getattr(args, name)}: need at least {least}")
+        out = None if args.out is None else Path(args.out)
+        if out is not None and (out.is_dir() or not out.parent.is_dir()):
+            raise ValueError(f"--out {out}: need a file in a folder that exists")
+        if out is not None and out.is_file() and '"advice"' not in out.read_text():
+            raise ValueError(f"--out {out} holds something else than advice; name another file")
         agent = load_run(Path(args.run))
         if agent.expert.make_world(1) is None:
             raise ValueError(
@@ -172,8 +178,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{args.run} was trained on own states too ({share}); the rule is of students of data alone.\n")
         found = measure(agent, args.seeds, args.n_episodes)
         print("\n".join([*markdown_table(span_rows(found)), "", *advise(found)]))
-        if args.out is not None:
-            write_atomically(Path(args.out), json.dumps({**found, "rule": RULE._asdict(), "advice": advise(found)}, indent=1) + "\n")
+        if out is not None:
+            write_atomically(out, json.dumps({**found, "rule": RULE._asdict(), "advice": advise(found)}, indent=1) + "\n")
 
 
 def span_rows(found: dict[str, Any]) -> list[list[str]]:
