@@ -40,16 +40,3 @@ napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_rtype = False
 default_role = "code"
 copybutton_exclude = ".linenos, .gp, .go"
-
-
-def leave_out_absent(app, docname, source):
-    """Leaves entries of the first page's table of contents out whose page is not there."""
-    if docname == "index":
-        entries = [line for line in source[0].splitlines() if line.endswith("/index") and " " not in line]
-        for entry in entries:
-            if entry not in app.env.found_docs:
-                source[0] = source[0].replace(f"\n{entry}\n", "\n")
-
-
-def setup(app):
-    app.connect("source-read", leave_out_absent)

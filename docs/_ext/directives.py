@@ -101,14 +101,13 @@ class ErrorsDirective(MarkdownDirective):
 
 
 class SectionsDirective(MarkdownDirective):
-    """Cards, a line `path | title | text` for each; a page that does not exist gets none."""
+    """Cards, a line `path | title | text` for each."""
 
     def markdown(self) -> str:
         cards = []
         for line in self.content:
             path, title, text = (part.strip() for part in line.split("|"))
-            if path in self.env.found_docs:
-                cards.append(f":::{{grid-item-card}} {title}\n:link: /{path}\n:link-type: doc\n{text}\n:::")
+            cards.append(f":::{{grid-item-card}} {title}\n:link: /{path}\n:link-type: doc\n{text}\n:::")
         return "::::{grid} 1 2 2 3\n:gutter: 3\n\n" + "\n\n".join(cards) + "\n\n::::"
 
 

@@ -57,7 +57,8 @@ def blocks(path: Path, language: str) -> list[Block]:
     return [Block(name, m[1], m[2], text[: m.start()].count("\n") + 2) for m in FENCE.finditer(text) if m[1] == language]
 
 
-WITH_PYTHON = [path for path in pages() if blocks(path, "python")]
+IN_FULL = ("concepts", "start")  # folders whose code test_tutorials.py runs without any cut
+WITH_PYTHON = [path for path in pages() if blocks(path, "python") and path.parent.name not in IN_FULL]
 WITH_COMMANDS = [path for path in pages() if blocks(path, "bash")]
 
 
