@@ -21,16 +21,14 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
-from records import Records, collect_records, restore_records
+from records import Records, collect_records, run_tasks
 from when_report import write_report
 
 from ddil_agents import DMD2, LCM, Beta, Dagger
@@ -307,13 +305,7 @@ def main() -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
     records = collect_records(args.runs, kept, check)
     if not args.report_only:
-        todo = tasks(args.runs, args.cells, args.seeds)
-        print(f"{restore_records(records, todo)} records restored from {kept}", flush=True)
-        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-            for number, ended in enumerate(as_completed(pool.submit(run, task) for task in todo), 1):
-                ended.result()
-                print(f"{number} of {len(todo)} seeds of cells, {len(collect_records(args.runs, kept, check))} runs", flush=True)
-        records = collect_records(args.runs, kept, check)
+        records = run_tasks(run, tasks(args.runs, args.cells, args.seeds), args.runs, kept, check, args.jobs)
     if not records:
         parser.error(f"--runs {args.runs}: nothing has run there; leave --report_only out, or name another folder")
     write_report(records, cells(), args.out)

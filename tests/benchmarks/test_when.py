@@ -248,7 +248,7 @@ def test_the_command_goes_on_and_reports(small, tmp_path, monkeypatch, capsys):
         for seed in (400, 401):
             lines.append(record(cell, arm, seed, 1.0 + seed % 3 + len(arm)) | {"given": when.given(cell, arm)})
     (tmp_path / "when_runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr(when, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr("records.ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr("sys.argv", argv)
     when.main()  # every run has its line: nothing is trained
     assert "6 records restored" in capsys.readouterr().out
