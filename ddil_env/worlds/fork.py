@@ -87,19 +87,21 @@ class Fork(World):
     def succeeded(self, total_reward: Tensor) -> Tensor:
         return total_reward >= self.num_rows
 
-    def metrics(self, episodes: Episodes) -> dict[str, float]:
+    def metrics(self, episodes: Episodes) -> dict[str, float | None]:
         """`route_entropy`: of the gaps that the n successful episodes took, in nats, −Σ p ln p + (number of routes − 1) / 2n.
 
-        The second term corrects the bias of the first (Miller 1955). Few successes still hide routes: look at `success` beside it.
+        The second term corrects the bias of the first (Miller 1955). Few successes still hide routes: look at `success` beside it. Without
+        any it is None.
         """
         success = self.succeeded(episodes.total_reward)
         x = episodes.c[0, :, 0] + displacement(episodes.x_0)[..., 0].cumsum(0)  # (K, n), after each sample
         crossed = episodes.reward > 0
         at_rows = x[:, success].T[crossed[:, success].T].reshape(-1, self.num_rows)  # (successes, num_rows)
         gaps = ((at_rows - ROW / 2 * torch.arange(self.num_rows, device=x.device)) / ROW).floor()
-        n, counts = len(gaps), torch.unique(gaps, dim=0, return_counts=True)[1].double()
-        entropy = (counts / n * (n / counts).log()).sum() + (len(counts) - 1) / (2 * n) if n else 0.0
-        return {"route_entropy": float(entropy)}
+        if not (n := len(gaps)):
+            return {"route_entropy": None}
+        counts = torch.unique(gaps, dim=0, return_counts=True)[1].double()
+        return {"route_entropy": float((counts / n * (n / counts).log()).sum() + (len(counts) - 1) / (2 * n))}
 
     def render(self, row: int = 0) -> Tensor:
         scale, wide = 24, self.num_rows + 1.5  # pixels a unit; from the middle to a side

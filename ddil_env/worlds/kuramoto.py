@@ -143,7 +143,7 @@ class KuramotoWorld(Autoregressive):
         self.recent[rows] = torch.cat([self.recent[rows, 1:], histories[:, -1].detach()], 1)
         return histories, reward, done
 
-    def metrics(self, episodes: Episodes) -> dict[str, float]:
+    def metrics(self, episodes: Episodes) -> dict[str, float | None]:
         """What the rollouts are worth beside the solver's from the same starts, for frames of one history.
 
         valid_time: frames until a rollout has left the solution, as `valid_time` below.

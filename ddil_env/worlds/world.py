@@ -94,8 +94,8 @@ class World(ABC):
         """Of episodes with these sums of rewards (n,), which were a success, (n,) bool; None if success is undefined."""
         return None
 
-    def metrics(self, episodes: Episodes) -> dict[str, float]:
-        """What this kind of world measures besides rewards, of whole episodes in it, one in each world."""
+    def metrics(self, episodes: Episodes) -> dict[str, float | None]:
+        """What this kind of world measures besides rewards, of whole episodes in it, one in each world; None where it is undefined."""
         return {}
 
     def reset(self, generators: Sequence[torch.Generator], rows: Sequence[int] | None = None) -> Tensor:

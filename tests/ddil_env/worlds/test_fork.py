@@ -39,6 +39,8 @@ def test_every_route_is_possible_and_their_entropy_is_counted() -> None:
     assert int(episodes.length.max()) <= 3 * math.ceil(math.hypot(ROW, ROW / 2) / SPEED) + 3
     end = torch.tensor(sides).float().sum(1) * ROW / 2
     torch.testing.assert_close(world.position[:, 0], end, atol=SPEED / 2, rtol=0)
+    nobody = episodes._replace(reward=torch.zeros_like(episodes.reward))
+    assert world.metrics(nobody) == {"route_entropy": None}  # and not 0, which would say that all took one way
     world, episodes = follow(sides[:1] * 2 + sides[3:4] * 2)
     assert world.metrics(episodes)["route_entropy"] == pytest.approx(math.log(2) + 1 / 8)
 
