@@ -14,7 +14,7 @@ SPANS: dict[str, tuple[str, str, str]] = {  # key of a list over parts of an epi
     "error_own": ("Error on the model's own conditions", "E (x_0 − x_0*)²",
                   "Squared error of a sample, per entry, against the teacher's from the same noise, on the conditions of own episodes."),
     "error_expert": ("Error on the teacher's conditions", "E (x_0 − x_0*)²", "The same on the conditions of the teacher's episodes."),
-    "error_growth": ("Own conditions against data's", "error, own / held-out data's conditions",
+    "error_growth": ("Own conditions against data's", "error, own / held-out data",
                      "1: own conditions are no harder than data. Where errors feed back, the ratio grows along the episode."),
 }  # fmt: skip
 
