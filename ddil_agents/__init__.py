@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # each as itself, so that type checkers take it for exported
     from ddil_agents.bc import BehaviourCloning as BehaviourCloning
     from ddil_agents.check import check_agent as check_agent
     from ddil_agents.commands.load import load as load
+    from ddil_agents.commands.load import make as make
     from ddil_agents.comparison.arms import Comparison as Comparison
     from ddil_agents.config import LearnerConfig as LearnerConfig
     from ddil_agents.dagger import Dagger as Dagger
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # each as itself, so that type checkers take it for exported
     from ddil_agents.dart import DartConfig as DartConfig
     from ddil_agents.dmd2 import DMD2 as DMD2
     from ddil_agents.dmd2 import DMD2Config as DMD2Config
+    from ddil_agents.evaluation.episodes import EpisodeEvaluator as EpisodeEvaluator
     from ddil_agents.evaluation.evaluator import Evaluator as Evaluator
     from ddil_agents.evaluation.settings import Evaluation as Evaluation
     from ddil_agents.gail import Gail as Gail
@@ -51,12 +53,13 @@ _NAMES = {
     "algorithm": ("Algorithm",),
     "bc": ("BCConfig", "BehaviourCloning"),
     "check": ("check_agent",),
-    "commands.load": ("load",),
+    "commands.load": ("load", "make"),
     "comparison.arms": ("Comparison",),
     "config": ("LearnerConfig",),
     "dagger": ("Dagger", "DaggerConfig"),
     "dart": ("Dart", "DartConfig"),
     "dmd2": ("DMD2Config", "DMD2"),
+    "evaluation.episodes": ("EpisodeEvaluator",),
     "evaluation.evaluator": ("Evaluator",),
     "evaluation.settings": ("Evaluation",),
     "gail": ("Gail", "GailConfig"),

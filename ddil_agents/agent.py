@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from ddil_agents.training.callbacks import Callback
 
 
+def check_new(directory: Path) -> None:
+    """Refuses a directory that holds something.
+
+    Raises:
+        ValueError: so; names it.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} exists and is not empty; choose another directory")
+
+
 class Agent(ABC):
     """A student and a way of training it, as all commands use them; `Algorithm` is the subclass to derive from.
 
@@ -110,8 +120,8 @@ class Agent(ABC):
         check_whole("num_updates", num_updates, 1)
         directory = None if out is None else Path(out)
         with ranks.sync_errors():  # all ranks look before the first one writes there
-            if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-                raise ValueError(f"{directory} exists and is not empty; choose another `out`")
+            if directory is not None:
+                check_new(directory)
         self.plan_updates(num_updates)
         self.train(directory, progress=progress, callbacks=callbacks)
         return self
@@ -149,6 +159,20 @@ class Agent(ABC):
                 return self._denoise(x_T, ids.expand(n), generator)
         drawn = self.expert.sample_condition(n, generator)
         return self._denoise(x_T, drawn if c is None else self._check_condition(c, n), generator)
+
+    def save_student(self, directory: str | Path) -> None:
+        """Saves the averaged student with its times, kernel and guidance, in the expert's format: of a pipeline's expert, a pipeline.
+
+        Args:
+            directory: An empty or new directory.
+
+        Raises:
+            ValueError: the directory is not empty, or the format holds no such sampler.
+        """
+        check_new(folder := Path(directory))
+        folder.mkdir(parents=True, exist_ok=True)
+        how = self.config.num_steps, self.config.grid, self.kernel
+        self.expert.save_student(self.ema_student, folder, *how, *self.guidance_conditioning())
 
     def _denoise(self, x_T: Tensor, c: Tensor | None, generator: torch.Generator) -> Tensor:
         samples = unroll(self.student_policy, self.grid, x_T, c, kernel=self.kernel, generator=generator)[:, -1]

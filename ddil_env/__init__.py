@@ -2,6 +2,7 @@
 
 import logging
 
+from ddil_env.adapters import LoRA
 from ddil_env.check import check_expert
 from ddil_env.denoiser import Denoiser, NetworkDenoiser
 from ddil_env.denoising_env import DenoisingEnv
@@ -18,11 +19,13 @@ from ddil_env.steps import ddim_step, invert_ddim, renoise_step
 from ddil_env.support import Box, Support, Unbounded
 from ddil_env.time_grid import TimeGrid
 from ddil_env.vector_env import DenoisingVectorEnv
+from ddil_env.worlds import Autoregressive, GymWorld, World
 
 register_envs()
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it where it is there: it warns of kernels not used here
 
 __all__ = [
+    "Autoregressive",
     "Box",
     "DdimPolicy",
     "Denoiser",
@@ -33,6 +36,8 @@ __all__ = [
     "Expert",
     "ExpertPolicy",
     "GaussianMixtureExpert",
+    "GymWorld",
+    "LoRA",
     "NetworkDenoiser",
     "NoDataError",
     "NoiseSchedule",
@@ -41,6 +46,7 @@ __all__ = [
     "Support",
     "TimeGrid",
     "Unbounded",
+    "World",
     "check_expert",
     "ddim_step",
     "invert_ddim",

@@ -1,8 +1,9 @@
-"""Loads the agent of a run."""
+"""Makes the agent of a command, untrained, and loads that of a run."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +106,27 @@ def load(directory: str | Path, checkpoint: Checkpoint = "last") -> Agent:
         ValueError: there is no run or no such checkpoint, or its files are damaged.
     """
     return load_run(Path(directory), checkpoint)
+
+
+def make(agent: str, env: str, config: str | None = None, **settings: Any) -> Agent:
+    """Makes an agent with the settings of its command, untrained: `make("dagger", "fork", config="fork", num_updates=500)`.
+
+    Args:
+        agent: Name of the agent, or the class path of your own.
+        env: A preset of configs/env, or a YAML file.
+        config: A preset of configs/AGENT, or a YAML file; default: what the command takes for this env.
+        settings: Settings that replace those of the presets, as the command's flags do; `**{"env.model": "folder"}` is the expert's.
+
+    Raises:
+        ValueError: there is no such agent, preset or setting, or a value is refused.
+    """
+    kind = find_agent(agent)
+    argv = ["--env", env, *([] if config is None else ["--config", config])]
+    for key, value in settings.items():
+        plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        argv.append(f"--{key}={plain if isinstance(plain, str) else json.dumps(plain)}")
+    parser, cfg = parse(kind, argv)
+    return kind(*expert_and_config(kind, parser, cfg))
 
 
 def make_evaluator(learner: Agent, **settings: Any) -> Evaluator:

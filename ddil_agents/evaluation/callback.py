@@ -103,11 +103,7 @@ class EvalCallback(Callback):
         if self.out is not None:
             if best:
                 with folder_atomically(self.out / "best") as folder:
-                    config = agent.config
-                    (folder / "student").mkdir()
-                    agent.expert.save_student(
-                        agent.ema_student, folder / "student", config.num_steps, config.grid, agent.kernel, *agent.guidance_conditioning()
-                    )
+                    agent.save_student(folder / "student")
                     (folder / "evaluation.json").write_text(json.dumps(row))
             with explain_write_errors(self.out / "eval.jsonl"), (self.out / "eval.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -308,7 +308,7 @@ def test_a_run_is_not_written_over(run: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         ppo.main([*ENV, *SMALL, "--out", str(run)])
     assert "exists and is not empty" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="exists and is not empty; choose another `out`"):
+    with pytest.raises(ValueError, match="exists and is not empty; choose another"):
         PPOAgent(mixture(), small()).learn(out=run, progress=False)
 
 

@@ -32,7 +32,7 @@ from ddil_agents.commands.load import make_evaluator
 from ddil_agents.evaluation.evaluator import evaluate_expert, evaluate_run
 from ddil_agents.evaluation.metrics.extractors import load_extractor
 from ddil_agents.evaluation.settings import Evaluation
-from ddil_env import DenoisingEnv, ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, StudentPolicy, TimeGrid, check_expert, unroll
+from ddil_env import DenoisingEnv, ExpertPolicy, GaussianMixtureExpert, NetworkDenoiser, StudentPolicy, check_expert, unroll
 from ddil_env.gym_env import DenoisingGymEnv
 from ddil_env.schedule import Kind
 from ddil_env.support import Thresholding
@@ -168,8 +168,10 @@ def test_long_samples_are_judged_by_the_averages_over_64_cells(shape: tuple[int,
 
 
 def test_a_student_saves_and_loads_in_any_shape(expert: Smooth, tmp_path: Any) -> None:
-    student = expert.make_student()
-    expert.save_student(student, tmp_path, 2)
-    times, x_T = TimeGrid(expert.schedule, 2), torch.randn(3, *expert.sample_shape)
-    ours, again = (unroll(StudentPolicy(s, expert), times, x_T, torch.zeros(3).long()) for s in (student, expert.load_student(tmp_path)))
-    assert torch.equal(ours, again)
+    agent = BehaviourCloning(expert, BCConfig(num_steps=2, teacher_steps=4))
+    agent.save_student(tmp_path / "student")
+    loaded = StudentPolicy(expert.load_student(tmp_path / "student"), expert)
+    x_T, c = torch.randn(3, *expert.sample_shape), torch.zeros(3).long()
+    assert torch.equal(unroll(agent.student_policy, agent.grid, x_T, c), unroll(loaded, agent.grid, x_T, c))
+    with pytest.raises(ValueError, match="student exists and is not empty; choose another"):
+        agent.save_student(tmp_path / "student")

@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_sd import write_tiny_sd
 
-from ddil_agents import DMD2, LCM, Algorithm, Dagger, bc, compare, dagger, dmd2, evaluate, load, report
+from ddil_agents import DMD2, LCM, Algorithm, Dagger, bc, compare, dagger, dmd2, evaluate, load, make, report
 from ddil_agents.commands.load import load_run
 from ddil_agents.commands.parse import build_config, parse
 from ddil_agents.commands.plan import print_plan
@@ -33,7 +33,7 @@ from ddil_agents.states.collect import stream_seed
 from ddil_agents.training.metrics import read_metrics
 from ddil_agents.training.stages import plan_stages
 from ddil_env import GaussianMixtureExpert, load_expert, unroll
-from ddil_env.presets import preset_names
+from ddil_env.presets import find_preset, preset_names
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -134,6 +134,18 @@ def test_a_runs_config_reruns_to_the_same_weights(runs: dict[str, Path]) -> None
     dagger.main(["--config", str(runs["dagger"] / "config.yaml"), "--out", "again"])
     assert same_students(Path("again"), runs["dagger"])
     assert Path("again/config.yaml").read_text() == (runs["dagger"] / "config.yaml").read_text()
+
+
+def test_a_made_agent_learns_the_weights_of_its_command(runs: dict[str, Path]) -> None:
+    small = {"num_updates": 12, "teacher_steps": 8, "batch_size": 16, "collect_size": 32, "updates_per_collect": 5}
+    agent = make("dagger", "gaussian_mixture", student={"width": 16}, **small).learn(progress=False)
+    agent.save_student("made/student")
+    assert same_students(Path("made"), runs["dagger"])
+    assert make("bc", "fork", config="fork", num_updates=7).config == bc.BehaviourCloning.Config(
+        **yaml.safe_load(find_preset("bc", "fork").read_text()) | {"num_updates": 7}
+    )
+    with pytest.raises(ValueError, match="unknown flag --num_step; did you mean --num_steps"):
+        make("dagger", "gaussian_mixture", num_step=2)
 
 
 def test_another_seed_gives_other_weights(runs: dict[str, Path]) -> None:
