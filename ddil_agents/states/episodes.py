@@ -66,15 +66,17 @@ def visit_states(collector: Collector, world: World, p_expert: float) -> TensorD
         for t, u in pairwise(times):
             visited.append(x)
             x = collector.step(x, t.expand(k), u.expand(k), c, w, expert_acts)
-        parts.append((torch.stack(visited)[j.to(device, non_blocking=True), torch.arange(k, device=device)], c, w, expert_acts, j))
+        parts.append((torch.stack(visited, 1), c, w, expert_acts, j))
         return collector.execute(x)
 
     seeds = torch.randint(2**62, (world.num_worlds,), generator=collector.streams["world"]).tolist()
     run_episodes(world, [torch.Generator().manual_seed(seed) for seed in seeds], act)
     columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
-    x_t, c, w, expert_acts, j = columns
+    visited, c, w, expert_acts, j = columns  # (k, m, *sample_shape), …
+    stop = j.to(device, non_blocking=True)
     collector.world_steps += len(j)
     actors = torch.zeros(len(j), collector.grid.num_steps, dtype=torch.bool)
     actors[:, :m] = expert_acts[:, None] & (torch.arange(m) < j[:, None])
-    fields = {"x_t": x_t, "t": times[j.to(device, non_blocking=True)], "c": c, "actors": actors.to(device, non_blocking=True)}
+    x_t = visited[torch.arange(len(j), device=device), stop]
+    fields = {"x_t": x_t, "t": times[stop], "c": c, "actors": actors.to(device, non_blocking=True)}
     return TensorDict(fields if w is None else fields | {"w": w}, batch_size=[len(j)], device=device)

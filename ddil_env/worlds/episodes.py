@@ -59,11 +59,11 @@ def run_episodes(
                 break
         else:
             c = following
-    shape = len(frames), world.num_worlds
+    frame_of = torch.arange(len(frames)).repeat_interleave(torch.tensor([len(at) for at, *_ in frames]))
+    at, c, x_0, reward = (torch.cat(column) for column in zip(*frames, strict=True))
+    where, shape = (frame_of.to(world.device), at.to(world.device)), (len(frames), world.num_worlds)
     conditions = torch.zeros(*shape, *world.condition_shape, device=world.device)
     samples = torch.zeros(*shape, *world.sample_shape, device=world.device)
     rewards, alive = torch.zeros(shape, device=world.device), torch.zeros(shape, dtype=torch.bool, device=world.device)
-    for frame, (at, c, x_0, reward) in enumerate(frames):
-        where = slice(None) if len(at) == world.num_worlds else at.to(world.device)
-        conditions[frame, where], samples[frame, where], rewards[frame, where], alive[frame, where] = c, x_0.to(samples), reward, True
+    conditions[where], samples[where], rewards[where], alive[where] = c, x_0.to(samples), reward, True
     return Episodes(conditions, samples, rewards, alive)

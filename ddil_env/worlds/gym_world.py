@@ -101,7 +101,7 @@ class GymWorld(World):
                 break
             observations, reward, terminated, truncated, _ = zip(*steps, strict=True)
             at = [rows[i] for i in running]
-            new = self.normalise(np.stack([np.asarray(observation, np.float32).reshape(-1) for observation in observations]))
+            new = self.normalise(np.array(observations, np.float32).reshape(len(at), -1))
             self.observations[at] = np.concatenate([self.observations[at, 1:], new[:, None]], 1)
             rewards[running] += np.asarray(reward, np.float32)
             dones[running] = np.logical_or(terminated, truncated)

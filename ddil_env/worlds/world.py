@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ddil_env.errors import is_finite
+
 if TYPE_CHECKING:
     from ddil_env.worlds.episodes import Episodes
 
@@ -130,7 +132,7 @@ class World(ABC):
         chosen = list(range(self.num_worlds)) if rows is None else list(rows)
         if tuple(x_0.shape) != (len(chosen), *self.sample_shape):
             raise ValueError(f"samples of shape {tuple(x_0.shape)}: {len(chosen)} worlds take {(len(chosen), *self.sample_shape)}")
-        if not bool(torch.isfinite(x_0).all()):
+        if not is_finite(x_0):
             raise FloatingPointError("a sample for the world is not finite; look at the policy's network")
         c, reward, done = self.advance(chosen, x_0)
         for name, value in (("rewards", reward), ("ends of episodes", done)):
@@ -144,7 +146,7 @@ class World(ABC):
         if any(full := [self.frames[row] >= self.num_frames for row in chosen]):
             done = done | torch.tensor(full, device=self.device)
         c = self._checked(c, "advance", chosen)
-        if not bool(torch.isfinite(reward).all()):
+        if not is_finite(reward):
             raise FloatingPointError(f"{type(self).__name__}.advance gave a reward that is not finite")
         return c, reward.float().to(self.device), done
 
@@ -152,6 +154,6 @@ class World(ABC):
         expected = (len(rows), *self.condition_shape)
         if tuple(c.shape) != expected:
             raise ValueError(f"{type(self).__name__}.{where} gave conditions of shape {tuple(c.shape)}; need {expected}")
-        if not bool(torch.isfinite(c).all()):
+        if not is_finite(c):
             raise FloatingPointError(f"{type(self).__name__}.{where} gave a condition that is not finite; end such an episode, or clip it")
         return c.to(self.device)
