@@ -162,16 +162,16 @@ def draw(students: dict[str, Student], n: int = 60):
     shown = None
     for axis, (name, student) in zip(axes, [("expert", None), *students.items()], strict=True):
         seen = episodes(student.action if student else expert_action, n, torch.Generator().manual_seed(4))
-        frames = torch.minimum(torch.arange(ROWS * FRAMES + 1)[:, None], seen["alive"].sum(0))  # a point stays where it hit a peg
-        good, shown = seen["success"], shown or (seen["place"], frames)
-        axis.plot(*shown, color="grey", lw=0.5, alpha=0.3)
-        axis.plot(seen["place"][:, good], frames[:, good], color="tab:blue", lw=0.7, alpha=0.6)
-        axis.plot(seen["place"][:, ~good], frames[:, ~good], color="tab:red", lw=0.7, alpha=0.6)
-        axis.plot(seen["place"][-1, ~good], frames[-1, ~good], "x", color="tab:red", ms=5)
+        frames = torch.minimum(torch.arange(ROWS * FRAMES + 1)[:, None], seen["alive"].sum(0)).numpy()  # a point stays where it hit a peg
+        place, good = seen["place"].numpy(), seen["success"].numpy()
+        axis.plot(*(shown := shown or (place, frames)), color="grey", lw=0.5, alpha=0.3)
+        axis.plot(place[:, good], frames[:, good], color="tab:blue", lw=0.7, alpha=0.6)
+        axis.plot(place[:, ~good], frames[:, ~good], color="tab:red", lw=0.7, alpha=0.6)
+        axis.plot(place[-1, ~good], frames[-1, ~good], "x", color="tab:red", ms=5)
         for row in range(ROWS):
             pegs = torch.arange(row % 2 - 8, 9, 2)
             axis.hlines([FRAMES * (row + 1)] * len(pegs), pegs - HALF_WIDTH, pegs + HALF_WIDTH, color="grey", lw=2)
-        axis.set(title=f"{name}\n{float(good.float().mean()):.0%} pass", xlim=(-6, 6), xticks=[], yticks=[])
+        axis.set(title=f"{name}\n{good.mean():.0%} pass", xlim=(-6, 6), xticks=[], yticks=[])
     axes[0].invert_yaxis()
     return figure
 
