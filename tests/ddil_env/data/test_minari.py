@@ -46,9 +46,9 @@ def test_a_dataset_of_the_shipped_landings_gives_the_shipped_demonstrations() ->
     train(["--minari", "scripted/landings-v0", "--demos", "3"])
     brought, shipped = load_expert("lunar_lander", num_demos=2, data="scripted/landings-v0"), load_expert("lunar_lander", num_demos=2)
     for ours, theirs in zip(brought.demos[False], shipped.demos[False], strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)  # the simulator's last bits depend on the versions of its libraries
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)  # a simulator's last bits depend on its libraries' versions
     third = shipped.demos[True][0][: len(brought.demos[True][0])]
-    torch.testing.assert_close(brought.demos[True][0], third, atol=1e-5, rtol=0)
+    torch.testing.assert_close(brought.demos[True][0], third, atol=1e-4, rtol=0)
     assert "demonstrations" in brought.identity()  # a run resumes on the same ones alone
     assert "demonstrations" not in shipped.identity()
 
