@@ -8,13 +8,13 @@ const checks = {
   ]),
 
   // Wide content is allowed in what scrolls by itself, and beside the window in a drawer that is closed.
-  width: () => {
+  width: (width) => {
     const right = (e) => e.getBoundingClientRect().right;
-    const wide = (e) => e.checkVisibility() && e.getBoundingClientRect().width > 1 && right(e) > innerWidth + 1;
+    const wide = (e) => e.checkVisibility() && e.getBoundingClientRect().width > 1 && right(e) > width + 1;
     const held = (e) => {
       for (let parent = e; parent !== document.body; parent = parent.parentElement) {
         const style = getComputedStyle(parent);
-        if (style.position === "fixed" || (parent !== e && style.overflowX !== "visible")) return true;
+        if (style.position === "fixed" || (parent !== e && /auto|scroll/.test(style.overflowX))) return true;
       }
       return false;
     };
@@ -22,7 +22,7 @@ const checks = {
     const name = (e) => [e.tagName.toLowerCase(), ...e.classList].join(".");
     const whole = document.documentElement.scrollWidth;
     return [
-      ...(whole > innerWidth ? [["width", `the page is ${whole} pixels wide`]] : []),
+      ...(whole > width ? [["width", `the page is ${whole} pixels wide`]] : []),
       ...found.slice(0, 3).map((e) => ["width", `${name(e)} ends at ${Math.round(right(e))}: ${e.textContent.trim().slice(0, 50)}`]),
     ];
   },

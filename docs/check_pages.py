@@ -87,7 +87,7 @@ def check(driver: Any, address: str, page: str) -> list[str]:
     for width in SCREENS:
         show(driver, width)
         ask("loaded")
-        lines = [*ask("width"), *ask("pictures", SMALLEST_TEXT), *ask("standards", STANDARDS)]
+        lines = [*ask("width", width), *ask("pictures", SMALLEST_TEXT), *ask("standards", STANDARDS)]
         found += [f"{page} at {width}: {rule}: {text}" for rule, text in lines]
     found += [f"{page}: console: {entry['message']}" for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
     return found
@@ -128,6 +128,22 @@ def check_keyboard(driver: Any, address: str) -> list[str]:
     return found
 
 
+def check_site(site: Path, pages: list[str], keyboard: bool = True) -> list[str]:
+    """Returns what is wrong with pages of the site; browsers share them."""
+    rest = iter(pages)
+
+    def work(address: str) -> list[str]:
+        with browser() as driver:
+            return [line for page in rest for line in check(driver, address, page)]
+
+    with served(site) as address, ThreadPoolExecutor(BROWSERS) as pool:
+        found = [line for lines in pool.map(work, [address] * min(BROWSERS, len(pages))) for line in lines]
+        if keyboard:
+            with browser() as driver:
+                found += check_keyboard(driver, address)
+    return sorted(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("site", type=Path)
@@ -137,20 +153,10 @@ def main() -> None:
         print("the pages were not opened: no chromium or chromedriver here; apt-get install chromium chromium-driver")
         return
     start = time.perf_counter()
-    paths = sorted(arguments.site.rglob("*.html"), key=lambda path: -path.stat().st_size)
-    pages = [f"{page}.html" for page in arguments.pages] or [path.relative_to(arguments.site).as_posix() for path in paths]
-    queue = iter(pages)
-
-    def work(address: str) -> list[str]:
-        with browser() as driver:
-            return [line for page in queue for line in check(driver, address, page)]
-
-    with served(arguments.site) as address, ThreadPoolExecutor(BROWSERS) as pool:
-        found = [line for lines in pool.map(work, [address] * BROWSERS) for line in lines]
-        if not arguments.pages:
-            with browser() as driver:
-                found += check_keyboard(driver, address)
-    print(*sorted(found), sep="\n", end="\n" if found else "")
+    longest_first = sorted(arguments.site.rglob("*.html"), key=lambda path: -path.stat().st_size)
+    pages = [f"{page}.html" for page in arguments.pages] or [path.relative_to(arguments.site).as_posix() for path in longest_first]
+    found = check_site(arguments.site, pages, keyboard=not arguments.pages)
+    print(*found, sep="\n", end="\n" if found else "")
     print(f"{len(found)} faults on {len(pages)} pages, in {time.perf_counter() - start:.0f} s")
     raise SystemExit(bool(found))
 

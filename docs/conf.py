@@ -41,3 +41,13 @@ napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_rtype = False
 default_role = "code"
 copybutton_exclude = ".linenos, .gp, .go"
+
+# Every reference to a name of the library leads to it; other libraries' inventories would need a network.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(abc|collections|gymnasium|numpy|pathlib|stable_baselines3|tensordict|torch|torchrl)\..*"),
+    ("py:class", r"(nn\.)?Module|Path|Tensor|TensorDict|ActType|AutoresetMode|optional \w+"),  # the latter in docstrings of gymnasium
+    ("py:class", r"ddil_env\.denoiser\.Network"),  # a type variable
+    ("py:attr", r"action_space|metadata|np_random_seed|observation_space|render_mode"),
+]
+nb_merge_streams = True  # what a cell prints is one block

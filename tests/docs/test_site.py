@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ DOCS = ROOT / "docs"
 sys.path[:0] = [str(DOCS), str(DOCS / "_ext")]
 
 import check_links  # noqa: E402
+import check_pages  # noqa: E402
 import docstrings  # noqa: E402
 import from_code  # noqa: E402
 import tables  # noqa: E402
@@ -119,3 +121,18 @@ def test_broken_links_and_anchors_are_found(tmp_path: Path) -> None:
     broken, external = check_links.check(tmp_path)
     assert broken == ["a.html: b.html#there has no such anchor", "a.html: c.html leads to no file"]
     assert external == {"https://x.org"}
+
+
+@pytest.mark.skipif(not shutil.which("chromium") or not shutil.which("chromedriver"), reason="no chromium or chromedriver here")
+def test_what_is_wrong_with_a_page_in_a_browser_is_found(tmp_path: Path) -> None:
+    pytest.importorskip("selenium_axe_python", reason="selenium-axe-python is not installed; pip install selenium-axe-python")
+    head = '<!doctype html><html lang="en"><head><title>A page</title><meta name="viewport" content="width=device-width">'
+    head += '<link rel="icon" href="data:,"></head><body><main>'
+    (tmp_path / "good.html").write_text(head + '<h1>Good</h1><div style="overflow-x: auto" tabindex="0"><p style="width: 900px">wide</p></div>')
+    (tmp_path / "small.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 90"><text y="50" font-size="12">a</text></svg>')
+    bad = '<h1>Bad</h1><p style="width: 900px">wide</p><p style="color: #999">grey</p><img src="none.png" alt="none">'
+    (tmp_path / "bad.html").write_text(f'{head}{bad}<img src="small.svg" style="width: 300px"><script>console.error("oh")</script>')
+    found = [line.split(": ")[:2] for line in check_pages.check_site(tmp_path, ["good.html", "bad.html"], keyboard=False)]
+    rules = ("picture", "alt", "text", "image-alt", "color-contrast")
+    expected = {(f"bad.html at {width}", rule) for width in (390, 1280) for rule in rules}
+    assert {tuple(line) for line in found} == expected | {("bad.html at 390", "width"), ("bad.html", "console")}
