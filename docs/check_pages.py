@@ -3,9 +3,9 @@
     python docs/check_pages.py docs/_build/html                 # all pages
     python docs/check_pages.py docs/_build/html index hardware  # some
 
-Prints a line for each page, width and rule that fails: errors in the console; content wider than the window; pictures that did not load or have
-no alternative text; figures with text of less than 10 pixels; violations of WCAG 2.1 A and AA that axe-core calls serious or critical. Then it
-opens a page by keyboard alone. Where there is no chromium, it says so and passes.
+Prints a line for each page, width and rule that fails: errors in the console; content wider than the window; pictures that did not load
+or have no alternative text; figures with text of less than 10 pixels; violations of WCAG 2.1 A and AA that axe-core calls serious or
+critical. Then it searches by keyboard alone. Where there is no chromium, it says so and passes.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def check_keyboard(driver: Any, address: str) -> list[str]:
     for width in SCREENS:
         show(driver, width)
         driver.get(f"{address}/index.html")
-        wanted = {".skip-to-content", ".theme-toggle", "article a"} | ({"#__navigation"} if width < 500 else {".sidebar-search", ".sidebar-tree a"})
+        wanted = {".skip-to-content", ".theme-toggle", "article a"}
+        wanted |= {"#__navigation"} if width < 500 else {".sidebar-search", ".sidebar-tree a"}
         found += [f"index.html at {width}: keyboard: Tab does not reach {selector}" for selector in tabs(driver, wanted)]
         driver.get(f"{address}/index.html")
         driver.switch_to.active_element.send_keys("/")

@@ -128,9 +128,11 @@ def test_what_is_wrong_with_a_page_in_a_browser_is_found(tmp_path: Path) -> None
     pytest.importorskip("selenium_axe_python", reason="selenium-axe-python is not installed; pip install selenium-axe-python")
     head = '<!doctype html><html lang="en"><head><title>A page</title><meta name="viewport" content="width=device-width">'
     head += '<link rel="icon" href="data:,"></head><body><main>'
-    (tmp_path / "good.html").write_text(head + '<h1>Good</h1><div style="overflow-x: auto" tabindex="0"><p style="width: 900px">wide</p></div>')
-    (tmp_path / "small.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 90"><text y="50" font-size="12">a</text></svg>')
-    bad = '<h1>Bad</h1><p style="width: 900px">wide</p><p style="color: #999">grey</p><img src="none.png" alt="none">'
+    wide = '<p style="width: 900px">wide</p>'
+    (tmp_path / "good.html").write_text(f'{head}<h1>Good</h1><div style="overflow-x: auto" tabindex="0">{wide}</div>')
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 90"><text y="50" font-size="12">a</text></svg>'
+    (tmp_path / "small.svg").write_text(svg)
+    bad = f'<h1>Bad</h1>{wide}<p style="color: #999">grey</p><img src="none.png" alt="none">'
     (tmp_path / "bad.html").write_text(f'{head}{bad}<img src="small.svg" style="width: 300px"><script>console.error("oh")</script>')
     found = [line.split(": ")[:2] for line in check_pages.check_site(tmp_path, ["good.html", "bad.html"], keyboard=False)]
     rules = ("picture", "alt", "text", "image-alt", "color-contrast")
