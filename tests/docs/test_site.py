@@ -138,3 +138,15 @@ def test_what_is_wrong_with_a_page_in_a_browser_is_found(tmp_path: Path) -> None
     rules = ("picture", "alt", "text", "image-alt", "color-contrast")
     expected = {(f"bad.html at {width}", rule) for width in (390, 1280) for rule in rules}
     assert {tuple(line) for line in found} == expected | {("bad.html at 390", "width"), ("bad.html", "console")}
+
+
+def test_every_number_on_the_reports_pictures_is_explained() -> None:
+    pytest.importorskip("selenium", reason="selenium is not installed; pip install selenium")
+    import report_figures
+
+    text = (DOCS / "evaluate" / "report.md").read_text()
+    numbered = [int(number) for number in re.findall(r"^(\d+)\. ", text, re.M)]
+    assert numbered == list(range(1, sum(len(part.numbered) for part in report_figures.PARTS.values()) + 1))
+    shown = re.findall(r"\(\.\./four_agents/(\S+)-light\.png\)\{\.only-light .*\n.*\(\.\./four_agents/\1-dark\.png\)\{\.only-dark ", text)
+    assert shown == list(report_figures.PARTS)
+    assert all((DOCS / "four_agents" / f"{name}-{theme}.png").is_file() for name in shown for theme in ("light", "dark"))
