@@ -106,6 +106,31 @@ def test_the_rows_that_pages_show_are_in_the_files_that_they_name() -> None:
     assert shown >= 15
 
 
+def test_the_numbers_in_sentences_are_in_the_files_that_they_name() -> None:
+    found = {text for page in PAGES for text in re.findall(r"\{number\}`([^`]*)`", page.read_text().replace(r"\|", "|"))}
+    for name, *section, row, column in (text.split(" | ") for text in found):
+        text = (ROOT / "benchmarks" / "results" / name).read_text()
+        tables.number(tables.section_of(text, section[0]) if section else text, row, column)
+    assert len(found) >= 15
+    table = "| | a |\n|---|---|\n| x | 0.931 [0.9, 0.95] |\n| y | +0.89 ± .58 |\n| z | |\n"
+    assert [tables.number(table, row, "a") for row in "xy"] == [".931", "+.89"]
+    with pytest.raises(ValueError, match="holds no number"):
+        tables.number(table, "z", "a")
+
+
+@pytest.mark.parametrize(
+    ("page", "file", "column", "rows"),
+    [
+        ("dagger_beta", "fork.md", "success ↑", ["bc", "ddil", "dagger"]),
+        ("stable_diffusion_lora", "coloured_digits.md", "caption agreement ↑", ["bc @2", "teacher @2"]),
+    ],
+)
+def test_the_numbers_that_tutorials_type_are_those_of_the_files(page: str, file: str, column: str, rows: list[str]) -> None:
+    page_text = (DOCS / "tutorials" / f"{page}.md").read_text()  # opens as a notebook by itself, in which no role is known
+    table = (ROOT / "benchmarks" / "results" / file).read_text()
+    assert [row for row in rows if f" {tables.number(table, row, column)}" not in page_text] == []
+
+
 def test_docstrings_become_markup_that_shows_what_they_say() -> None:
     lines = ["A formula:", "", "    a* = |x_0|", "", "Of x_ and *args, `x_`.", "", "Args:", "    x: |x|"]
     assert docstrings.as_rst(lines) == [
