@@ -73,17 +73,22 @@ def show(driver: Any, width: int) -> None:
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
-def check(driver: Any, address: str, page: str) -> list[str]:
-    """Returns what is wrong with a page, a line for each finding."""
+def prepare(driver: Any) -> None:
+    """Every page that the browser opens from now on has the checks and axe-core."""
     from selenium_axe_python import Axe
+
+    for script in (CHECKS, Path(Axe(driver).script_url).read_text(encoding="utf-8")):
+        driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+
+
+def check(driver: Any, address: str, page: str) -> list[str]:
+    """Returns what is wrong with a page, a line for each finding; the browser has been prepared."""
 
     def ask(name: str, argument: object = None) -> list[list[str]]:
         return driver.execute_async_script(CALL, name, argument)
 
     found = []
     driver.get(f"{address}/{page}")
-    driver.execute_script(CHECKS.replace("const checks", "window.checks"))
-    Axe(driver).inject()
     for width in SCREENS:
         show(driver, width)
         ask("loaded")
@@ -135,6 +140,7 @@ def check_site(site: Path, pages: list[str], keyboard: bool = True) -> list[str]
 
     def work(address: str) -> list[str]:
         with browser() as driver:
+            prepare(driver)
             return [line for page in rest for line in check(driver, address, page)]
 
     with served(site) as address, ThreadPoolExecutor(BROWSERS) as pool:

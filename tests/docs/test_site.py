@@ -138,6 +138,19 @@ def test_docstrings_become_markup_that_shows_what_they_say() -> None:
     ]
 
 
+def test_a_field_whose_text_holds_a_colon_is_no_type() -> None:
+    pytest.importorskip("sphinx", reason="sphinx is not installed; pip install 'ddil[docs]'")
+    from sphinx.ext.napoleon import Config, GoogleDocstring
+
+    lines = ["Distance of the loss: huber or l2.", ""]
+    docstrings.process(None, "attribute", "a.b", None, None, lines)  # type: ignore[arg-type]
+    assert str(GoogleDocstring(lines, Config(), what="attribute", name="a.b")).split("\n")[:3] == [
+        "..",
+        "",
+        "Distance of the loss: huber or l2.",
+    ]
+
+
 def test_broken_links_and_anchors_are_found(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(
         '<a href="b.html#here">1</a><a href="b.html#there">2</a><a href="c.html">3</a><a href="https://x.org">4</a>'
