@@ -44,8 +44,10 @@ def served(site: Path) -> Iterator[str]:
     """The address at which the site is served while the context is open."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 @contextmanager
@@ -61,8 +63,10 @@ def browser() -> Iterator[Any]:
             options.add_argument(f"--{flag}")
         driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
         driver.set_script_timeout(120)
-        yield driver
-        driver.quit()
+        try:
+            yield driver
+        finally:
+            driver.quit()
 
 
 def show(driver: Any, width: int) -> None:
