@@ -31,10 +31,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site of the documentation, in docs/_build/html: warnings are errors, and every internal link is followed.
+# The site of the documentation, in docs/_build/html: warnings are errors, every internal link is followed, and every page is opened in a browser.
 docs: $(DOCS_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -d docs/_build/doctrees -b html docs $(SITE)
 	$(BIN)/python docs/check_links.py $(SITE)
+	$(BIN)/python docs/check_pages.py $(SITE)
 
 # constraints.txt holds the versions that the tests were last seen to pass with.
 $(READY): pyproject.toml constraints.txt

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ddil_agents.evaluation.episodes import EpisodeEvaluator
@@ -15,7 +16,7 @@ from ddil_env import DdimPolicy, ExpertPolicy, TimeGrid
 from ddil_env.mdp import Kernel
 
 EPISODES, FRAMES, HEIGHT = 4, 120, 150  # at most: columns, frames of an animation, pixels of a picture
-GAP = 4  # pixels between pictures
+GAP, LETTERS = 4, 26  # pixels between pictures, and of names, which are to be read on a phone
 
 
 def render_episodes(
@@ -59,14 +60,15 @@ def save_animation(path: Path, films: dict[str, np.ndarray], seconds: float = 8.
     """
     length = max(map(len, films.values()))
     _, high, wide, _ = next(iter(films.values())).shape
-    margin = 12 + 7 * max(map(len, films))
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), min(LETTERS, high // 2))
+    margin = 16 + round(max(font.getlength(name) for name in films))
     pictures = []
     for frame in np.linspace(0, length - 1, min(length, FRAMES)).round().astype(int):
         canvas = Image.new("RGB", (margin + wide, len(films) * (high + GAP)), "white")
         draw = ImageDraw.Draw(canvas)
         for i, (name, film) in enumerate(films.items()):
             y = i * (high + GAP)
-            draw.text((6, y + high // 2 - 6), name, fill="black")
+            draw.text((6, y + high // 2), name, fill="black", font=font, anchor="lm")
             canvas.paste(Image.fromarray(film[min(frame, len(film) - 1)]), (margin, y))
         pictures.append(canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
     durations = [round(1000 * seconds / len(pictures))] * (len(pictures) - 1) + [1500]

@@ -13,8 +13,8 @@ from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from from_code import OTHERS, agent_flags, differing_settings, error_messages, escape, flag_list, other_flags
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
-from tables import as_table, hours, section_of, select, tables_of, without_headings
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+from tables import as_table, hours, number, section_of, select, tables_of, without_headings
 
 from ddil_agents.commands import help as help_of
 
@@ -153,6 +153,22 @@ class HoursDirective(MarkdownDirective):
         return as_table(cells)
 
 
+class NumberRole(SphinxRole):
+    """`{number}` of `fork.md | dagger | success`: a number of benchmarks/results; `worlds.md | SECTION | bc | success` of a section."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        name, *section, row, column = (part.strip() for part in self.text.split(" | "))
+        path = ROOT / "benchmarks" / "results" / name
+        self.env.note_dependency(str(path))
+        text = path.read_text(encoding="utf-8")
+        try:
+            found = number(section_of(text, section[0]) if section else text, row, column)
+        except ValueError as error:
+            message = self.inliner.reporter.error(f"{name}: {error}", line=self.lineno)
+            return [self.inliner.problematic(self.rawtext, self.rawtext, message)], [message]
+        return [nodes.Text(found)], []
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     kinds = {
         "flags": FlagsDirective,
@@ -166,4 +182,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     }
     for name, kind in kinds.items():
         app.add_directive(name, kind)
+    app.add_role("number", NumberRole())
     return {"parallel_read_safe": True}

@@ -6,7 +6,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from docutils import nodes
+    from sphinx.addnodes import pending_xref
     from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
 
 SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
 
@@ -63,8 +66,22 @@ def returns_as_list(lines: list[str]) -> list[str]:
 
 def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     lines[:] = returns_as_list(as_rst(lines))
+    if what in ("attribute", "property"):
+        lines[:0] = ["..", ""]  # an empty comment: napoleon reads a first line `text: more` as a type and its description
+
+
+def find_by_last_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement) -> nodes.Element | None:
+    """Resolves what a signature calls by another module's name or by none: the only documented object of that name."""
+    if node.get("refdomain") != "py":
+        return None
+    python, last = env.domains["py"], node["reftarget"].rpartition(".")[2]
+    found = [name for name, entry in python.data["objects"].items() if name.rpartition(".")[2] == last and not entry.aliased]
+    if len(found) != 1:
+        return None
+    return python.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], found[0], node, content)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", process, priority=100)  # before napoleon, which reads the sections
+    app.connect("missing-reference", find_by_last_name)
     return {"parallel_read_safe": True}

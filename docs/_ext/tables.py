@@ -80,6 +80,19 @@ def select(tables: list[list[list[str]]], rows: list[str], columns: list[str]) -
     raise ValueError(f"no table has the rows {rows} and the columns {columns}")
 
 
+def number(text: str, row: str, column: str) -> str:
+    """The first number of a cell of the first table that has the row and the column, as prose writes it: .93 for 0.93.
+
+    Raises:
+        ValueError: there is no such row or column, or no number in the cell.
+    """
+    cell = select(tables_of(text), [row], [column])[1][1]
+    match = re.search(r"[+−-]?\d*\.?\d+", cell)
+    if match is None:
+        raise ValueError(f"row {row!r}, column {column!r}: {cell!r} holds no number")
+    return re.sub(r"\b0\.", ".", match[0])
+
+
 def as_table(cells: list[list[str]]) -> str:
     """Cells as a Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in cells]

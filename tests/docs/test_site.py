@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ DOCS = ROOT / "docs"
 sys.path[:0] = [str(DOCS), str(DOCS / "_ext")]
 
 import check_links  # noqa: E402
+import check_pages  # noqa: E402
 import docstrings  # noqa: E402
 import from_code  # noqa: E402
 import tables  # noqa: E402
@@ -104,10 +106,48 @@ def test_the_rows_that_pages_show_are_in_the_files_that_they_name() -> None:
     assert shown >= 15
 
 
+def test_the_numbers_in_sentences_are_in_the_files_that_they_name() -> None:
+    found = {text for page in PAGES for text in re.findall(r"\{number\}`([^`]*)`", page.read_text().replace(r"\|", "|"))}
+    for name, *section, row, column in (text.split(" | ") for text in found):
+        text = (ROOT / "benchmarks" / "results" / name).read_text()
+        tables.number(tables.section_of(text, section[0]) if section else text, row, column)
+    assert len(found) >= 15
+    table = "| | a |\n|---|---|\n| x | 0.931 [0.9, 0.95] |\n| y | +0.89 ± .58 |\n| z | |\n"
+    assert [tables.number(table, row, "a") for row in "xy"] == [".931", "+.89"]
+    with pytest.raises(ValueError, match="holds no number"):
+        tables.number(table, "z", "a")
+
+
+@pytest.mark.parametrize(
+    ("page", "file", "column", "rows"),
+    [
+        ("dagger_beta", "fork.md", "success ↑", ["bc", "ddil", "dagger"]),
+        ("stable_diffusion_lora", "coloured_digits.md", "caption agreement ↑", ["bc @2", "teacher @2"]),
+    ],
+)
+def test_the_numbers_that_tutorials_type_are_those_of_the_files(page: str, file: str, column: str, rows: list[str]) -> None:
+    page_text = (DOCS / "tutorials" / f"{page}.md").read_text()  # opens as a notebook by itself, in which no role is known
+    table = (ROOT / "benchmarks" / "results" / file).read_text()
+    assert [row for row in rows if f" {tables.number(table, row, column)}" not in page_text] == []
+
+
 def test_docstrings_become_markup_that_shows_what_they_say() -> None:
     lines = ["A formula:", "", "    a* = |x_0|", "", "Of x_ and *args, `x_`.", "", "Args:", "    x: |x|"]
     assert docstrings.as_rst(lines) == [
         *("A formula:", "", "::", "", "    a* = |x_0|", "", r"Of x\_ and \*args, `x_`.", "", "Args:", r"    x: \|x\|"),
+    ]
+
+
+def test_a_field_whose_text_holds_a_colon_is_no_type() -> None:
+    pytest.importorskip("sphinx", reason="sphinx is not installed; pip install 'ddil[docs]'")
+    from sphinx.ext.napoleon import Config, GoogleDocstring
+
+    lines = ["Distance of the loss: huber or l2.", ""]
+    docstrings.process(None, "attribute", "a.b", None, None, lines)  # type: ignore[arg-type]
+    assert str(GoogleDocstring(lines, Config(), what="attribute", name="a.b")).split("\n")[:3] == [
+        "..",
+        "",
+        "Distance of the loss: huber or l2.",
     ]
 
 
@@ -119,3 +159,32 @@ def test_broken_links_and_anchors_are_found(tmp_path: Path) -> None:
     broken, external = check_links.check(tmp_path)
     assert broken == ["a.html: b.html#there has no such anchor", "a.html: c.html leads to no file"]
     assert external == {"https://x.org"}
+
+
+@pytest.mark.skipif(not shutil.which("chromium") or not shutil.which("chromedriver"), reason="no chromium or chromedriver here")
+def test_what_is_wrong_with_a_page_in_a_browser_is_found(tmp_path: Path) -> None:
+    pytest.importorskip("selenium_axe_python", reason="selenium-axe-python is not installed; pip install selenium-axe-python")
+    head = '<!doctype html><html lang="en"><head><title>A page</title><meta name="viewport" content="width=device-width">'
+    head += '<link rel="icon" href="data:,"></head><body><main>'
+    wide = '<p style="width: 900px">wide</p>'
+    (tmp_path / "good.html").write_text(f'{head}<h1>Good</h1><div style="overflow-x: auto" tabindex="0">{wide}</div>')
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 90"><text y="50" font-size="12">a</text></svg>'
+    (tmp_path / "small.svg").write_text(svg)
+    bad = f'<h1>Bad</h1>{wide}<p style="color: #999">grey</p><img src="none.png" alt="none">'
+    (tmp_path / "bad.html").write_text(f'{head}{bad}<img src="small.svg" style="width: 300px"><script>console.error("oh")</script>')
+    found = [line.split(": ")[:2] for line in check_pages.check_site(tmp_path, ["good.html", "bad.html"], keyboard=False)]
+    rules = ("picture", "alt", "text", "image-alt", "color-contrast")
+    expected = {(f"bad.html at {width}", rule) for width in (390, 1280) for rule in rules}
+    assert {tuple(line) for line in found} == expected | {("bad.html at 390", "width"), ("bad.html", "console")}
+
+
+def test_every_number_on_the_reports_pictures_is_explained() -> None:
+    pytest.importorskip("selenium", reason="selenium is not installed; pip install selenium")
+    import report_figures
+
+    text = (DOCS / "evaluate" / "report.md").read_text()
+    numbered = [int(number) for number in re.findall(r"^(\d+)\. ", text, re.M)]
+    assert numbered == list(range(1, sum(len(part.numbered) for part in report_figures.PARTS.values()) + 1))
+    shown = re.findall(r"\(\.\./four_agents/(\S+)-light\.png\)\{\.only-light .*\n.*\(\.\./four_agents/\1-dark\.png\)\{\.only-dark ", text)
+    assert shown == list(report_figures.PARTS)
+    assert all((DOCS / "four_agents" / f"{name}-{theme}.png").is_file() for name in shown for theme in ("light", "dark"))

@@ -268,4 +268,4 @@ def scatter_figure(name: str, title: str, caption: str, points: list[Points], xl
 
     rows = [[label, format_number(a), format_number(b)] for label, _, x, y in points for a, b in zip(x, y, strict=True)]
     label = f"{title}: {ylabel} against {xlabel}, a point for each run of {', '.join(label for label, *_ in points)}. The numbers follow."
-    return Figure(title, caption, inline_svg(draw, name, label), ["", xlabel, ylabel], rows)
+    return Figure(title, caption, inline_svg(draw, name, label), ["model", xlabel, ylabel], rows)

@@ -615,6 +615,18 @@ def test_keyboard_reaches_everything_and_shows_where_it_is(browser, comparison):
     assert sum(name.startswith("SUMMARYNumbers of ") for name in reached) >= 8
 
 
+def test_page_follows_wcag_aa(browser, comparison):
+    axe = pytest.importorskip("selenium_axe_python", reason="selenium-axe-python is not installed; pip install selenium-axe-python")
+    for width, theme in ((390, "dark"), (1200, "light")):
+        opened(browser, comparison[1], width, color_scheme=theme)
+        browser.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+        checker = axe.Axe(browser)
+        checker.inject()
+        standards = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice"], "resultTypes": ["violations"]}
+        found = checker.run(options=standards)["violations"]
+        assert [(rule["id"], node["target"], node["failureSummary"]) for rule in found for node in rule["nodes"]] == []
+
+
 def test_the_sites_example_is_a_page_of_at_most_3_mb():
     page, site = ROOT / "docs/four_agents/report.html", (ROOT / "docs/evaluate/report.md").read_text()
     assert page.stat().st_size <= 3_000_000

@@ -28,7 +28,7 @@ def test_an_animation_shows_the_first_episodes_of_each_policy_until_they_end(tmp
     with Image.open(tmp_path / "episodes.gif") as gif:
         assert gif.n_frames == len(film)  # type: ignore[attr-defined]
         assert gif.size[1] == 2 * (HEIGHT + GAP)
-        rows = np.asarray(gif.convert("RGB")).reshape(2, HEIGHT + GAP, gif.size[0], 3)[:, :, 75:]
+        rows = np.asarray(gif.convert("RGB")).reshape(2, HEIGHT + GAP, gif.size[0], 3)[:, :, -film.shape[2] :]  # beside the names
     assert np.array_equal(rows[0], rows[1])  # the same starts and noise
 
 
