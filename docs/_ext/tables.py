@@ -71,7 +71,7 @@ def select(tables: list[list[list[str]]], rows: list[str], columns: list[str]) -
         ValueError: no table has them all.
     """
     for head, *body in tables:
-        names = [plain(row[0]) for row in body]
+        names = [plain(row[0]).removesuffix(" (best)") for row in body]  # a mark of the tables of worlds
         if set(columns) <= {plain(cell) for cell in head} and set(rows) <= set(names):
             plain_head = [plain(cell) for cell in head]
             at = [0, *(plain_head.index(column) for column in columns)] if columns else list(range(len(head)))
