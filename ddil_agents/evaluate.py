@@ -29,7 +29,7 @@ from ddil_agents.evaluation.evaluator import evaluate_expert, evaluate_run
 from ddil_agents.evaluation.results import table
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.settings import read_arguments
-from ddil_agents.training.checkpoint import write_atomically
+from ddil_agents.training.checkpoint import is_regular, write_atomically
 from ddil_env import load_expert
 from ddil_env.presets import find_expert, preset_names, read_env, read_yaml
 
@@ -92,9 +92,9 @@ def main(argv: list[str] | None = None) -> None:
         out = None if args.out is None else Path(args.out)
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
             raise ValueError(f"--out {out}: need a file in a folder that exists")
-        if out is not None and out.is_file() and not holds_results(out):
+        if out is not None and is_regular(out) and out.is_file() and not holds_results(out):
             raise ValueError(f"--out {out} holds something else than results of an evaluation; name another file")
-        cached = out is not None and (out.is_file() or not out.exists())  # not beside a device or a pipe
+        cached = out is not None and is_regular(out)
         env: dict[str, Any] = {key: value for key, value in (("device", args.device), ("prompts", args.captions)) if value is not None}
         if args.protocol is not None and args.captions is None:
             raise ValueError(
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
 def holds_results(path: Path) -> bool:
     """Whether a file is empty or what this command writes: a list of results."""
     try:
-        results = json.loads(path.read_text() or "[]")
+        results = json.loads(path.read_text(encoding="utf-8") or "[]")
     except (OSError, ValueError):
         return False
     return isinstance(results, list) and all(isinstance(result, dict) and "models" in result for result in results)

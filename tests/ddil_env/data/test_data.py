@@ -197,6 +197,12 @@ def test_held_out_pairs_are_never_drawn_and_their_captions_neither(folders: dict
     assert set(teacher.sample_condition(400, generator).tolist()) == training
 
 
+def test_another_share_that_is_held_out_is_another_expert(folders: dict[str, Path], coco: Path) -> None:
+    one, other = (expert("sd15", folders, coco, held_out=share).identity() for share in (0.2, 0.4))
+    assert {name for name in one if one[name] != other[name]} == {"held_out"}
+    assert one["held_out"] == 6
+
+
 def test_without_held_out_pairs_there_is_nothing_to_judge_them_by(folders: dict[str, Path], coco: Path) -> None:
     with pytest.raises(NoDataError, match="is held out"):
         expert("sd15", folders, coco, held_out=0.0).reference_data(3, held_out=True)
