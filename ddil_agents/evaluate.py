@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         if out is not None and is_regular(out) and out.is_file() and not holds_results(out):
             raise ValueError(f"--out {out} holds something else than results of an evaluation; name another file")
         cached = out is not None and is_regular(out)
+        env_name = "digits" if args.env is None else args.env
         env: dict[str, Any] = {key: value for key, value in (("device", args.device), ("prompts", args.captions)) if value is not None}
         if args.protocol is not None and args.captions is None:
             raise ValueError(
@@ -109,14 +110,14 @@ def main(argv: list[str] | None = None) -> None:
         if args.run is not None and (args.env is not None or args.steps):
             raise ValueError("--run names expert and steps; leave --env and --steps out (--also_steps evaluates the run in more steps)")
         if args.run is None and args.captions is not None:
-            parameters = inspect.signature(find_expert(read_env(args.env or "digits")["expert"])).parameters
+            parameters = inspect.signature(find_expert(read_env(env_name)["expert"])).parameters
             if "prompts" not in parameters:
                 raise ValueError(f"--captions {args.captions}: the expert of {args.env or 'digits'} takes no captions; leave it out")
         if args.captions is not None:  # an expert has either prompts, or data with captions
-            own = _read_expert_settings(args.run, args.env or "digits")
+            own = _read_expert_settings(args.run, env_name)
             env |= dict.fromkeys(key for key in ("data", "images", "data_cache") if key in own)
         learner = None if args.run is None else load_run(Path(args.run), args.checkpoint, args.guidance_scale, **env)
-        expert = load_expert(args.env or "digits", **env) if learner is None else learner.expert
+        expert = load_expert(env_name, **env) if learner is None else learner.expert
         results = []
         for seed in args.seeds:
             cache = None if out is None or not cached else out.with_name(f".{out.name}.seed{seed}")

@@ -135,7 +135,8 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
         raise ValueError(
             f"which expert? pass --env NAME; presets: {', '.join(preset_names('env'))}. Or a YAML path, or --env.expert my_pkg.MyExpert"
         )
-    expert = expert_name or in_config.get("expert") or preset.get("expert") or "ddil_env.experts.digits.Digits"
+    default = preset.get("expert") or "ddil_env.experts.digits.Digits"
+    expert = in_config.get("expert", default) if expert_name is None else expert_name
     if not isinstance(expert, str):
         raise ValueError(f"env.expert={expert!r} in {config_path}: need the class path of an expert, such as my_pkg.MyExpert")
 

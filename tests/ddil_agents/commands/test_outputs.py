@@ -132,6 +132,13 @@ def test_settings_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
         read_yaml(tmp_path / "twice.yaml")
     arms = {"one": {"agent": "bc", "seed": 3}, "two": {"agent": "dagger"}}
     comparison = compare.Comparison(env="gaussian_mixture", arms=arms)
+    staged = compare.Comparison(env="digits8", arms={"one": {"agent": "dagger", "config": "staged"}}, shared={"num_updates": 7})
+    with pytest.raises(ValueError, match="num_updates=7 would not hold: the stages of config staged set it themselves; add stages: null"):
+        compare.check_comparison(staged, tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(ValueError, match="run: it is a run; name a new folder"):
+        compare.check_comparison(comparison, tmp_path / "run")
     with pytest.raises(ValueError, match="arm 'one' sets seed: each arm runs with the comparison's seeds"):
         compare.check_comparison(comparison, tmp_path)
     with pytest.raises(ValueError, match="need finite shares ≥ 0 that do not sum to 0 or to infinity"):
@@ -201,6 +208,7 @@ def test_a_plug_ins_mistakes_are_named_before_training(mistake: str, message: st
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("env: {expert: ''}", "cannot find expert ''; pass a dotted path such as my_pkg.MyExpert"),
         ("env: {expert: 5}", "env.expert=5 in config.yaml: need the class path of an expert, such as my_pkg.MyExpert"),
         ("beta: 0.5", "beta=0.5: need a mapping of shares"),
         ("beta: [1, 0, 0]", "beta=[1, 0, 0]: need a mapping of shares"),
