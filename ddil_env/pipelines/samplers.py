@@ -231,8 +231,13 @@ class FlowNoise:
         off = ("use_dynamic_shifting", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
         read = ("num_train_timesteps", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
         supported = {**dict.fromkeys(off, (False, None)), "shift_terminal": (None,), **dict.fromkeys(read)}
-        _, found = _read_noise(files, supported, ("FlowMatchEulerDiscreteScheduler",))
-        return cls({key: found[key] for key in ("num_train_timesteps", "shift")})  # the others belong to use_dynamic_shifting
+        path, found = _read_noise(files, supported, ("FlowMatchEulerDiscreteScheduler",))
+        noise = cls({key: found[key] for key in ("num_train_timesteps", "shift")})  # the others belong to use_dynamic_shifting
+        try:
+            noise.schedule()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}; see that its entries are the model's") from error
+        return noise
 
     @property
     def prediction_type(self) -> PredictionType:
