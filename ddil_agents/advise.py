@@ -32,7 +32,7 @@ from ddil_agents.config import LearnerConfig
 from ddil_agents.evaluation.episodes import EpisodeEvaluator
 from ddil_agents.evaluation.results import markdown_table
 from ddil_agents.settings import read_arguments
-from ddil_agents.training.checkpoint import write_atomically
+from ddil_agents.training.checkpoint import is_regular, write_atomically
 
 
 class Rule(NamedTuple):
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
         out = None if args.out is None else Path(args.out)
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
             raise ValueError(f"--out {out}: need a file in a folder that exists")
-        if out is not None and out.is_file() and '"advice"' not in out.read_text():
+        if out is not None and is_regular(out) and out.is_file() and '"advice"' not in out.read_text(encoding="utf-8"):
             raise ValueError(f"--out {out} holds something else than advice; name another file")
         agent = load_run(Path(args.run))
         if agent.expert.make_world(1) is None:

@@ -175,6 +175,12 @@ class Algorithm(TrainedAgent):
                 "target lies outside, the student's estimates are driven outward without end; add teacher",
                 stacklevel=3,
             )
+        if "student" in roles and self.expert.sampling_support(self.support) is None:
+            warnings.warn(
+                f"thresholding.roles={roles}: training projects the student's estimates onto the support, and the pipeline that it is "
+                "saved as does not: its samples and scores are without the projection, as the pipeline's",
+                stacklevel=3,
+            )
         return {role: CountingSupport(self.support) if role in roles else Unbounded() for role in self.roles}
 
     def _sample_teacher(self, n: int) -> Tensor:

@@ -111,6 +111,9 @@ def check_comparison(comparison: Comparison, out: Path) -> None:
     Raises:
         ValueError: an agent refuses its settings, arms would be evaluated differently, or `out` holds runs of other settings.
     """
+    if out.is_file() or (out / "config.yaml").is_file():
+        kind = "file" if out.is_file() else "run"
+        raise ValueError(f"--out {out}: it is a {kind}; name a new folder, or that of an interrupted comparison")
     expert = None
     measures: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:

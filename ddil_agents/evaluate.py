@@ -29,7 +29,7 @@ from ddil_agents.evaluation.evaluator import evaluate_expert, evaluate_run
 from ddil_agents.evaluation.results import table
 from ddil_agents.evaluation.settings import Evaluation
 from ddil_agents.settings import read_arguments
-from ddil_agents.training.checkpoint import write_atomically
+from ddil_agents.training.checkpoint import is_regular, write_atomically
 from ddil_env import load_expert
 from ddil_env.presets import find_expert, preset_names, read_env, read_yaml
 
@@ -92,9 +92,10 @@ def main(argv: list[str] | None = None) -> None:
         out = None if args.out is None else Path(args.out)
         if out is not None and (out.is_dir() or not out.parent.is_dir()):
             raise ValueError(f"--out {out}: need a file in a folder that exists")
-        if out is not None and out.is_file() and not holds_results(out):
+        if out is not None and is_regular(out) and out.is_file() and not holds_results(out):
             raise ValueError(f"--out {out} holds something else than results of an evaluation; name another file")
-        cached = out is not None and (out.is_file() or not out.exists())  # not beside a device or a pipe
+        cached = out is not None and is_regular(out)
+        env_name = "digits" if args.env is None else args.env
         env: dict[str, Any] = {key: value for key, value in (("device", args.device), ("prompts", args.captions)) if value is not None}
         if args.protocol is not None and args.captions is None:
             raise ValueError(
@@ -109,14 +110,14 @@ def main(argv: list[str] | None = None) -> None:
         if args.run is not None and (args.env is not None or args.steps):
             raise ValueError("--run names expert and steps; leave --env and --steps out (--also_steps evaluates the run in more steps)")
         if args.run is None and args.captions is not None:
-            parameters = inspect.signature(find_expert(read_env(args.env or "digits")["expert"])).parameters
+            parameters = inspect.signature(find_expert(read_env(env_name)["expert"])).parameters
             if "prompts" not in parameters:
                 raise ValueError(f"--captions {args.captions}: the expert of {args.env or 'digits'} takes no captions; leave it out")
         if args.captions is not None:  # an expert has either prompts, or data with captions
-            own = _read_expert_settings(args.run, args.env or "digits")
+            own = _read_expert_settings(args.run, env_name)
             env |= dict.fromkeys(key for key in ("data", "images", "data_cache") if key in own)
         learner = None if args.run is None else load_run(Path(args.run), args.checkpoint, args.guidance_scale, **env)
-        expert = load_expert(args.env or "digits", **env) if learner is None else learner.expert
+        expert = load_expert(env_name, **env) if learner is None else learner.expert
         results = []
         for seed in args.seeds:
             cache = None if out is None or not cached else out.with_name(f".{out.name}.seed{seed}")
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
 def holds_results(path: Path) -> bool:
     """Whether a file is empty or what this command writes: a list of results."""
     try:
-        results = json.loads(path.read_text() or "[]")
+        results = json.loads(path.read_text(encoding="utf-8") or "[]")
     except (OSError, ValueError):
         return False
     return isinstance(results, list) and all(isinstance(result, dict) and "models" in result for result in results)

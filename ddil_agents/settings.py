@@ -23,15 +23,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 
-from ddil_env.presets import read_yaml
+from ddil_agents.flags import NO_VALUE, Words, inline_configs, iter_flags
 
 T = TypeVar("T")
-
-NO_VALUE = object()  # stands for the value of a flag without one
-
-
-class Words(list[Any]):
-    """The values of a flag that several words follow."""
 
 
 class UnknownSettingError(ValueError):
@@ -165,49 +159,6 @@ def type_hint(action: Action | None) -> Any:
     return getattr(action, "_typehint", None)
 
 
-def iter_flags(argv: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yields the name and value of each flag: `NO_VALUE` if no word follows it, `Words` if several do.
-
-    Raises:
-        ValueError: a word belongs to no flag.
-    """
-    i = 0
-    while i < len(argv):
-        if not argv[i].startswith("--"):
-            raise ValueError(f"{argv[i]!r} belongs to no flag; settings are given as --name VALUE")
-        name, equals, value = argv[i][2:].partition("=")
-        i += 1
-        words = [value] if equals else []
-        while not equals and i < len(argv) and not argv[i].startswith("--"):
-            words.append(argv[i])
-            i += 1
-        values = [_read_yaml_word(word) for word in words]
-        yield name, NO_VALUE if not values else values[0] if len(values) == 1 else Words(values)
-
-
-def nested_flags(argv: list[str]) -> dict[str, Any]:
-    """Converts flags to the nested mapping of a config file: --beta.student 1 becomes {beta: {student: 1}}."""
-    nested: dict[str, Any] = {}
-    for name, value in iter_flags(argv):
-        value = True if value is NO_VALUE else value
-        *outer, last = name.split(".")
-        group = nested
-        for key in outer:
-            group = group.setdefault(key, {})
-            if not isinstance(group, dict):
-                break
-        else:
-            group[last] = group[last] | value if isinstance(value, dict) and isinstance(group.get(last), dict) else value
-    return nested
-
-
-def _read_yaml_word(word: str) -> Any:
-    try:
-        return yaml.safe_load(word)
-    except yaml.YAMLError:
-        return word
-
-
 def read_arguments(parser: ArgumentParser, argv: list[str]) -> Namespace:
     """Parses a command line; a flag for true or false means true without a value.
 
@@ -221,7 +172,8 @@ def read_arguments(parser: ArgumentParser, argv: list[str]) -> Namespace:
             action.nargs, action.const = "?", True
     if null := next((word for word in argv if "\0" in word), None):
         raise ValueError(f"{null!r} holds a null character, which no path or setting may; remove it")
-    flags = [(name, read_yaml(Path(value)) if name == "config" and isinstance(value, str) else value) for name, value in iter_flags(argv)]
+    argv = list(inline_configs(argv))
+    flags = list(iter_flags(argv))
     actions = {action.dest: action for action in parser._actions}
     try:
         cfg = parser.parse_args(argv)
@@ -281,7 +233,7 @@ def _check_flag(name: str, value: Any, actions: dict[str, Action], flag: str = "
         if value is NO_VALUE and hint is not bool and action.nargs != 0:
             raise ValueError(f"{flag}{name} needs a value" + (f": {describe(hint)}" if hint is not None else ""))
         if hint is None and group:
-            value = yaml.safe_load(Path(value).read_text()) if isinstance(value, str) and Path(value).is_file() else value
+            value = yaml.safe_load(Path(value).read_text(encoding="utf-8")) if isinstance(value, str) and Path(value).is_file() else value
             if not isinstance(value, dict):
                 refuse_group(name, value, group)
             for key, inner_value in value.items():

@@ -137,6 +137,7 @@ class Expert(ABC):
             "sample_shape": list(self.sample_shape),
             "conditions": self.num_conditions if self.condition_shape is None else list(self.condition_shape),
             "guidance_scale": self.guidance_scale,
+            "schedule": self.schedule.settings,
             "weights": self.weights_digest,
         }
 
@@ -293,6 +294,13 @@ class Expert(ABC):
             ValueError: an impossible grid, or a way to sample that the format of this expert's students cannot hold.
         """
         TimeGrid(self.schedule, num_steps, grid)  # type: ignore[arg-type]  # checked there
+
+    def sampling_support(self, support: Support) -> Support | None:
+        """The support onto which a saved student's estimates are projected when it samples, if training projects them onto this one.
+
+        None where the format of this expert's students holds no projection: they are then sampled and evaluated without.
+        """
+        return support
 
     def load_student(self, directory: Path, *args: Any, **overrides: Any) -> NetworkDenoiser:
         """Makes a student by `make_student` with these options, and loads the weights that `save_student` wrote.

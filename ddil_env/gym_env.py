@@ -82,6 +82,23 @@ def check_render_mode(render_mode: str | None, modes: list[str]) -> None:
         raise ValueError(f"unknown render_mode {render_mode!r}; this expert offers: {', '.join(modes) or 'none, it has no pictures'}")
 
 
+def to_real(what: str, value: Any, device: torch.device) -> Tensor:
+    """Converts real numbers, in whatever array or list, to a tensor.
+
+    Raises:
+        ValueError: there are no numbers, or complex ones, whose imaginary part would be lost, or true and false.
+    """
+    try:
+        tensor = torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what}={value!r:.60}: need an array of real numbers ({error})") from error
+    if tensor.dtype == torch.bool:
+        raise ValueError(f"{what} holds true or false; pass numbers")
+    if tensor.is_complex():
+        raise ValueError(f"{what} holds complex numbers; pass real ones")
+    return tensor
+
+
 def apply_reset_options(mdp: DenoisingMDP, options: dict[str, Any], drawn: State) -> State:
     """Replaces the drawn start's `x_t`, `t` and `c` by those that the caller gives.
 
@@ -92,14 +109,12 @@ def apply_reset_options(mdp: DenoisingMDP, options: dict[str, Any], drawn: State
     def option(key: str, default: Tensor) -> Tensor:
         if key not in options:
             return default
-        value = torch.as_tensor(options[key], device=default.device)
+        value = to_real(f"reset option {key!r}", options[key], default.device)
         single = [default.shape[1:], torch.Size([1])] if len(default) == 1 else []
         if value.shape not in [default.shape, torch.Size([*default.shape, 1]), *single]:
             raise ValueError(f"reset option {key!r} of shape {tuple(value.shape)}: need {tuple(default.shape)}")
         if not default.is_floating_point() and value.is_floating_point():
             raise ValueError(f"reset option {key!r} of {value.dtype}: condition ids are whole numbers; pass int64")
-        if value.dtype == torch.bool:
-            raise ValueError(f"reset option {key!r} holds true or false; pass numbers")
         if key == "x_t" and not bool(torch.isfinite(value).all()):
             raise ValueError("reset option 'x_t' holds NaN or infinity; pass finite numbers")
         value = value.to(default.dtype)
@@ -178,7 +193,7 @@ class DenoisingGymEnv(gymnasium.Env[dict[str, np.ndarray], np.ndarray]):
             raise gymnasium.error.ResetNeeded("call reset() before step()")
         if float(self._state.t[0]) <= 0:
             raise gymnasium.error.ResetNeeded("the episode has ended at t = 0; call reset() before the next step()")
-        x_s = torch.as_tensor(np.asarray(action, np.float32), device=self.mdp.device)[None].clone()
+        x_s = to_real("action", action, self.mdp.device).float()[None].clone()
         if x_s.shape != self._state.x_t.shape:
             raise ValueError(f"action of shape {tuple(x_s.shape[1:])}: need the latent's, {self.expert.sample_shape}")
         check_finite(x_s, BROKEN_ACTIONS)

@@ -90,8 +90,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: the file is not YAML, holds something else than a mapping, or a key twice.
     """
     try:
-        content = yaml.load(path.read_text(), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if _size(content, {}) > LARGEST:
         raise ValueError(f"{path} unfolds to more than {LARGEST:,} values by its aliases; write out what you need")

@@ -42,6 +42,7 @@ class NoiseSchedule:
             noise (Esser et al. 2024).
 
     Attributes:
+        settings: The arguments, by name.
         t_max: The time of pure noise.
         discrete: Whether times are whole numbers.
 
@@ -70,8 +71,8 @@ class NoiseSchedule:
         if num_train_steps < 2:
             raise ValueError(f"num_train_steps={num_train_steps}: a chain needs at least 2 steps")
         self.kind = kind
-        self._settings = {"kind": kind, "beta_start": beta_start, "beta_end": beta_end, "num_train_steps": num_train_steps}
-        self._settings["zero_terminal_snr"] = zero_terminal_snr
+        self.settings = {"kind": kind, "beta_start": beta_start, "beta_end": beta_end, "num_train_steps": num_train_steps, "shift": shift}
+        self.settings |= {"set_alpha_to_one": set_alpha_to_one, "zero_terminal_snr": zero_terminal_snr}
         self.zero_terminal_snr = zero_terminal_snr
         self.num_train_steps = num_train_steps
         self.t_max = num_train_steps if kind == "flow" else num_train_steps - 1
@@ -83,7 +84,7 @@ class NoiseSchedule:
 
     def ending_at_alpha_0(self) -> NoiseSchedule:
         """The same schedule with `set_alpha_to_one=False`; a flow schedule, which has no such level, is returned as it is."""
-        return NoiseSchedule(**self._settings, set_alpha_to_one=False) if self.discrete else self  # type: ignore[arg-type]
+        return NoiseSchedule(**self.settings | {"set_alpha_to_one": False}) if self.discrete else self  # type: ignore[arg-type]
 
     def _coefficient_table(self, beta_start: float, beta_end: float, set_alpha_to_one: bool) -> Tensor:
         """α and σ at t = 0 … T−1, float64, (2, T)."""

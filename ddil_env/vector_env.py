@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from ddil_env.errors import BROKEN_ACTIONS, check_choice, check_finite
+from ddil_env.errors import BROKEN_ACTIONS, check_choice, check_finite, check_whole
 from ddil_env.expert import Expert
 from ddil_env.gym_env import (
     apply_reset_options,
@@ -24,6 +24,7 @@ from ddil_env.gym_env import (
     render_modes_of,
     render_states,
     to_observation,
+    to_real,
 )
 from ddil_env.mdp import DenoisingMDP, Kernel, Reward, State
 from ddil_env.time_grid import GridKind
@@ -41,7 +42,7 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         autoreset_mode: `NextStep`, `SameStep` or `Disabled`, or gymnasium's enum.
         output: `numpy`, or `torch` to keep every observation, reward and flag on the device. Gymnasium's wrappers that compute with
             rewards and flags, such as RecordEpisodeStatistics and NormalizeReward, do so in numpy, and raise a TypeError over `torch`:
-            use `numpy` inside them.
+            use `numpy` inside them, and Gymnasium's NumpyToTorch around them for tensors.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         output: Literal["numpy", "torch"] = "numpy",
     ) -> None:
+        check_whole("num_envs", num_envs, 0)
         if num_envs < 1:
             raise ValueError(f"num_envs={num_envs}: need at least one environment")
         check_choice("output", output, ("numpy", "torch"))
@@ -97,7 +99,9 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         self._seed(seed)
         options = options or {}
         if "reset_mask" in options:
-            mask = torch.as_tensor(options["reset_mask"], dtype=torch.bool, device=self.mdp.device)
+            mask = torch.as_tensor(options["reset_mask"], device=self.mdp.device)
+            if mask.dtype != torch.bool:
+                raise ValueError(f"reset_mask of {mask.dtype}: need true and false")
             if mask.shape != (self.num_envs,) or not bool(mask.any()):
                 raise ValueError(f"reset_mask of shape {tuple(mask.shape)}: need ({self.num_envs},) with at least one True")
             if self._state is None and not bool(mask.all()):
@@ -112,7 +116,7 @@ class DenoisingVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
     def step(self, actions: Any) -> tuple[dict[str, Any], Any, Any, Any, dict[str, Any]]:
         if self._state is None:
             raise gymnasium.error.ResetNeeded("call reset() before step()")
-        x_s = torch.as_tensor(actions, dtype=torch.float32, device=self.mdp.device)
+        x_s = to_real("actions", actions, self.mdp.device).float()
         if x_s.shape != self._state.x_t.shape:
             raise ValueError(f"actions of shape {tuple(x_s.shape)}: need {tuple(self._state.x_t.shape)}")
         ended = self._ended

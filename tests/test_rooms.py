@@ -14,6 +14,7 @@ from ddil_agents.commands.agents import agent_names
 
 ORDER = (  # packages, and the files that lie beside them; the algorithms and commands, one a file, are last
     "devices",
+    "flags",
     "settings",
     "states",
     "config",

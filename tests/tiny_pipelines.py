@@ -166,7 +166,9 @@ def write_tiny_dit(folder: Path, seed: int = 0, classes: int = 1000, learned_sig
             patch_size=2,
             num_embeds_ada_norm=classes,
         )
-        DiTPipeline(transformer=transformer, vae=tiny_vae(), scheduler=DDIMScheduler(beta_schedule="linear")).save_pretrained(folder)
+        DiTPipeline(
+            transformer=transformer, vae=tiny_vae(), scheduler=DDIMScheduler(beta_schedule="linear", clip_sample=False)
+        ).save_pretrained(folder)
     path = folder / "model_index.json"
     names = {str(i): f"thing {i}, object {i}" for i in range(classes)}
     path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": names}))

@@ -15,7 +15,7 @@ from ddil_agents.agent import Agent
 def agent_names() -> list[str]:
     """Names of the agents of this package, which has a file for each, and of the entry points of installed packages."""
     package = Path(__file__).parent.parent
-    ours = [path.stem for path in sorted(package.glob("*.py")) if f'\n    name = "{path.stem}"\n' in path.read_text()]
+    ours = [path.stem for path in sorted(package.glob("*.py")) if f'\n    name = "{path.stem}"\n' in path.read_text(encoding="utf-8")]
     return ours + sorted(point.name for point in entry_points(group="ddil.agents"))
 
 

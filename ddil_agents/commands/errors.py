@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,9 +29,13 @@ def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
             yield
     except OSError as error:  # a path that cannot be read or written, a full disk
         cure = "" if error.errno in DISK_FULL else "; choose another path, or repair this one"
-        print(f"{where}: error: {error}{cure}", file=sys.stderr)
+        print(f"{where}: error: {_one_line(error)}{cure}", file=sys.stderr)
         raise SystemExit(2) from error
     except (ValueError, ArithmeticError, ImportError, MemoryError) as error:  # ImportError: an extra that is not installed
         cause = "a path holds a null character, which no path may; remove it" if str(error) == "embedded null byte" else error
-        print(f"{where}: error: {cause}", file=sys.stderr)
+        print(f"{where}: error: {_one_line(cause)}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _one_line(message: object) -> str:
+    return re.sub(r"\s*\n\s*", " ", str(message).strip())

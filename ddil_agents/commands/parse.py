@@ -21,7 +21,8 @@ from ddil_agents.commands.help import show_help
 from ddil_agents.config import LearnerConfig
 from ddil_agents.devices import ranks
 from ddil_agents.evaluation.settings import Evaluation, Validation
-from ddil_agents.settings import build_dataclass, nested_flags, read_arguments
+from ddil_agents.flags import nested_flags
+from ddil_agents.settings import build_dataclass, read_arguments
 from ddil_agents.states.beta import SOURCES, Beta
 from ddil_agents.training.callbacks import Callback
 from ddil_agents.training.tracking import Tracker
@@ -134,9 +135,12 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
         raise ValueError(
             f"which expert? pass --env NAME; presets: {', '.join(preset_names('env'))}. Or a YAML path, or --env.expert my_pkg.MyExpert"
         )
-    expert = expert_name or in_config.get("expert") or preset.get("expert") or "ddil_env.experts.digits.Digits"
+    default = preset.get("expert") or "ddil_env.experts.digits.Digits"
+    expert = in_config.get("expert", default) if expert_name is None else expert_name
+    if not isinstance(expert, str):
+        raise ValueError(f"env.expert={expert!r} in {config_path}: need the class path of an expert, such as my_pkg.MyExpert")
 
-    parser = make_parser(agent, expert, defaults)
+    parser = make_parser(agent, expert)
     known = {action.dest for action in parser._actions}
     if "env.device" in known:
         preset = {"device": "cuda" if torch.cuda.is_available() else "cpu", **preset}
@@ -146,7 +150,8 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
         raise ValueError(f"--data {data}: {expert} takes no data; leave it out, or choose an expert of pictures, such as --env sd15")
     if unknown := sorted(key for key in preset if f"env.{key}" not in known):
         raise ValueError(f"{env_name}: {expert} takes no argument {', '.join(unknown)}")
-    before = [f"--env.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in preset.items() if key != "expert"]
+    before = [f"--config={path}" for path in defaults]
+    before += [f"--env.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in preset.items() if key != "expert"]
     contents = [read_yaml(path) for path in chosen]
     for path, content in zip(chosen, contents, strict=True):
         names_preset = isinstance(content.get("env"), str)  # which --config itself cannot read
@@ -174,18 +179,16 @@ def parse(agent: type[Agent], argv: list[str]) -> tuple[ArgumentParser, Namespac
     return parser, cfg
 
 
-def make_parser(agent: type[Agent], expert: str, defaults: list[Path]) -> ArgumentParser:
+def make_parser(agent: type[Agent], expert: str) -> ArgumentParser:
     """Makes the parser of an agent's command.
 
     Args:
         agent: The agent's class.
         expert: Class path of the expert, whose arguments become flags.
-        defaults: YAML files with defaults; later files override earlier ones.
     """
     parser = ArgumentParser(
         prog=shlex.join(["python", *command_of(identify(agent))]),
         description=sys.modules[agent.__module__].__doc__,
-        default_config_files=[str(path) for path in defaults],
         allow_abbrev=False,
     )
     parser.add_argument(

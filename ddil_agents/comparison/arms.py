@@ -119,6 +119,12 @@ def arm_settings(comparison: Comparison, arm: str) -> tuple[str, dict[str, Any]]
     settings = merge_settings(base, comparison.shared, own)
     if settings.get("env", comparison.env) != comparison.env:
         raise ValueError(f"env={settings['env']}: all arms use the comparison's env; to change the expert, name a YAML file there")
+    given = comparison.shared | own
+    for key in given if "stages" not in given else ():
+        if any(key in stage for stage in settings.get("stages") or () if isinstance(stage, dict)):
+            raise ValueError(
+                f"{key}={given[key]!r} would not hold: the stages of config {preset} set it themselves; add stages: null, or your own"
+            )
     if "seed" in own | dict(comparison.shared):
         raise ValueError(f"arm {arm!r} sets seed: each arm runs with the comparison's seeds; set seeds and first_seed instead")
     if not isinstance(settings.get("evaluate", {}), dict):

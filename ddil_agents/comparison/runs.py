@@ -124,7 +124,7 @@ def read_matched(out: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        matched: dict[str, Any] = json.loads(path.read_text())
+        matched: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not all(isinstance(entry[key], dict) for entry in matched.values() for key in ("updates", "settings")):
             raise ValueError("not the updates and settings of each budget")
         if not all(isinstance(n, int) for entry in matched.values() for n in entry["updates"].values()):

@@ -39,7 +39,7 @@ def open_cache(folder: Path, settings: dict[str, Any]) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, text = folder / "settings.json", json.dumps(settings)
-    if path.is_file() and path.read_text() != text:
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{folder} holds an evaluation of other settings; remove it, or choose another")
     write_atomically(path, text)
     return folder
@@ -137,7 +137,7 @@ def read_numbers(path: Path) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     try:
-        numbers: dict[str, Any] = json.loads(path.read_text())
+        numbers: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(numbers, dict) or not all(map(_is_measured, numbers.values())):
             raise ValueError("not numbers by name")
     except ValueError as error:

@@ -105,7 +105,7 @@ class EvalCallback(Callback):
                 with folder_atomically(self.out / "best") as folder:
                     agent.save_student(folder / "student")
                     (folder / "evaluation.json").write_text(json.dumps(row))
-            with explain_write_errors(self.out / "eval.jsonl"), (self.out / "eval.jsonl").open("a") as file:
+            with explain_write_errors(self.out / "eval.jsonl"), (self.out / "eval.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         tqdm.write(f"{agent.name}, update {agent.step}: {numbers}{', the best so far' if best else ''}", file=sys.stderr)

@@ -198,7 +198,7 @@ class Evaluator(SampleDrawer):
     def evaluate_baselines(self) -> dict[str, Any]:
         """The metrics of the expert in its full number of steps, and in as few as the student has; the latter are cached."""
         full, few = self._baseline_names()
-        scores = "-".join(["scores", *self.settings.scores, *["lpips"] * self.settings.lpips])
+        scores = "-".join(["scores", *(f"{name}-{digest}" for name, digest in self.digests_of_weights().items())])
         path = self._cache_path(f"{few}-beside-{full}", self.few_step_expert, self.grid, "ddim", f"{scores}.json")
         return {full: self.score_expert(), few: read_or_compute(path, lambda: self.evaluate(self.few_step_expert, name=few))}
 
@@ -245,6 +245,8 @@ class Evaluator(SampleDrawer):
             described["scores"] = {name: scorer.name for name, scorer in self.scorers.items()}
         if s.lpips:
             described["lpips"] = LPIPS
+        if weights := self.digests_of_weights():
+            described["weights"] = weights
         if (captions := self._captions_digest()) is not None:
             described["captions"] = captions
         return described

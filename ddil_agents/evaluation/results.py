@@ -106,7 +106,7 @@ def read_result(path: Path) -> dict[str, Any]:
         ValueError: the file is absent, damaged, or no result of a run.
     """
     try:
-        result: dict[str, Any] = json.loads(path.read_text())
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         _check_result(result)
     except (OSError, ValueError) as error:
         run = path.parent if (path.parent / "config.yaml").is_file() else path.parent.parent  # of a stage

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
@@ -25,7 +24,7 @@ from ddil_agents.evaluation.cache import (
     text_digest,
     write_cached,
 )
-from ddil_agents.evaluation.metrics.diversity import group_diversity, lpips_distance
+from ddil_agents.evaluation.metrics.diversity import LPIPSDistance, group_diversity, lpips_distance
 from ddil_agents.evaluation.metrics.features import Features
 from ddil_agents.evaluation.metrics.frechet import frechet_name
 from ddil_agents.evaluation.metrics.pictures import folder_digest, resize
@@ -181,8 +180,9 @@ class SampleDrawer:
             for k in range(num_batches):
                 path = None if stem is None else stem.with_name(f"{stem.name}{k:05d}.safetensors")
                 cached = read_cached(path, "the batch is drawn")
-                if cached is not None and cached.keys() >= set(self.settings.scores):
-                    other_scores = set(get_args(Score)) - set(self.settings.scores)  # that an earlier evaluation asked for
+                if cached is not None and cached.keys() >= set(self._score_keys.values()):
+                    scores = {key for key in cached if key.partition(" ")[0] in get_args(Score)}
+                    other_scores = scores - set(self._score_keys.values())  # that an earlier evaluation asked for
                     batches.append({key: value for key, value in cached.items() if key not in other_scores})
                     bar.update(grid.num_steps)
                     continue
@@ -202,7 +202,7 @@ class SampleDrawer:
         joined = {key: torch.cat([batch[key].to(device) for batch in batches]) for key in batches[0] if key != "seconds"}
         features = Features(self.extractor.name, joined.pop("features"))
         path_states, classes = joined.pop("path"), joined.pop("classes", None)
-        means = {key: float(value.double().mean()) for key, value in joined.items()}
+        means = {name: float(joined[key].double().mean()) for name, key in self._score_keys.items()}
         return DrawnSamples(features, classes, means, path_states, sum(float(batch["seconds"]) for batch in batches))
 
     def _measure_batch(self, samples: Tensor, c: Tensor | None) -> dict[str, Tensor]:
@@ -212,7 +212,7 @@ class SampleDrawer:
         if self.scorers:
             assert c is not None  # extractor_for has read captions
             pictures, captions = self.pictures(samples), self.expert.captions(c)
-            measured |= {name: scorer.score(pictures, captions) for name, scorer in self.scorers.items()}
+            measured |= {self._score_keys[name]: scorer.score(pictures, captions) for name, scorer in self.scorers.items()}
         return measured
 
     @cached_property
@@ -221,7 +221,18 @@ class SampleDrawer:
         return load_scorers(self.settings, self.expert.device)
 
     @cached_property
-    def _lpips(self) -> Callable[[Tensor, Tensor], Tensor]:
+    def _score_keys(self) -> dict[str, str]:
+        """The names of scores in a batch's file, by name of the score: those by other weights are no scores of this evaluation."""
+        return {name: f"{name} {scorer.weights}" for name, scorer in self.scorers.items()}
+
+    def digests_of_weights(self) -> dict[str, str]:
+        """Digests of the weights of extractor, scorers and LPIPS, as far as this evaluation has any."""
+        own = {} if self.extractor.weights is None else {"extractor": self.extractor.weights}
+        lpips = {"lpips": self._lpips.weights} if self.settings.lpips else {}
+        return own | {name: scorer.weights for name, scorer in self.scorers.items()} | lpips
+
+    @cached_property
+    def _lpips(self) -> LPIPSDistance:
         return lpips_distance(self.settings.weights, device=self.expert.device)
 
     @torch.no_grad()
@@ -230,7 +241,7 @@ class SampleDrawer:
 
         The mean of each condition is cached.
         """
-        expert, stem = self.expert, self._cache_path(name, policy, grid, kernel, "lpips")
+        expert, stem = self.expert, self._cache_path(name, policy, grid, kernel, f"lpips-{self._lpips.weights}")
         x_T = torch.randn(LPIPS_SAMPLES, *expert.sample_shape, generator=self._generator("lpips x_T"), device=expert.device)
 
         def measure_condition(condition: int) -> dict[str, float]:
@@ -260,6 +271,7 @@ class SampleDrawer:
         s = self.settings
         return {
             "extractor": self.extractor.name,
+            **({} if self.extractor.weights is None else {"weights": {"extractor": self.extractor.weights}}),
             "distance": frechet_name(self.extractor.name),
             "n": self.n,
             "reference": None if self.real is None else "training" if self.training is None else "held_out",

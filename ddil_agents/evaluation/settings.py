@@ -24,6 +24,8 @@ class Scorer(Protocol):
 
     name: str
     """Its name in results: the network and its weights."""
+    weights: str
+    """A digest of its weights."""
 
     def score(self, pictures: Tensor, captions: list[str]) -> Tensor:
         """Scores (n,) of uint8 pictures (n, height, width, 3) and their n captions."""

@@ -87,7 +87,7 @@ def _errno_of(error: BaseException | None) -> int | None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file completely or not at all. A link is followed; a device or a pipe is written to.
+    """Writes a file completely or not at all. A link is followed; what is no regular file, such as a pipe, is written to.
 
     Raises:
         OSError: it was not written; the message names the file.
@@ -95,8 +95,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     data, file = content.encode() if isinstance(content, str) else content, path.resolve()
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # a name per process, because two runs may write the same file
     with explain_write_errors(path):
-        if file.exists() and not file.is_file():
-            file.write_bytes(data)
+        if not is_regular(path):
+            with path.open("ab") as stream:  # /dev/stdout may be a file that holds what was printed
+                stream.write(data)
             return
         try:
             partial.write_bytes(data)
@@ -105,6 +106,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         except OSError:
             partial.unlink(missing_ok=True)
             raise
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a path is of a regular file, or of one that is still to be: neither a device nor a pipe, nor a process's open file."""
+    of_system = any(path.absolute().is_relative_to(folder) for folder in ("/dev", "/proc"))
+    return not of_system and (path.is_file() or not path.exists())
 
 
 @contextmanager
@@ -233,7 +240,7 @@ def _read_checkpoint(agent: TrainedAgent, directory: Path) -> tuple[Path, dict[s
     cure = f"remove {path} to resume from the one before it" if len(found) > 1 else "start a new run"
     parts = dict.fromkeys([0, ranks.rank()])  # the main rank's part, and over it this rank's own
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         digests, name, saved_config = [manifest["sha256"], *manifest.get("ranks", [])], manifest["agent"], manifest["config"]
         damaged = [_rank_file(part) for part in parts if part < len(digests) and _sha256(path / _rank_file(part)) != digests[part]]
         config = json.loads(json.dumps(agent.config_dict()))
@@ -255,15 +262,7 @@ def _read_checkpoint(agent: TrainedAgent, directory: Path) -> tuple[Path, dict[s
             f"{path} is of {name} with another config; it differs in: {', '.join(different) or 'the agent'}. "
             "Load it into an agent built with the same config."
         )
-    saved_expert, expert = manifest.get("expert"), json.loads(json.dumps(agent.expert.identity()))
-    if saved_expert is not None:  # an earlier version wrote fewer entries
-        expert = {key: value for key, value in expert.items() if key in saved_expert}
-    if saved_expert is not None and saved_expert != expert:
-        key = next(key for key in sorted(expert.keys() | saved_expert.keys()) if expert.get(key) != saved_expert.get(key))
-        raise ValueError(
-            f"{path} was trained on another expert: its {key} is {saved_expert.get(key)!r}, here {expert.get(key)!r}; labels of both would "
-            "be mixed: restore the run's env settings, model and data, or start a new run"
-        )
+    check_same_expert(path, manifest.get("expert"), agent.expert.identity())
     state: dict[str, Any] = {}
     for part in parts:
         try:  # with several ranks on a machine, mmap lets them share the memory of the main rank's part
@@ -271,6 +270,26 @@ def _read_checkpoint(agent: TrainedAgent, directory: Path) -> tuple[Path, dict[s
         except (pickle.UnpicklingError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{path / _rank_file(part)} holds more than tensors and plain values, and is not read; {cure}") from error
     return path, state
+
+
+def check_same_expert(path: Path, saved: dict[str, Any] | None, expert: dict[str, Any]) -> None:
+    """Refuses an expert that differs from the one that a run began with.
+
+    Args:
+        path: What was trained on that one, for the message.
+        saved: The identity of that one, which may lack entries that an earlier version did not write; None if it is not known.
+        expert: The identity of the expert that is here.
+
+    Raises:
+        ValueError: an entry differs.
+    """
+    here = json.loads(json.dumps(expert))
+    for key, value in sorted((saved or {}).items()):
+        if here.get(key) != value:
+            raise ValueError(
+                f"{path} was trained on another expert: its {key} is {value!r}, here {here.get(key)!r}; labels of both would be mixed: "
+                "restore the run's env settings, model and data, or start a new run"
+            )
 
 
 def write_support(directory: Path, support: Support, teacher_nfe: int) -> None:
@@ -288,7 +307,7 @@ def read_support(directory: Path) -> tuple[Support | None, int]:
     if not path.is_file():
         return None, 0
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         nfe = int(stored.pop("teacher_nfe"))
         return support_from_dict(stored), nfe
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -67,7 +67,7 @@ class RunFiles(Callback):
             OSError: the disk is full; a resumed run drops the incomplete line.
         """
         if self.path is not None:
-            with explain_write_errors(self.path), self.path.open("a") as file:
+            with explain_write_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         self._draw(row)
 
@@ -246,7 +246,7 @@ def read_metrics(path: Path, until: int | None = None, needs: tuple[str, ...] = 
     """
     rows: list[dict[str, Any]] = []
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path} ({error}); remove it, and the run goes on without its past lines") from error
     for number, line in enumerate(lines, 1):

@@ -51,7 +51,7 @@ def start_tracker(tracker: Tracker, out: Path, config: dict[str, Any]) -> Any:
     path = out / "tracking_id"
     if not path.is_file():
         write_atomically(path, secrets.token_hex(6))  # not from the run's random streams, which a tracker must not change
-    key = path.read_text().strip()
+    key = path.read_text(encoding="utf-8").strip()
     run_id = {"id": key} if tracker == "wandb" else {}  # trackio resumes by name
     name = f"{out.resolve().name}-{key}"
     return importlib.import_module(tracker).init(project="ddil", name=name, config=config, resume="allow", **run_id)

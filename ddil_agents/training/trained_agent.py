@@ -70,8 +70,9 @@ class TrainedAgent(Agent):
         return StudentPolicy(student, self.expert, support, w, grid=self.grid, kernel=self.kernel)
 
     def update_student_policy(self) -> None:
-        """Sets `student_policy` to a policy of the current averaged network."""
-        self.student_policy = self.policy(self.ema_student, self.support if "student" in self.config.thresholding.roles else None)
+        """Sets `student_policy` to a policy of the current averaged network, which samples as the saved student does."""
+        support = self.expert.sampling_support(self.support) if "student" in self.config.thresholding.roles else None
+        self.student_policy = self.policy(self.ema_student, support)
 
     def start_from(self, student: NetworkDenoiser) -> None:
         """Copies the weights of another student; a guidance embedding that it lacks stays at zero.

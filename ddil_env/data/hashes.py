@@ -39,7 +39,7 @@ class Hashes:
     def __init__(self, pairs: list[Pair], folder: Path | None, workers: int) -> None:
         known: dict[str, list[object]] = {}
         with suppress(OSError, ValueError):  # there are none yet, or they are damaged: all is read
-            known = json.loads((folder / STAMPS).read_text()) if folder is not None else {}
+            known = json.loads((folder / STAMPS).read_text(encoding="utf-8")) if folder is not None else {}
         stamp_of, begin = cache(_stamp), time.time()
         self._stamps: dict[str, list[object]] = {}
         self._new = False

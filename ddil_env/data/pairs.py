@@ -10,10 +10,12 @@ embedding of its caption.
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +105,12 @@ class Pairs:
 
     def __len__(self) -> int:
         return self._n
+
+    def identity(self) -> dict[str, Any]:
+        """What training on these pairs depends on: a digest of the data, and how many of them are held out."""
+        manifest = read_manifest(self.folder)
+        listing = json.dumps(manifest.get("stretches", manifest))  # a cache that was made elsewhere has no stretches
+        return {"data": hashlib.sha256(listing.encode()).hexdigest()[:16], "held_out": len(self._held_out)}
 
     def _locate(self, ids: Tensor, end: int) -> list[tuple[Shard, int]]:
         """The shard and the row in it of each id (n,), all of which must lie below `end`."""

@@ -166,7 +166,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: the folder is not a cache, or the file is damaged.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return {**manifest, "identity": dict(manifest["identity"]), "source": str(manifest["source"])}
     except FileNotFoundError as error:
         raise ValueError(f"{folder.absolute()} is no cache of pairs: it holds no {MANIFEST}; make one with cache_pairs") from error

@@ -23,7 +23,10 @@ def expand(pattern: str) -> list[Path]:
         numbers = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
         each = [pattern[: match.start()] + number + pattern[match.end() :] for number in numbers]
         return [path for one in each for path in expand(one) or [Path(one)]]  # one that matches nothing is an error when it is read
-    return [Path(path) for path in (sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern])]
+    folder, name = os.path.split(pattern)
+    if os.path.isdir(folder or "."):  # whose own name may have the marks of a pattern
+        folder = glob.escape(folder)
+    return [Path(path) for path in (sorted(glob.glob(os.path.join(folder, name))) if glob.has_magic(pattern) else [pattern])]
 
 
 def list_webdataset(shards: list[Path]) -> Iterator[Pair | Skipped]:

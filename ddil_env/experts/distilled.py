@@ -21,6 +21,7 @@ from ddil_env.denoiser import NetworkDenoiser
 from ddil_env.expert import Expert
 from ddil_env.guidance import GuidanceConditioning, no_guidance_below_1
 from ddil_env.prediction import Prediction
+from ddil_env.support import Support
 from ddil_env.time_grid import TimeGrid
 from ddil_env.worlds.world import World
 
@@ -143,6 +144,9 @@ class Distilled(Expert):
         guidance: GuidanceConditioning | None = None,
     ) -> None:
         self.origin.save_student(student, directory, num_steps, grid, kernel, *([] if guidance is None else [guidance]))
+
+    def sampling_support(self, support: Support) -> Support | None:
+        return self.origin.sampling_support(support)
 
     def load_student(self, directory: Path, *args: Any, **overrides: Any) -> NetworkDenoiser:
         return self.origin.load_student(directory, *args, **overrides)

@@ -174,4 +174,4 @@ class ClassConditionalDiT(LatentExpert):
         super().save_student(student, directory, num_steps, grid, kernel, guidance)
         if self.labels:  # the classes' names, which DiTPipeline reads but does not write
             path = directory / "model_index.json"
-            path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": self.labels}, indent=2))
+            path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "id2label": self.labels}, indent=2))

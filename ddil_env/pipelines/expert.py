@@ -8,9 +8,7 @@ texts, if any, are embedded. `PipelineExpert` makes students, writes them as pip
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
-import json
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -23,7 +21,6 @@ from torch import Tensor, nn
 from ddil_env.adapters import LoRA, add_adapters
 from ddil_env.data.cache import Embed
 from ddil_env.data.pairs import Pairs
-from ddil_env.data.shards import read_manifest
 from ddil_env.data.sources import Source, read_pairs
 from ddil_env.denoiser import NetworkDenoiser
 from ddil_env.errors import check_choice
@@ -32,10 +29,10 @@ from ddil_env.guidance import GuidanceConditioning
 from ddil_env.pipelines.data import OwnData
 from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.networks import PipelineNetwork
-from ddil_env.pipelines.samplers import Noise, Sampler
+from ddil_env.pipelines.samplers import Noise, Sampler, read_support
 from ddil_env.pipelines.student_folder import read_student, write_student
 from ddil_env.prediction import Prediction, PredictionType
-from ddil_env.support import Support
+from ddil_env.support import Box, Support, Unbounded
 from ddil_env.time_grid import TimeGrid
 
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -52,21 +49,23 @@ class PipelineExpert(Expert):
         dtype: Precision of the denoiser. x̂_0 and ε̂ are float32 in any case: at t = 999 an error in ε̂ is 14.6 times as large in x̂_0.
         max_batch: Samples put through the denoiser at once (a guided pair counts as one) when states are labelled or sampled.
         model: The folder or hub id that the user gave, for the model card.
-        num_conditions, null_condition, guidance_scale, support, device: As in `Expert`.
+        num_conditions, null_condition, guidance_scale, device: As in `Expert`.
 
     Attributes:
         noise_kind: Reads the noise schedule of the pipeline's scheduler.
         example: The first argument of the pipeline's call, as a model card shows it.
+        of_pixels: Whether it denoises pixels, which its scheduler may clip, and no latents.
         task: The hub's `pipeline_tag` of such pipelines; None where the hub has none.
         network: The teacher's network.
         pairs: The user's data; None if there are none.
 
     Raises:
-        ValueError: an unknown dtype, max_batch below 1, or what `Expert` refuses.
+        ValueError: an unknown dtype, max_batch below 1, a scheduler that clips latents, or what `Expert` refuses.
     """
 
     noise_kind: ClassVar[type[Noise]]
     example: ClassVar[str]
+    of_pixels: ClassVar[bool] = False
     task: ClassVar[str | None] = None
 
     network: PipelineNetwork
@@ -83,13 +82,18 @@ class PipelineExpert(Expert):
         num_conditions: int = 0,
         null_condition: int | None = None,
         guidance_scale: float = 1.0,
-        support: Support | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         check_choice("dtype", dtype, Dtype)
         if max_batch < 1:
             raise ValueError(f"max_batch={max_batch}: need at least 1")
         self.noise = self.noise_kind.read(files)
+        support = read_support(files)
+        if isinstance(support, Box) and not self.of_pixels:
+            raise ValueError(
+                f"{files.part('scheduler')} has clip_sample or thresholding, by which the pipeline clips latents to ±{support.bound:g}: "
+                "latents lie beyond, and this expert does not clip them; set both to false there"
+            )
         super().__init__(
             self.noise.schedule(),
             sample_shape,
@@ -165,9 +169,9 @@ class PipelineExpert(Expert):
         return self.files.sha256([self.denoiser])[:16]  # of the files, which is cheaper than of what was loaded
 
     def identity(self) -> dict[str, Any]:
-        stretches = "" if self.pairs is None else json.dumps(read_manifest(self.pairs.folder).get("stretches"))
-        data = None if self.pairs is None else hashlib.sha256(stretches.encode()).hexdigest()[:16]
-        return super().identity() | {"model": self.fingerprint(), "data": data}
+        data = {"data": None} if self.pairs is None else self.pairs.identity()
+        sampled = {"prediction_type": self.prediction_type, "support": repr(self.support)}
+        return super().identity() | {"model": self.fingerprint(), **data, **sampled}
 
     def open_pairs(self, own: OwnData, embed: Embed, read: Callable[[str, str | None], Source] = read_pairs) -> Pairs:
         """Opens the user's data as latents, in float32 or float16, and embeddings; caches them first if that has not been done.
@@ -269,6 +273,10 @@ class PipelineExpert(Expert):
             ValueError: an impossible grid, an unknown kernel, or times that the pipeline's call does not take.
         """
         self.sampler(prediction_type or self.prediction_type, num_steps, grid, kernel)
+
+    def sampling_support(self, support: Support) -> Support | None:
+        """None, unless nothing is projected: a pipeline's scheduler has no such projection."""
+        return support if isinstance(support, Unbounded) else None
 
     def sampler(self, prediction_type: PredictionType, num_steps: int, grid: str, kernel: str) -> Sampler:
         """The scheduler with which a student's pipeline samples as this library does; errors as in `check_export`."""

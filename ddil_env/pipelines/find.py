@@ -38,7 +38,7 @@ def locate(model: str, pipeline: str, patterns: list[str], lacking: Callable[[Pa
         return folder
     if folder.is_file():
         raise ValueError(how_to_convert(folder, pipeline))
-    cure = f"pass --env.model PATH to a folder that holds {INDEX}"
+    cure = f"pass --env.model PATH to a folder that holds {INDEX} (of a run, write it as env.model into its config.yaml)"
     if not re.fullmatch(HUB_ID, model):
         raise ValueError(f"no weights: there is no folder {folder.absolute()}; {cure}, or a hub id such as owner/name")
     absent = f"is neither a folder ({folder.absolute()}) nor in the hub's cache ({constants.HF_HUB_CACHE})"
@@ -84,7 +84,8 @@ def how_to_convert(path: Path, pipeline: str) -> str:
 
 
 def _python(pipeline: str, code: str) -> str:
-    return f'python -c "from diffusers import {pipeline} as P; {code}"'
+    quoted = re.sub(r'(["$`\\])', r"\\\1", code)  # as a shell reads a text between double quotes
+    return f'python -c "from diffusers import {pipeline} as P; {quoted}"'
 
 
 def tensor_names(path: Path) -> list[str]:

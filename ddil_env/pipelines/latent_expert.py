@@ -46,6 +46,9 @@ class LatentExpert(PipelineExpert):
         statistics = [vae.get(key) for key in ("latents_mean", "latents_std")]
         if statistics.count(None) == 1 or any(values is not None and len(values) != channels for values in statistics):
             raise ValueError(f"{files.part('vae')} needs latents_mean and latents_std of {channels} numbers each, or neither")
+        for key in ("scaling_factor", "shift_factor"):
+            if not isinstance(value := vae.get(key, 1.0), int | float) and not (key == "shift_factor" and value is None):
+                raise ValueError(f"{files.part('vae')} has {key}={value!r}: need a number")
         stride = vae_stride(vae)
         trained = config.get("sample_size") or 64
         sides = (trained, trained) if isinstance(trained, int) else trained

@@ -12,12 +12,20 @@ too: x_s = x_t + (σ_s − σ_t) u = (1 − σ_s) x̂_0 + σ_s ε̂.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import diffusers
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+)
 
 from ddil_env.errors import check_choice
 from ddil_env.mdp import Kernel
@@ -26,9 +34,11 @@ from ddil_env.pipelines.folder import PipelineFolder
 from ddil_env.pipelines.supported_config import check_scheduler
 from ddil_env.prediction import PredictionType
 from ddil_env.schedule import Kind, NoiseSchedule
+from ddil_env.support import Box, Support, Unbounded
 from ddil_env.time_grid import LCM_SOLVER_STEPS, TimeGrid
 
 KINDS: dict[str, Kind] = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+PROJECTION = ("clip_sample", "clip_sample_range", "thresholding", "sample_max_value")
 PREDICTION_TYPES: dict[str, PredictionType] = {"epsilon": "eps", "v_prediction": "v", "sample": "x_0"}
 
 
@@ -91,6 +101,26 @@ def _read_noise(
     if len({tuple(value or None for value in each.values()) for each in found}) > 1:
         raise ValueError(f"{path} is of a {own} and {INDEX} names a {named}, which reads it as other noise; write one class into both")
     return path, found[0]
+
+
+def read_support(files: PipelineFolder) -> Support:
+    """The support onto which a folder's scheduler projects its estimates of x_0, by clip_sample or thresholding.
+
+    Raises:
+        ValueError: thresholding to more than [−1, 1].
+    """
+    path = files.part("scheduler", "scheduler_config.json") / "scheduler_config.json"
+    config = read_json(path)
+    (_, name) = files.index.get("scheduler") or (None, config["_class_name"])
+    known = inspect.signature(getattr(diffusers, name)).parameters
+    found = {key: config.get(key, known[key].default) for key in PROJECTION if key in known}
+    if files.pipeline is StableDiffusionPipeline:
+        found["clip_sample"] = False  # the pipeline sets it so
+    if found.get("thresholding") and found.get("sample_max_value") != 1:
+        raise ValueError(f"{path}: {name} with sample_max_value={found.get('sample_max_value')} is not supported; supported: 1")
+    if found.get("thresholding"):  # a sample's scale is then 1, whatever its quantile
+        return Box(1.0)
+    return Box(found.get("clip_sample_range", 1.0)) if found.get("clip_sample") else Unbounded()
 
 
 @dataclass(frozen=True)
@@ -201,8 +231,13 @@ class FlowNoise:
         off = ("use_dynamic_shifting", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
         read = ("num_train_timesteps", "shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
         supported = {**dict.fromkeys(off, (False, None)), "shift_terminal": (None,), **dict.fromkeys(read)}
-        _, found = _read_noise(files, supported, ("FlowMatchEulerDiscreteScheduler",))
-        return cls({key: found[key] for key in ("num_train_timesteps", "shift")})  # the others belong to use_dynamic_shifting
+        path, found = _read_noise(files, supported, ("FlowMatchEulerDiscreteScheduler",))
+        noise = cls({key: found[key] for key in ("num_train_timesteps", "shift")})  # the others belong to use_dynamic_shifting
+        try:
+            noise.schedule()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}; see that its entries are the model's") from error
+        return noise
 
     @property
     def prediction_type(self) -> PredictionType:

@@ -24,7 +24,7 @@ def agent_flags(agent: str, env: str | None = None) -> dict[str, list[Flag]]:
         env: Name of a preset of configs/env.
     """
     preset = {} if env is None else read_env(env)
-    parser = make_parser(find_agent(agent), str(preset.pop("expert", ANY_EXPERT)), [])
+    parser = make_parser(find_agent(agent), str(preset.pop("expert", ANY_EXPERT)))
     given = [f"--env.{key}={'null' if value is None else value}" for key, value in preset.items()]
     flags = help_of.flags_of(parser, read_arguments(parser, given))
     chosen = [flag for flag in flags if flag.name.startswith("env.") == (env is not None) and flag.name != "env.expert"]

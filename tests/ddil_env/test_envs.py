@@ -528,6 +528,22 @@ def test_actions_and_starts_that_an_environment_would_have_to_guess_at_are_refus
     for options, message in (({"t": True}, "'t' holds true or false"), ({"x_t": [math.nan, 0.0]}, "'x_t' holds NaN or infinity")):
         with pytest.raises(ValueError, match=message):
             single.reset(options=options)
+    with pytest.raises(ValueError, match="reset option 'c'=None: need an array of real numbers"):
+        single.reset(options={"c": None})
+    several = DenoisingVectorEnv("gaussian_mixture", 1, num_steps=2)
+    for each in (single, several):
+        each.reset(seed=0)
+        for action, message in (
+            (np.ones(2, complex), "complex numbers"),
+            ([True, False], "true or false"),
+            (["a", "b"], "an array of"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                each.step(np.array(action) if each is single else np.array([action]))
+    with pytest.raises(ValueError, match=r"reset_mask of torch\.float64: need true and false"):
+        several.reset(options={"reset_mask": np.array([0.5])})
+    with pytest.raises(ValueError, match=r"num_envs=1\.5: need a whole number"):
+        DenoisingVectorEnv("gaussian_mixture", 1.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

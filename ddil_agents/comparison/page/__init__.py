@@ -40,7 +40,7 @@ def write_page(result: dict[str, Any], out: Path) -> Path:
     """
     trajectories = read_trajectories(result, out)
     viewer = viewer_data(result, trajectories)
-    script = (HERE / "page.js").read_text()
+    script = (HERE / "page.js").read_text(encoding="utf-8")
     jinja = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = jinja.get_template("page.html").render(
         result=result,
@@ -50,7 +50,7 @@ def write_page(result: dict[str, Any], out: Path) -> Path:
         metric_heading=metric_heading,
         BUDGETS=BUDGETS,
         number=format_number,
-        css=Markup((HERE / "page.css").read_text()),
+        css=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),  # of the only script that the page allows
         sentences=conclusions(result),

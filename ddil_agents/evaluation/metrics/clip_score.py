@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddil_agents.evaluation.metrics.pictures import check_pictures, find_weights, import_optional
+from ddil_agents.evaluation.metrics.pictures import check_pictures, digest_weights, find_weights, import_optional
 
 
 class ClipScore:
@@ -33,6 +33,7 @@ class ClipScore:
 
     Attributes:
         name: Its name in results.
+        weights: A digest of its weights.
 
     Raises:
         ImportError: without the `eval` extra.
@@ -77,6 +78,7 @@ class ClipScore:
             raise ValueError(f"cannot load {source} into {model} ({error}); {doing}{cure}") from error
         self.network.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(model)
+        self.weights = digest_weights(self.network)
         self.name = f"clip_score_{model}_{pretrained}"
         self.prefix, self.device, self.batch_size = prefix, device, batch_size
 

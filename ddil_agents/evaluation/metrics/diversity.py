@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddil_agents.evaluation.metrics.distances import CHUNK, as_matrix
-from ddil_agents.evaluation.metrics.pictures import check_pictures, import_optional, load_pretrained
+from ddil_agents.evaluation.metrics.pictures import check_pictures, digest_weights, import_optional, load_pretrained
 
 LPIPS = "lpips_0.1_alex"  # name, in results, of the default of `lpips_distance`
 TRUNKS = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}  # name in LPIPS → name in torchvision
@@ -67,7 +68,7 @@ def group_diversity(groups: Iterable[Tensor], distance: Callable[[Tensor, Tensor
 
 def lpips_distance(
     weights_dir: Path | None = None, net: str = "alex", device: str | torch.device = "cpu", batch_size: int = 32
-) -> Callable[[Tensor, Tensor], Tensor]:
+) -> LPIPSDistance:
     """LPIPS (Zhang et al. 2018, version 0.1), as the `lpips` package computes it.
 
     Args:
@@ -79,7 +80,7 @@ def lpips_distance(
         batch_size: Pairs in one forward.
 
     Returns:
-        Distances of uint8 pictures, (p, height, width, 3) and (p, height, width, 3) → (p,) float32 on the CPU.
+        The distance.
 
     Raises:
         ImportError: without the `eval` extra.
@@ -96,17 +97,34 @@ def lpips_distance(
     )  # slice2.3.weight → features.3.…
     network.eval().requires_grad_(False).to(device)
 
-    def scale(pictures: Tensor) -> Tensor:
-        """Scales uint8 pictures (b, h, w, 3) to [−1, 1], (b, 3, h, w)."""
-        return pictures.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return LPIPSDistance(network, device, batch_size)
+
+
+class LPIPSDistance:
+    """Distances of uint8 pictures by a network of LPIPS, (p, height, width, 3) and (p, height, width, 3) → (p,) float32 on the CPU.
+
+    Args:
+        network: The network.
+        device: Where it is.
+        batch_size: Pairs in one forward.
+
+    Attributes:
+        weights: A digest of its weights.
+    """
+
+    def __init__(self, network: Any, device: str | torch.device, batch_size: int) -> None:
+        self.network, self.device, self.batch_size = network, device, batch_size
+        self.weights = digest_weights(network)
 
     @torch.no_grad()
-    def distance(a: Tensor, b: Tensor) -> Tensor:
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         check_pictures(a)
         check_pictures(b)
         if a.shape != b.shape:
             raise ValueError(f"pictures of shapes {tuple(a.shape)} and {tuple(b.shape)}: LPIPS compares pairs of one size")
-        pairs = zip(a.split(batch_size), b.split(batch_size), strict=True)
-        return torch.cat([network(scale(x), scale(y)).flatten().cpu() for x, y in pairs])
+        pairs = zip(a.split(self.batch_size), b.split(self.batch_size), strict=True)
+        return torch.cat([self.network(self._scale(x), self._scale(y)).flatten().cpu() for x, y in pairs])
 
-    return distance
+    def _scale(self, pictures: Tensor) -> Tensor:
+        """Scales uint8 pictures (b, h, w, 3) to [−1, 1], (b, 3, h, w)."""
+        return pictures.to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -17,10 +17,12 @@ class Extractor(ABC):
 
     Attributes:
         name: Its name in results.
+        weights: A digest of its weights; None where they are none, or this package's own.
         of_pictures: Whether it reads uint8 pictures (n, height, width, 3) in place of samples.
     """
 
     name: str
+    weights: str | None = None
     of_pictures: ClassVar[bool] = False
 
     @abstractmethod

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddil_agents.evaluation.metrics.extractor import Extractor
 from ddil_agents.evaluation.metrics.frechet import FID_EXTRACTOR
-from ddil_agents.evaluation.metrics.pictures import check_pictures, import_optional, pretrained_tensors
+from ddil_agents.evaluation.metrics.pictures import check_pictures, digest_weights, import_optional, pretrained_tensors
 
 
 class Inception(Extractor):
@@ -46,6 +46,7 @@ class Inception(Extractor):
             network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=safe)
         except RuntimeError as error:
             raise ValueError(f"{where} does not fit torch-fidelity's Inception-v3: {error}") from error
+        self.weights = digest_weights(network)
         self.network, self.device, self.batch_size = network.to(device), device, batch_size
 
     @torch.no_grad()

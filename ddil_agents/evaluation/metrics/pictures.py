@@ -208,6 +208,15 @@ def pretrained_tensors(weights_dir: Path | None, url: str, *other_names: str) ->
         raise ValueError(f"cannot download {name} ({error}); fetch {url} elsewhere and pass its folder as weights_dir") from error
 
 
+def digest_weights(network: nn.Module) -> str:
+    """Twelve hex digits of a network's weights, in whatever file they were."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
 def load_pretrained(module: nn.Module, weights_dir: Path | None, url: str, source: Callable[[str], str] = str) -> None:
     """Loads a published state dict into a module.
 

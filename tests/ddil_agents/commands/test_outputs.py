@@ -19,7 +19,7 @@ from torch import nn
 
 from ddil_agents import Beta, bc, compare, dagger, evaluate
 from ddil_agents.evaluation.settings import Evaluation
-from ddil_agents.training.checkpoint import write_atomically
+from ddil_agents.training.checkpoint import is_regular, write_atomically
 from ddil_env import Expert, GaussianMixtureExpert, NetworkDenoiser, NoiseSchedule
 from ddil_env.presets import read_yaml
 
@@ -45,6 +45,39 @@ def test_links_are_followed_and_pipes_are_written_to(tmp_path: Path) -> None:
     reader.join(10)
     assert read == ["through"]
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_the_output_of_a_process_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    write_atomically(Path(f"/dev/fd/{write}"), "through")
+    assert os.read(read, 100) == b"through"
+    with (tmp_path / "printed").open("w") as file:
+        file.write("a table\n")
+        file.flush()
+        write_atomically(Path(f"/dev/fd/{file.fileno()}"), "results")
+    assert (tmp_path / "printed").read_text() == "a table\nresults"
+    assert not is_regular(Path("/dev/stdout"))
+    for descriptor in (read, write):
+        os.close(descriptor)
+
+
+def test_files_are_read_as_utf8_whatever_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("evaluate: {images: é€}\n", encoding="utf-8")
+    locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-m", "ddil_agents.bc", "--env", "digits", "--config", str(tmp_path / "mine.yaml"), "--print_config"]
+    found = subprocess.run(command, env=os.environ | locale, capture_output=True)
+    assert "é€" in found.stdout.decode(), found.stderr.decode()
+
+
+def test_an_error_of_several_lines_is_printed_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content, message in (
+        ("seed: 1\nseed: 2\n", "'seed' stands twice; remove one of them"),
+        (f"x: {'[' * 5000}", "is not valid YAML"),
+    ):
+        (tmp_path / "mine.yaml").write_text(content)
+        error = refused(dagger.main, ["--env", "digits8", "--config", str(tmp_path / "mine.yaml")], capsys)
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_an_evaluation_replaces_its_own_results_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +132,13 @@ def test_settings_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
         read_yaml(tmp_path / "twice.yaml")
     arms = {"one": {"agent": "bc", "seed": 3}, "two": {"agent": "dagger"}}
     comparison = compare.Comparison(env="gaussian_mixture", arms=arms)
+    staged = compare.Comparison(env="digits8", arms={"one": {"agent": "dagger", "config": "staged"}}, shared={"num_updates": 7})
+    with pytest.raises(ValueError, match="num_updates=7 would not hold: the stages of config staged set it themselves; add stages: null"):
+        compare.check_comparison(staged, tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(ValueError, match="run: it is a run; name a new folder"):
+        compare.check_comparison(comparison, tmp_path / "run")
     with pytest.raises(ValueError, match="arm 'one' sets seed: each arm runs with the comparison's seeds"):
         compare.check_comparison(comparison, tmp_path)
     with pytest.raises(ValueError, match="need finite shares ≥ 0 that do not sum to 0 or to infinity"):
@@ -168,6 +208,8 @@ def test_a_plug_ins_mistakes_are_named_before_training(mistake: str, message: st
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ("env: {expert: ''}", "cannot find expert ''; pass a dotted path such as my_pkg.MyExpert"),
+        ("env: {expert: 5}", "env.expert=5 in config.yaml: need the class path of an expert, such as my_pkg.MyExpert"),
         ("beta: 0.5", "beta=0.5: need a mapping of shares"),
         ("beta: [1, 0, 0]", "beta=[1, 0, 0]: need a mapping of shares"),
         ("beta: null", "beta=None: need a mapping of shares"),

@@ -429,18 +429,24 @@ def test_what_an_expert_lacks_is_refused_before_anything_is_drawn(tmp_path: Path
 
 class Digit:
     name = "digit_of_the_caption"
+    weights = "of one"
 
     def score(self, pictures, captions):
         return torch.tensor([float(caption) for caption in captions])
+
+
+class Difference:
+    weights = "of one"
+
+    def __call__(self, a, b):
+        return (a.float() - b.float()).abs().flatten(1).mean(1) / 255
 
 
 def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch, tmp_path: Path):
     expert = load_expert("digits8")
     monkeypatch.setattr(type(expert), "captions", lambda self, c: [str(int(i)) for i in c], raising=False)
     monkeypatch.setattr(Evaluator, "scorers", {"clip_score": Digit()})
-    monkeypatch.setattr(
-        samples, "lpips_distance", lambda weights, device: lambda a, b: (a.float() - b.float()).abs().flatten(1).mean(1) / 255
-    )
+    monkeypatch.setattr(samples, "lpips_distance", lambda weights, device: Difference())
     evaluator = make_evaluator(expert, tmp_path, n=20, n_paths=5, batch_size=8, scores=("clip_score",), lpips=True)
     row = evaluator.evaluate(evaluator.few_step_expert, evaluator.grid, name="few")
     assert row["clip_score"] == pytest.approx(float(evaluator.c.double().mean()))
@@ -460,7 +466,7 @@ def test_scores_of_captions_and_lpips_reach_the_result(monkeypatch, tmp_path: Pa
     assert described["scores"] == {"clip_score": "digit_of_the_caption"}
     assert described["lpips"] == "lpips_0.1_alex"
     assert len(described["captions"]) == 12
-    next(tmp_path.glob("few-*-lpips-003.json")).unlink()  # as if a kill had come before it
+    next(tmp_path.glob("few-*-lpips-of one-003.json")).unlink()  # as if a kill had come before it
     drawn, draw = [], samples.group_diversity
     monkeypatch.setattr(samples, "group_diversity", lambda groups, distance: drawn.append(len(groups)) or draw(groups, distance))
     for _ in range(2):
@@ -481,6 +487,27 @@ def test_a_score_that_a_store_lacks_is_drawn_for_and_one_that_it_has_is_no_burde
     plain = make_evaluator(expert, tmp_path, n=20, n_paths=5).evaluate_baselines()
     assert expert.nfe == 0
     assert not any("clip_score" in row for row in plain.values())
+
+
+def test_what_was_computed_with_other_weights_is_computed_again(monkeypatch, tmp_path: Path):
+    expert = load_expert("digits8")
+    monkeypatch.setattr(type(expert), "captions", lambda self, c: [str(int(i)) for i in c], raising=False)
+    scorer = Digit()
+    monkeypatch.setattr(Evaluator, "scorers", {"clip_score": scorer})
+    scores = []
+    for weights, offset in (("of one", 0), ("of another", 100), ("of one", 50)):
+        monkeypatch.setattr(scorer, "weights", weights, raising=False)
+        monkeypatch.setattr(
+            scorer, "score", lambda pictures, captions, offset=offset: torch.tensor([float(x) + offset for x in captions]), raising=False
+        )
+        evaluator = make_evaluator(expert, tmp_path, n=20, n_paths=5, scores=("clip_score",))
+        scores.append(evaluator.evaluate_baselines()["teacher@4"]["clip_score"])
+        assert evaluator.describe()["weights"] == {"clip_score": weights}
+    assert scores[1] == pytest.approx(scores[0] + 100)
+    assert scores[2] == scores[0]  # read, not scored again
+    monkeypatch.setattr(type(evaluator.extractor), "weights", "of others")
+    with pytest.raises(ValueError, match="holds an evaluation of other settings"):
+        make_evaluator(expert, tmp_path, n=20, n_paths=5)
 
 
 def test_a_policy_with_an_act_of_its_own_is_not_cached(tmp_path: Path):

@@ -33,6 +33,7 @@ from ddil_env import NoDataError, check_expert, load_expert
 from ddil_env.data.pairs import Pairs
 from ddil_env.data.pictures import load_picture
 from ddil_env.data.sources import read_pairs
+from ddil_env.data.webdataset import expand
 from ddil_env.experts.ddpm import DDPM
 from ddil_env.experts.dit import ClassConditionalDiT
 from ddil_env.experts.stable_diffusion import StableDiffusion
@@ -197,6 +198,12 @@ def test_held_out_pairs_are_never_drawn_and_their_captions_neither(folders: dict
     assert set(teacher.sample_condition(400, generator).tolist()) == training
 
 
+def test_another_share_that_is_held_out_is_another_expert(folders: dict[str, Path], coco: Path) -> None:
+    one, other = (expert("sd15", folders, coco, held_out=share).identity() for share in (0.2, 0.4))
+    assert {name for name in one if one[name] != other[name]} == {"held_out"}
+    assert one["held_out"] == 6
+
+
 def test_without_held_out_pairs_there_is_nothing_to_judge_them_by(folders: dict[str, Path], coco: Path) -> None:
     with pytest.raises(NoDataError, match="is held out"):
         expert("sd15", folders, coco, held_out=0.0).reference_data(3, held_out=True)
@@ -332,6 +339,15 @@ def test_data_that_moved_are_told_with_where_their_new_path_belongs(folders: dic
 def test_a_folder_whose_name_has_the_marks_of_a_pattern_is_a_folder(folders: dict[str, Path], tmp_path: Path) -> None:
     coco = write_coco(tmp_path / "bees [16px]", 6)
     assert expert("sd15", folders, coco, data_cache=None).pairs.folder == tmp_path / "bees [16px].pairs"
+
+
+def test_shards_in_a_folder_with_the_marks_of_a_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "shards [v1]"
+    folder.mkdir()
+    for name in ("0.tar", "1.tar"):
+        (folder / name).touch()
+    for pattern in ("*.tar", "{0..1}.tar", "[01].tar"):
+        assert expand(str(folder / pattern)) == [folder / "0.tar", folder / "1.tar"]
 
 
 def encode_in_a_process(model: Path, data: Path, workers: int, queue: Any) -> None:

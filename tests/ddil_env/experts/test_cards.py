@@ -15,9 +15,10 @@ from PIL import Image
 from tiny_pipelines import WRITERS
 from tiny_sd import write_tiny_sd
 
-from ddil_agents import BCConfig, BehaviourCloning
-from ddil_env import StudentPolicy, TimeGrid, load_expert, unroll
+from ddil_agents import DMD2, BCConfig, BehaviourCloning, Beta, DMD2Config
+from ddil_env import StudentPolicy, TimeGrid, Unbounded, load_expert, unroll
 from ddil_env.guidance import GuidanceConditioning
+from ddil_env.support import Thresholding
 
 SEED = 7
 FAMILIES = {"sd15": write_tiny_sd, **WRITERS}
@@ -47,7 +48,7 @@ def our_picture(expert: Any, student: Any, num_steps: int, grid: Any, kernel: An
     generator = torch.Generator().manual_seed(SEED)
     x_T = torch.randn(n, *expert.sample_shape, generator=generator)
     c = torch.zeros(n, dtype=torch.int64) if expert.num_conditions else None
-    policy = StudentPolicy(student, expert, guidance_scale=scale)
+    policy = student if isinstance(student, StudentPolicy) else StudentPolicy(student, expert, guidance_scale=scale)
     x_0 = unroll(policy, TimeGrid(expert.schedule, num_steps, grid), x_T, c, kernel=kernel, generator=generator)[:, -1]
     return expert.decode(x_0)[0].numpy()
 
@@ -91,6 +92,29 @@ def test_a_cards_code_draws_our_picture(
     if guidance is not None:
         assert (sampling["call"]["guidance_scale"], sampling["guidance_range"]) == (3.0, [2.0, 4.0])
         assert "any of the range that it was trained on, 2 to 4;" in (tmp_path / "student" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("family", "agent", "config", "kind"),
+    [
+        ("ddpm", DMD2, DMD2Config, "expert"),
+        ("ddpm", BehaviourCloning, BCConfig, "expert"),
+        ("sd15", BehaviourCloning, BCConfig, "quantile"),
+    ],
+)
+def test_a_student_that_training_projects_samples_as_its_pipeline(
+    family: str, agent: Any, config: Any, kind: Any, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thresholding = Thresholding(kind=kind, roles=("teacher", "student"), calibrate_on="teacher", samples=4)
+    expert = expert_of(family, folders[family])
+    with pytest.warns(UserWarning, match="its samples and scores are without the projection, as the pipeline's"):
+        learner = agent(expert, config(num_steps=4, teacher_steps=4, beta=Beta(0, 1, 0), thresholding=thresholding))
+    assert not isinstance(learner.support, Unbounded)
+    (tmp_path / "student").mkdir()
+    expert.save_student(learner.ema_student, tmp_path / "student", 4, learner.config.grid, learner.kernel)
+    theirs = picture_of_the_card(tmp_path / "student", monkeypatch)
+    ours = our_picture(expert, learner.student_policy, 4, learner.config.grid, learner.kernel, None)
+    assert np.abs(theirs.astype(int) - ours).max() <= 1
 
 
 def test_the_size_is_in_the_saved_configuration_where_its_class_has_room_for_it(folders: dict[str, Path], tmp_path: Path) -> None:

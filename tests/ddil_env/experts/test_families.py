@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from helpers import trained
 from PIL import Image
 from tiny_pipelines import WRITERS, write_tiny_ddpm, write_tiny_dit, write_tiny_sd3, write_tiny_sdxl
@@ -541,6 +542,32 @@ def test_ddpms_support_is_the_pixels_range(experts: dict[str, Any]) -> None:
     assert expert.support.project(x_0).tolist() == [-1.0, 0.5, 1.0]
     assert (expert.num_conditions, expert.null_condition) == (0, None)
     assert (expert.decode(torch.ones(1, 3, 8, 8)) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("entries", "largest"),
+    [({"clip_sample": False}, math.inf), ({"clip_sample_range": 2.0}, 2.0), ({"clip_sample": False, "thresholding": True}, 1.0)],
+)
+def test_ddpm_clips_estimates_as_its_scheduler(entries: dict[str, Any], largest: float, folders: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(folders["ddpm"], tmp_path / "model")) / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    expert = DDPM(str(tmp_path / "model"))
+    scheduler = DDIMScheduler.from_pretrained(path.parent)
+    x_t, t = 3 * torch.randn(2, *expert.sample_shape, generator=torch.Generator().manual_seed(0)), torch.full((2,), 700.0)
+    prediction = expert.predict(x_t, t)
+    scheduler.set_timesteps(10)
+    theirs = scheduler.step(prediction.eps, 700, x_t).pred_original_sample
+    torch.testing.assert_close(prediction.projected(expert.support).x_0, theirs, atol=1e-4, rtol=1e-4)
+    assert theirs.abs().max() <= largest
+    assert prediction.x_0.abs().max() > 2
+    assert expert.identity()["support"] == repr(expert.support)
+
+
+def test_a_scheduler_that_clips_latents_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(folders["dit"], tmp_path / "model")) / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "clip_sample": True}))
+    with pytest.raises(ValueError, match=r"has clip_sample or thresholding, by which the pipeline clips latents to ±1: .*set both"):
+        load_expert("dit", model=str(tmp_path / "model"))
 
 
 def test_a_pipeline_of_one_model_may_lie_at_the_top_of_its_folder(

@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tiny_pipelines import write_tiny_ddpm, write_tiny_sd3, write_tiny_sdxl
 from tiny_sd import WORDS, write_tiny_sd
 
 from ddil_agents import dagger
+from ddil_agents.training.checkpoint import check_same_expert
 from ddil_env import ExpertPolicy, TimeGrid, check_expert, unroll
 from ddil_env.experts.ddpm import DDPM
 from ddil_env.experts.digits import Digits
@@ -88,6 +90,9 @@ def test_every_entry_is_on_a_list_or_refused_by_name(name: str, entries: set[str
         ("sd", "unet/config.json", {"cross_attention_dim": 24}, "cross_attention_dim=24, but a UNet over this text encoder has 16"),
         ("sd", "vae/config.json", {"shift_factor": 0.1}, "shift_factor=0.1, which this expert does not support"),
         ("sd", "vae/config.json", {"latents_mean": [0.1] * 4}, "latents_mean=.*, which this expert does not support"),
+        ("sd", "vae/config.json", {"scaling_factor": None}, "has scaling_factor=None: need a number"),
+        ("sd3", "scheduler/scheduler_config.json", {"shift": None}, "scheduler_config.json: .*; see that its entries are the model's"),
+        ("sd", "text_encoder/config.json", {"hidden_size": "x"}, "cannot read .*text_encoder/config.json as a text encoder's"),
         ("sd", "vae/config.json", {"in_channels": 4}, "in_channels=4, which this expert does not support"),
         ("sd", "text_encoder/config.json", {"use_attention_mask": True}, "use_attention_mask=True, which is not supported"),
         ("sd", "model_index.json", {"strength": 0.5}, "strength=0.5, which this expert does not support"),
@@ -401,6 +406,26 @@ def test_a_run_goes_on_with_its_prompts_in_another_place_and_with_no_others(
         dagger.main(["--resume", run, "--env.prompts", str(tmp_path / "others.txt")])
     assert "was trained on another expert: its prompts is" in capsys.readouterr().err
     dagger.main(["--resume", run, "--env.prompts", str(moved)])
+
+
+def test_another_schedule_or_prediction_type_is_another_expert(folders: dict[str, Path], tmp_path: Path) -> None:
+    own = opened("sd", folders["sd"]).identity()
+    for key, entries in {"schedule": {"beta_end": 0.02}, "prediction_type": {"prediction_type": "v_prediction"}}.items():
+        other = opened("sd", edited(folders["sd"], tmp_path / key, "scheduler/scheduler_config.json", **entries)).identity()
+        assert {name for name in own if own[name] != other[name]} == {key}
+        with pytest.raises(ValueError, match=f"run was trained on another expert: its {key} is"):
+            check_same_expert(Path("run"), own, other)
+        check_same_expert(Path("run"), {name: own[name] for name in ("model", "weights")}, other)  # of an earlier version
+
+
+def test_a_command_to_convert_is_one_word_of_the_shell(tmp_path: Path) -> None:
+    file = tmp_path / 'it\'s a "$HOME" `x`.safetensors'
+    save_file({"model.diffusion_model.out.2.bias": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="is a model of one file") as error:
+        opened("sd", file)
+    words = f'set -- {str(error.value).rpartition(": ")[2]}; printf %s "$#$3"'  # as a shell reads the command
+    code = subprocess.run(["sh", "-c", words], capture_output=True, text=True, check=True).stdout
+    assert code.startswith(f"3from diffusers import StableDiffusionPipeline as P; P.from_single_file({str(file)!r})")
 
 
 def test_a_folder_of_data_whose_name_looks_like_a_pattern_is_a_folder(folders: dict[str, Path], tmp_path: Path) -> None:
