@@ -58,6 +58,8 @@ class Agent(ABC):
 
     def __init__(self, expert: Expert | str, config: Any = None, support: Support | None = None) -> None:
         self.config = self.Config() if config is None else config
+        if not isinstance(self.config, self.Config):
+            raise ValueError(f"config={self.config!r:.60}: {self.name} needs a {self.Config.__name__}")
         self.expert = load_expert(expert)
         self.grid = TimeGrid(self.expert.schedule, self.config.num_steps, self.config.grid).to(self.expert.device)
         if self.config.teacher_steps > self.expert.schedule.t_max:
@@ -147,6 +149,7 @@ class Agent(ABC):
         Raises:
             ValueError: the number of conditions is not n, an id does not exist, the expert is unconditional, or it takes no prompts.
         """
+        check_whole("seed", seed, 0)
         generator = torch.Generator(self.expert.device).manual_seed(stream_seed(seed, "sample"))
         texts = [prompts] if isinstance(prompts, str) else [] if prompts is None else list(prompts)
         n = len(texts) or 1 if n is None else n

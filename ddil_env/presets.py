@@ -156,7 +156,9 @@ def load_expert(env: str | Expert, **overrides: Any) -> Expert:
         if overrides:
             raise ValueError(f"overrides {sorted(overrides)} cannot change an expert that exists already; pass them to its constructor")
         return env
-    preset = read_env(env) | overrides
+    if not isinstance(env, str | Path):
+        raise ValueError(f"env={env!r:.60}: need an Expert, or the name of a preset: {', '.join(preset_names('env'))}")
+    preset = read_env(str(env)) | overrides
     return make_expert(preset.pop("expert"), **preset)
 
 

@@ -69,7 +69,8 @@ class Beta:
                 )
             object.__setattr__(self, "forward", 0.0 if abs(rest) < 1e-9 else rest)
         shares = self.shares
-        if not all(math.isfinite(b) and b >= 0 for b in shares) or not 0 < sum(shares) < math.inf:
+        are_shares = all(not isinstance(b, bool) and math.isfinite(b) and b >= 0 for b in shares)
+        if not are_shares or not 0 < sum(shares) < math.inf:
             raise ValueError(f"beta={shares} (forward, teacher, student): need finite shares ≥ 0 that do not sum to 0 or to infinity")
         if self.schedule not in get_args(Schedule):
             raise ValueError(f"unknown beta.schedule {self.schedule!r}; choose one of: {', '.join(get_args(Schedule))}")

@@ -72,7 +72,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         code = _errno_of(error)
         if code is None:
             raise
-        cure = "; make room and go on, with --resume or by the same command: what has been saved is whole" if code in DISK_FULL else ""
+        cure = "; make room and start it again, a training with --resume: what has been saved is whole" if code in DISK_FULL else ""
         raise OSError(code, f"cannot write {path}: {os.strerror(code)}{cure}") from error
 
 

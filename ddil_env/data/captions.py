@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 MISSING = {"None", "nan", "NaN", "null"}  # how programs write that there is no text
+
+
+def read_json(text: str) -> Any:
+    """Reads JSON in which no key stands twice: one of two texts would be dropped.
+
+    Raises:
+        ValueError: it is no JSON, or a key stands twice.
+    """
+
+    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ValueError(f"a key of {', '.join(key for key, _ in pairs)} stands twice")
+        return values
+
+    return json.loads(text, object_pairs_hook=as_dict)
 
 
 def read_caption(value: object) -> str:

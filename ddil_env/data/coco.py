@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddil_env.data.captions import read_caption
+from ddil_env.data.captions import read_caption, read_json
 from ddil_env.data.files import FileTree, Pair, Skipped, make_pair, shown
 
 
@@ -42,7 +41,7 @@ def list_coco(path: Path, images: str | Path | None, tree: FileTree | None = Non
         ValueError: the file is no COCO captions file, or its pictures are not found.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = read_json(path.read_text(encoding="utf-8-sig"))
         files: dict[Any, str] = {}
         for image in content["images"]:
             if not isinstance(image["file_name"], str) or files.setdefault(image["id"], image["file_name"]) != image["file_name"]:

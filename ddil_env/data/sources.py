@@ -11,7 +11,6 @@ folder is listed as a pair, or named among what is left out, or the folder is re
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from ddil_env.data.captions import read_caption
+from ddil_env.data.captions import read_caption, read_json
 from ddil_env.data.coco import choose_annotations, find_annotations, list_coco
 from ddil_env.data.files import FileTree, Pair, Skipped, is_picture, make_pair, shown
 from ddil_env.data.webdataset import expand, list_webdataset
@@ -177,7 +176,7 @@ def _list_metadata(listing: Path, tree: FileTree | None = None) -> Iterator[Pair
         for number, line in enumerate(listing.read_text(encoding="utf-8-sig").split("\n"), 1):
             if not line.strip():
                 continue
-            row = json.loads(line)
+            row = read_json(line)
             path = listing.parent / row["file_name"]
             name = Path(os.path.relpath(path, root)).as_posix()
             if tree is not None:

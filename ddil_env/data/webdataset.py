@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ddil_env.data.captions import read_caption
+from ddil_env.data.captions import read_caption, read_json
 from ddil_env.data.files import Pair, Skipped, shown, suffixes
 
 
@@ -100,7 +99,7 @@ def _read_caption(tar: tarfile.TarFile, files: Sample) -> str:
     text = content.read().decode("utf-8-sig")  # a UnicodeDecodeError is a ValueError
     if suffix == ".txt":
         return read_caption(text)
-    values = json.loads(text)
+    values = read_json(text)
     if not isinstance(values, dict) or "caption" not in values:
         raise ValueError('its .json is not {"caption": "a text"}')
     return read_caption(values["caption"])

@@ -14,7 +14,7 @@ import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import Tensor
 
-from ddil_env.data.captions import read_caption
+from ddil_env.data.captions import read_caption, read_json
 from ddil_env.data.coco import sorted_annotations
 from ddil_env.data.pairs import Pairs
 from ddil_env.pipelines.folder import PipelineFolder
@@ -121,7 +121,7 @@ def coco_captions(text: str) -> list[str]:
     """
     first: dict[Any, str] = {}
     empty: dict[Any, str] = {}
-    for annotation in sorted_annotations(json.loads(text)):
+    for annotation in sorted_annotations(read_json(text)):
         place = f"annotation id={annotation['id']!r} of image_id={annotation['image_id']!r}"
         if isinstance(annotation["caption"], str) and not annotation["caption"].strip():
             empty.setdefault(annotation["image_id"], place)

@@ -239,7 +239,7 @@ def test_a_run_whose_disk_is_full_at(what: str, path: str, kept: list[int], unbr
     assert run(tmp_path, [*ARGV, "--out", "run"], f"{what}, the disk full") == 2
     error = (tmp_path / "stderr.txt").read_text().splitlines()[-1]
     assert (
-        f"cannot write run/{path}: File too large; make room and go on, with --resume or by the same command: what has been saved is whole"
+        f"cannot write run/{path}: File too large; make room and start it again, a training with --resume: what has been saved is whole"
         in error
     )
     assert [path.name for path in checkpoints(tmp_path / "run" / "checkpoints")] == [f"step_{step:08d}" for step in kept]

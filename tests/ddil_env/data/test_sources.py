@@ -37,6 +37,9 @@ def test_metadata_jsonl_names_files_beside_it(tmp_path):
     (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "x.jpg", "text": "a"}\n{"file": 1}')
     with pytest.raises(ValueError, match=r"metadata\.jsonl, line 2: KeyError.*a line is"):
         read_pairs(tmp_path)
+    (tmp_path / "train" / "metadata.jsonl").write_text('{"file_name": "x.jpg", "text": "a", "text": "b"}')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl, line 1: .*a key of file_name, text, text stands twice"):
+        read_pairs(tmp_path)
 
 
 def test_coco_gives_the_first_caption_of_each_picture_in_order_of_image_ids(tmp_path):
