@@ -71,22 +71,22 @@ class ActionMatching(Algorithm):
     interactive: ClassVar[bool] = True  # whether it may train on the student's states
 
     def __init__(self, expert: Expert | str, config: ActionMatchingConfig | None = None, support: Support | None = None) -> None:
-        if config is not None and config.beta.student > 0 and not self.interactive:
-            raise ValueError(
-                f"beta.student={config.beta.student}: behaviour cloning sees no student states; set it to 0, or use ddil_agents.dagger"
-            )
         super().__init__(expert, config, support)
-        if not (k := self.config.unroll):
-            return
-        if not self.interactive:
-            raise ValueError(f"unroll={k}: {self.name} trains on data alone, and unrolled denoisings are the student's; use dagger")
-        if ranks.world_size() > 1:
-            raise ValueError(f"unroll={k} runs in one process; there are {ranks.world_size()}")
-        if self.collector.world is None or not self.collector.world.differentiable:
+        if self.config.unroll and (self.collector.world is None or not self.collector.world.differentiable):
             raise ValueError(
-                f"unroll={k}: the gradient flows through a differentiable world, and {type(self.expert).__name__} has none; use 0, or "
-                "implement `transition` in its world"
+                f"unroll={self.config.unroll}: the gradient flows through a differentiable world, and {type(self.expert).__name__} has none; use "
+                "0, or implement `transition` in its world"
             )
+
+    def _check_config(self) -> None:
+        super()._check_config()
+        student, k = self.config.beta.student, self.config.unroll
+        if student > 0 and not self.interactive:
+            raise ValueError(f"beta.student={student}: behaviour cloning sees no student states; set it to 0, or use ddil_agents.dagger")
+        if k and not self.interactive:
+            raise ValueError(f"unroll={k}: {self.name} trains on data alone, and unrolled denoisings are the student's; use dagger")
+        if k and ranks.world_size() > 1:
+            raise ValueError(f"unroll={k} runs in one process; there are {ranks.world_size()}")
 
     def loss(self, batch: Batch) -> Tensor:
         x_t, t, s = batch.x_t, batch.t, batch.s
