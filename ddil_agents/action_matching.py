@@ -74,8 +74,8 @@ class ActionMatching(Algorithm):
         super().__init__(expert, config, support)
         if self.config.unroll and (self.collector.world is None or not self.collector.world.differentiable):
             raise ValueError(
-                f"unroll={self.config.unroll}: the gradient flows through a differentiable world, and {type(self.expert).__name__} has none; use "
-                "0, or implement `transition` in its world"
+                f"unroll={self.config.unroll}: the gradient flows through a differentiable world, and {type(self.expert).__name__} has "
+                "none; use 0, or implement `transition` in its world"
             )
 
     def _check_config(self) -> None:
