@@ -163,7 +163,8 @@ def digest(cell: Cell, arm: str) -> str:
     """Of all that a run depends on and that stands here or in its config."""
     expert, config = make_expert(cell), dataclasses.asdict(config_of(cell, arm, 0))
     config = {key: value for key, value in config.items() if key not in LATER or value != LATER[key]}
-    found = [VERSION, cell, expert.identity(), EPISODES[cell.env], EVALUATION_SEED, ARMS[arm].agent.name, config]
+    identity = {key: value for key, value in expert.identity().items() if key != "schedule"}  # likewise, and it is the cell's expert's
+    found = [VERSION, cell, identity, EPISODES[cell.env], EVALUATION_SEED, ARMS[arm].agent.name, config]
     return hashlib.sha256(json.dumps(found, sort_keys=True, default=dataclasses.asdict).encode()).hexdigest()[:12]
 
 
