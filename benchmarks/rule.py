@@ -8,6 +8,8 @@ success than behaviour cloning (bc), in the mean over seeds. The rules look at a
     shortfall    its success is at least `SHORTFALL` below the teacher's
     ratio        its error on own conditions is at least τ times that on held-out demonstrations
 
+Beside them stands what needs no rollouts: bc under noise in the conditions of its demonstrations, of the size that was best on other seeds.
+
 τ is fitted to all cells but one, and the rule asked about that one (leave one cell out). `python -m ddil_agents.advise` uses the result.
 """
 
@@ -38,6 +40,7 @@ class Cell(NamedTuple):
     ratio: float
     shortfall: float
     gain: float
+    noise: float | None = None
 
     @property
     def worth(self) -> bool:
@@ -62,7 +65,10 @@ def read_cells(path: Path) -> list[Cell]:
         teacher = next(record["teacher"]["success"] for (cell, _, _), record in records.items() if cell == name)
         bc = float(np.mean(list(runs.values(name, "bc", "success").values())))
         ratio = float(np.exp(np.mean(np.log(list(ratios.values())))))
-        cells.append(Cell(name, len(gains), ratio, teacher - bc, float(np.mean(list(gains.values())))))
+        best = runs.best(name, "noise")
+        noise = list(runs.gains(name, best, "ddil").values()) if best is not None else []
+        gain = float(np.mean(list(gains.values())))
+        cells.append(Cell(name, len(gains), ratio, teacher - bc, gain, float(np.mean(noise)) if noise else None))
     return cells
 
 
@@ -96,6 +102,7 @@ def summarise(cells: list[Cell], complete: int) -> dict[str, Any]:
         "right": {name: leave_one_out(cells, rule) for name, rule in RULES.items()},
         "fell_short": len(short),
         "gained": sum(cell.worth for cell in short),
+        "noise_ahead": sum(cell.noise is not None and cell.noise > 0 for cell in short),
         "closed": [round(float(x), 2) for x in np.quantile(closed, [0.25, 0.5, 0.75])] if closed else None,
         "seeds": seeds,
         "interim": seeds < complete,
@@ -104,10 +111,10 @@ def summarise(cells: list[Cell], complete: int) -> dict[str, Any]:
 
 def write_table(cells: list[Cell], rule: dict[str, Any]) -> str:
     """The cells, what each rule says of them, and how far that is to be trusted."""
-    rows = [["cell", "seeds", "bc: own / held-out", "teacher − bc", "ddil − bc", "worth", *(f"by {name}" for name in RULES)]]
+    rows = [["cell", "seeds", "bc: own / held-out", "teacher − bc", "ddil − bc", "noise − ddil", "worth", *(f"by {name}" for name in RULES)]]
     for c in sorted(cells, key=lambda cell: -cell.ratio):
         said = [c.worth, *(says(c, rule["ratio"]) for says in RULES.values())]
-        row = [c.name, str(c.seeds), f"{c.ratio:.2f}", f"{c.shortfall:+.3f}", f"{c.gain:+.3f}"]
+        row = [c.name, str(c.seeds), f"{c.ratio:.2f}", f"{c.shortfall:+.3f}", f"{c.gain:+.3f}", "" if c.noise is None else f"{c.noise:+.3f}"]
         rows.append([*row, *("yes" if x else "no" for x in said)])
     counts = ", ".join(f"{name} {n}" for name, n in rule["right"].items())
     lines = ["# When is DDIL worth its rollouts?", "", f"`python benchmarks/rule.py`, τ = {rule['ratio']}.", ""]
@@ -116,6 +123,7 @@ def write_table(cells: list[Cell], rule: dict[str, Any]) -> str:
     lines += [
         f"Where bc fell short by {SHORTFALL} or more, ddil gained as much in {rule['gained']} of {rule['fell_short']} cells. In the other "
         f"{rule['cells'] - rule['fell_short']} there was no room for such a gain, so that they cannot speak against the rule of shortfall.",
+        f"Noise in the conditions, without rollouts, had more success than ddil in {rule['noise_ahead']} of the {rule['fell_short']}.",
         "",
         f"Right in cells that it was not fitted to, of {rule['cells']}: {counts}.",
         "",
