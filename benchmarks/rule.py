@@ -111,10 +111,11 @@ def summarise(cells: list[Cell], complete: int) -> dict[str, Any]:
 
 def write_table(cells: list[Cell], rule: dict[str, Any]) -> str:
     """The cells, what each rule says of them, and how far that is to be trusted."""
-    rows = [["cell", "seeds", "bc: own / held-out", "teacher − bc", "ddil − bc", "noise − ddil", "worth", *(f"by {name}" for name in RULES)]]
+    head = ["cell", "seeds", "bc: own / held-out", "teacher − bc", "ddil − bc", "noise − ddil", "worth"]
+    rows = [[*head, *(f"by {name}" for name in RULES)]]
     for c in sorted(cells, key=lambda cell: -cell.ratio):
         said = [c.worth, *(says(c, rule["ratio"]) for says in RULES.values())]
-        row = [c.name, str(c.seeds), f"{c.ratio:.2f}", f"{c.shortfall:+.3f}", f"{c.gain:+.3f}", "" if c.noise is None else f"{c.noise:+.3f}"]
+        row = [c.name, str(c.seeds), f"{c.ratio:.2f}", *("" if x is None else f"{x:+.3f}" for x in (c.shortfall, c.gain, c.noise))]
         rows.append([*row, *("yes" if x else "no" for x in said)])
     counts = ", ".join(f"{name} {n}" for name, n in rule["right"].items())
     lines = ["# When is DDIL worth its rollouts?", "", f"`python benchmarks/rule.py`, τ = {rule['ratio']}.", ""]

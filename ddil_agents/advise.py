@@ -132,8 +132,8 @@ def advise(found: dict[str, Any], rule: Rule = RULE) -> list[str]:
             "python -m ddil_agents.dagger with --beta.forward .5 --beta.student .5, or with --beta.schedule adaptive beside."
         )
         said.append(
-            f"Noise in the conditions of demonstrations needs no rollouts and did more in {rule.noise_ahead} of {rule.fell_short} such cells: "
-            "try python -m ddil_agents.dart --perturbation 0 --condition_noise .3 too."
+            f"Noise in the conditions of demonstrations needs no rollouts and did more in {rule.noise_ahead} of {rule.fell_short} such "
+            "cells: try python -m ddil_agents.dart --perturbation 0 --condition_noise .3 too."
         )
         if weak:
             said.append("Since it is weak on data too, a larger student or more updates may help as much.")
