@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, get_args
@@ -31,11 +30,6 @@ def check_finite(tensor: Tensor, what: str) -> None:
     finite = torch.isfinite(tensor)
     if not finite.all():
         raise ValueError(what.format(f"{int((~finite).flatten(1).any(1).sum())} of {len(tensor)}"))
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite, by one sum: such a term makes it NaN or infinite (∞ − ∞ is NaN)."""
-    return math.isfinite(float(tensor.sum(dtype=torch.float64)))
 
 
 def check_whole(name: str, value: object, low: int, high: int | None = None, why: str = "") -> None:

@@ -61,7 +61,8 @@ def run_episodes(
             c = following
     frame_of = torch.arange(len(frames)).repeat_interleave(torch.tensor([len(at) for at, *_ in frames]))
     at, c, x_0, reward = (torch.cat(column) for column in zip(*frames, strict=True))
-    where, shape = (frame_of.to(world.device), at.to(world.device)), (len(frames), world.num_worlds)
+    where = frame_of.to(world.device, non_blocking=True), at.to(world.device, non_blocking=True)
+    shape = len(frames), world.num_worlds
     conditions = torch.zeros(*shape, *world.condition_shape, device=world.device)
     samples = torch.zeros(*shape, *world.sample_shape, device=world.device)
     rewards, alive = torch.zeros(shape, device=world.device), torch.zeros(shape, dtype=torch.bool, device=world.device)

@@ -8,6 +8,7 @@ history: a sample is a frame, a condition the frames before it. In a world a stu
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,10 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ddil_env.errors import is_finite
-
 if TYPE_CHECKING:
     from ddil_env.worlds.episodes import Episodes
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite, by one sum: such a term makes it NaN or infinite (∞ − ∞ is NaN)."""
+    return math.isfinite(float(tensor.sum(dtype=torch.float64)))
 
 
 class World(ABC):
