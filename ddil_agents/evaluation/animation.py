@@ -60,7 +60,7 @@ def save_animation(path: Path, films: dict[str, np.ndarray], seconds: float = 8.
     """
     length = max(map(len, films.values()))
     _, high, wide, _ = next(iter(films.values())).shape
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), min(LETTERS, high // 2))
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), min(LETTERS, high // 2))
     margin = 16 + round(max(font.getlength(name) for name in films))
     pictures = []
     for frame in np.linspace(0, length - 1, min(length, FRAMES)).round().astype(int):
