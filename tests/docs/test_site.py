@@ -188,3 +188,17 @@ def test_every_number_on_the_reports_pictures_is_explained() -> None:
     shown = re.findall(r"\(\.\./four_agents/(\S+)-light\.png\)\{\.only-light .*\n.*\(\.\./four_agents/\1-dark\.png\)\{\.only-dark ", text)
     assert shown == list(report_figures.PARTS)
     assert all((DOCS / "four_agents" / f"{name}-{theme}.png").is_file() for name in shown for theme in ("light", "dark"))
+
+
+README_ROWS = {  # a row of README's table, the section of worlds.md, and its rows in the order of README's columns
+    "`fork`, small student in 2 steps: success ↑": "fork, width 32, 2 steps, 8 demos",
+    "lander, small student in 1 step: success ↑": "lunar_lander, width 16, 1 step, 20 demos",
+    "`fork`, the teacher's own network in 1 step: success ↑": "fork, the teacher's network, 1 step, 8 demos",
+}
+
+
+@pytest.mark.parametrize("row", README_ROWS)
+def test_readmes_numbers_are_those_of_the_results(row: str) -> None:
+    (cells,) = [cells[1:] for table in tables.tables_of((ROOT / "README.md").read_text()) for cells in table if cells[0] == row]
+    section = tables.section_of((ROOT / "benchmarks/results/worlds.md").read_text(), README_ROWS[row])
+    assert cells == [tables.number(section, arm, "success") for arm in ("bc", "noise 0.3", "ddil", "dagger", "teacher, 16 steps")]
