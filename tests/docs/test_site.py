@@ -96,6 +96,9 @@ def test_rows_and_sections_are_found_or_refused() -> None:
 def test_the_rows_that_pages_show_are_in_the_files_that_they_name() -> None:
     shown = 0
     for page in PAGES:
+        for path, options in re.findall(r"^```\{committed\} (\S+)\n((?::.*\n)*)", page.read_text(), re.M):
+            section = dict(re.findall(r"^:(\w+): (.*)$", options, re.M)).get("section")
+            assert section is None or tables.section_of((ROOT / path).read_text(), section)
         for path, options, rows in re.findall(r"^```\{rows\} (\S+)\n((?::.*\n)*)(.*?)```$", page.read_text(), re.M | re.S):
             given = dict(re.findall(r"^:(\w+): (.*)$", options, re.M))
             text = (ROOT / path).read_text()
