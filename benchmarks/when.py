@@ -197,8 +197,7 @@ def trained(env: str, chain: tuple[Part, ...], seed: int, out: Path) -> Path:
             init = trained(env, chain[:-1], seed, out) if chain[1:] else None
             learner = chain[-1].agent(expert_of(env), config_of(chain[-1], seed, init)).learn(progress=False)
             with folder_atomically(place) as partial:
-                (partial / "student").mkdir()
-                learner.expert.save_student(learner.ema_student, partial / "student", learner.config.num_steps)
+                learner.save_student(partial / "student")
     return place
 
 

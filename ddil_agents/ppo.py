@@ -254,7 +254,7 @@ class PPOAgent(Agent):
     def save(self, directory: str | Path) -> Path:
         """Writes the student to `directory`/student, as a run does, and returns that path."""
         with folder_atomically(Path(directory) / "student") as student:
-            self.expert.save_student(self.student, student, self.config.num_steps, self.config.grid)
+            self.save_student(student)
         return Path(directory) / "student"
 
     def load(self, directory: str | Path) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -205,3 +206,14 @@ def test_readmes_numbers_are_those_of_the_results(row: str) -> None:
     (cells,) = [cells[1:] for table in tables.tables_of((ROOT / "README.md").read_text()) for cells in table if cells[0] == row]
     section = tables.section_of((ROOT / "benchmarks/results/worlds.md").read_text(), README_ROWS[row])
     assert cells == [tables.number(section, arm, "success") for arm in ("bc", "noise 0.3", "ddil", "dagger", "teacher, 16 steps")]
+
+
+def test_the_counts_of_worlds_in_words_are_those_of_the_results() -> None:
+    (verdicts, *_) = tables.tables_of((ROOT / "benchmarks/results/worlds.md").read_text())
+    helps = f"in {sum(row[-1] == 'helps' for row in verdicts)} of "
+    rule = json.loads((ROOT / "benchmarks/results/rule.json").read_text())
+    noise = f"in {rule['noise_ahead']} of "
+    for path in ("README.md", "CHANGELOG.md", "docs/start/choose.md", "docs/results/index.md", "benchmarks/results/README.md"):
+        assert helps in " ".join((ROOT / path).read_text().split()), path
+    for path in ("CHANGELOG.md", "docs/start/choose.md", "benchmarks/results/README.md"):
+        assert noise in " ".join((ROOT / path).read_text().split()), path
